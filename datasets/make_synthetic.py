@@ -1,0 +1,106 @@
+"""Make a synthetic dataset in COCO JSON; see README.md beside this file."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import trange
+
+from kg_detectron.io.coco import write_split
+from kg_detectron.synthetic import neural_image, nuclei_image
+
+KINDS = {"nuclei": [nuclei_image], "neural": [neural_image], "both": [nuclei_image, neural_image]}
+SPLITS = ("train", "val")
+
+
+def make(
+    output: Path, *, kind: str, sizes: dict[str, int], size: tuple[int, int], cells: tuple[int, int], seed: int
+) -> dict[str, list[int]]:
+    """Write ``output/synthetic``.
+
+    An image depends on the seed, its split, its index and what is drawn, and on nothing else: a larger set begins with
+    the images of a smaller one.
+
+    Args:
+        output: the root of all datasets.
+        kind: nuclei, neural, or both, in turn.
+        sizes: number of images of each split, ``train`` and ``val``; a split of 0 is not written.
+        size: height and width, pixels.
+        cells: fewest and most cells of an image; fewer where it has no room for them.
+        seed: 0 or more.
+
+    Returns:
+        for every split, the number of cells of every image.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 <= cells[0] <= cells[1]:
+        raise ValueError(f"cells must be the fewest and the most, 0 or more, got {cells[0]} {cells[1]}")
+    if min(sizes.values()) < 0 or seed < 0:
+        raise ValueError(f"numbers of images and the seed must be 0 or more, got {sizes} and {seed}")
+
+    def samples(split: str) -> Iterator[tuple[str, np.ndarray, list[np.ndarray]]]:
+        for index in trange(sizes[split], desc=split, unit="image"):
+            rng = np.random.default_rng([seed, SPLITS.index(split), index])
+            draw = KINDS[kind][index % len(KINDS[kind])]
+            yield f"{index:06d}", *draw(rng, *size, n=int(rng.integers(cells[0], cells[1] + 1)))
+
+    return {
+        split: write_split(
+            output / "synthetic",
+            split,
+            samples(split),
+            category="cell",
+            description=f"synthetic cells of kg_detectron, kind {kind}, seed {seed}: {split}",
+        )
+        for split in sizes
+        if sizes[split]
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", choices=KINDS, default="both", help="what to draw; both, in turn, by default")
+    parser.add_argument("--train", type=int, default=200, help="number of training images (default: 200)")
+    parser.add_argument("--val", type=int, default=50, help="number of validation images (default: 50)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(256, 256),
+        metavar=("H", "W"),
+        help="of an image, pixels (default: 256 256)",
+    )
+    parser.add_argument(
+        "--cells", type=int, nargs=2, default=(5, 30), metavar=("MIN", "MAX"), help="of an image (default: 5 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
+    root = os.environ.get("DETECTRON2_DATASETS")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=root,
+        required=root is None,
+        help="root of all datasets; synthetic/ is written in it (default: $DETECTRON2_DATASETS)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        counts = make(
+            args.output,
+            kind=args.kind,
+            sizes={"train": args.train, "val": args.val},
+            size=tuple(args.size),
+            cells=tuple(args.cells),
+            seed=args.seed,
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: error: {error}") from error
+    for split, cells in counts.items():
+        print(f"{args.output / 'synthetic'}: {split}: {len(cells)} images, {sum(cells)} cells")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Configuration keys of kg_detectron, added to Detectron2's defaults."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_kg_config(cfg: CN) -> None:
+    """Add every key of kg_detectron, with its default, to a Detectron2 config (in place).
+
+    The defaults are the paper's. Keys under ``INPUT``, ``SOLVER`` and ``TEST`` serve Mask R-CNN too.
+    """
+    kg = cfg.MODEL.KEYPOINT_GRAPH = CN()
+
+    # Backbone: depth of the residual network, 18, 34 or 50.
+    kg.DEPTH = 50
+    # Norm layer of the backbone: BN, FrozenBN, SyncBN or GN.
+    kg.NORM = "BN"
+    # Initial weights of the backbone: a member of torchvision's weight enums for that depth, such as
+    # "IMAGENET1K_V1" (downloaded by torchvision), or "" for random ones.
+    kg.BACKBONE_WEIGHTS = ""
+    # Channels of c0, the two convolutions on the image itself.
+    kg.C0_CHANNELS = 64
+    # Channels of the decoder maps s1, s2, s3, s4; the segmentation branch has the same.
+    kg.WIDTHS = [64, 64, 256, 512]
+    # Kernel size of the keypoint heads, pixels of their scale, odd.
+    kg.HEAD_KERNEL = 7
+    # Scales with keypoint heads, a subset of 1, 2, 3, 4 (strides 1, 2, 4, 8).
+    kg.SCALES = [1, 2, 3, 4]
+
+    # Radius r of the keypoint discs, pixels of each scale. Grouping matches within r + 1 and rejects within 2 r.
+    kg.RADIUS = 5.0
+    # Weights of the losses: heatmap, single offset and group offset per scale, and mask.
+    kg.HEATMAP_WEIGHT = 1.0
+    kg.SINGLE_OFFSET_WEIGHT = 1.0
+    kg.GROUP_OFFSET_WEIGHT = 0.25
+    kg.MASK_WEIGHT = 1.0
+
+    # Standard deviation of the Gaussian on the votes, pixels of each scale.
+    kg.SMOOTH_SIGMA = 2.0
+    # Smoothed votes above which a local maximum is a peak.
+    kg.PEAK_THRESHOLD = 0.004
+    # Grouping: 1 looks for partners from the first keypoint only, 2 from the joined ones too.
+    kg.HOPS = 1
+    # Retrieval: let one corner and the centre give a box too.
+    kg.CORNER_AND_CENTRE = False
+    # Intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
+    kg.NMS_THRESHOLD = 0.5
+    # Mask probability from which a pixel belongs to the cell.
+    kg.MASK_THRESHOLD = 0.5
+
+    # Datasets of the validation loss, which early stopping watches; empty computes none. (DATASETS.TEST is for the figures.)
+    cfg.DATASETS.VALIDATION = ()
+
+    # Network input, pixels (height, width): every image is resized to it, in training and in testing.
+    cfg.INPUT.SIZE = (512, 512)
+    # Training augmentations (paper, section 3), each applied with probability 1/2 or 0 where it is off.
+    aug = cfg.INPUT.AUGMENTATION = CN()
+    # Random expansion: the image on a canvas up to this many times as large; 1 is off.
+    aug.EXPAND = 2.0
+    # Random crop that keeps cells: smallest side, fraction of the image's; 1 is off.
+    aug.CROP = 0.5
+    # Horizontal and vertical flip.
+    aug.FLIP = True
+    # Contrast factor, lowest and highest; (1, 1) is off.
+    aug.CONTRAST = (0.5, 1.5)
+    # Brightness shift, grey levels of 255, either way; 0 is off.
+    aug.BRIGHTNESS = 32.0
+    # Random permutation of the colour channels.
+    aug.PERMUTE_CHANNELS = True
+
+    # Optimiser: "SGD" (Detectron2's) or "ADAM" (the paper's).
+    cfg.SOLVER.OPTIMIZER = "ADAM"
+    # Stop when the validation loss has not fallen by MIN_DELTA (a fraction of the best) over PATIENCE evaluations;
+    # the evaluations come every TEST.EVAL_PERIOD iterations. PATIENCE 0 never stops.
+    stop = cfg.SOLVER.EARLY_STOPPING = CN()
+    stop.PATIENCE = 0
+    stop.MIN_DELTA = 0.0
+
+    # Intersections over union at which the paper's metrics are computed.
+    cfg.TEST.PAPER_IOUS = [0.5, 0.7]
+    # Detections an image that the COCO evaluator looks at (its own default, 100, fails crowded images).
+    cfg.TEST.COCO_MAX_DETECTIONS = 10000

@@ -1,0 +1,155 @@
+"""Evaluators: the paper's metrics, and Detectron2's COCO evaluator without its cap of 100 detections an image."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from pycocotools import mask as coco_mask
+
+from kg_detectron.metrics import RLE, PaperMetrics
+
+
+class PaperEvaluator(DatasetEvaluator):
+    """`PaperMetrics` of a registered dataset, in percent.
+
+    Ground truth is the dataset's ``annotations`` (Detectron2's standard dicts) in the frame of the original image,
+    boxes xyxy continuous (x2 = last pixel + 1), all categories taken as one. Predictions are ``output["instances"]``
+    with ``pred_boxes`` in the same frame, ``scores`` and ``pred_masks`` (see `mask_rles`).
+
+    Args:
+        dataset_name: a name in Detectron2's DatasetCatalog.
+        ious: thresholds of intersection over union.
+        distributed: gather the predictions of all processes, and evaluate in the main one only.
+    Raises:
+        ValueError: an annotation without a mask, a crowd annotation (the paper's metrics have no such thing).
+    """
+
+    def __init__(self, dataset_name: str, ious: Sequence[float] = (0.5, 0.7), *, distributed: bool = True) -> None:
+        self._dataset_name = dataset_name
+        self._ious = tuple(ious)
+        self._distributed = distributed
+        self._ground_truth = {
+            record["image_id"]: _ground_truth(record, dataset_name) for record in DatasetCatalog.get(dataset_name)
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        self._predictions: dict[int, tuple[np.ndarray, np.ndarray, list[RLE]]] = {}  # by image_id
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep boxes, scores and encoded masks of the images in `inputs` (dicts with ``image_id``)."""
+        for image, output in zip(inputs, outputs, strict=True):
+            if image["image_id"] not in self._ground_truth:
+                raise ValueError(f"image_id {image['image_id']!r} is not in the dataset {self._dataset_name!r}")
+            instances = output["instances"]
+            if not instances.has("pred_masks"):
+                raise ValueError("the model's instances have no pred_masks, which the paper's metrics need")
+            self._predictions[image["image_id"]] = (
+                instances.pred_boxes.tensor.numpy(force=True),
+                instances.scores.numpy(force=True),
+                mask_rles(instances.pred_masks),
+            )
+
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> OrderedDict:
+        """The figures over the whole dataset, or over the images `img_ids`; an image never processed has no detections.
+
+        Returns:
+            ``{"paper": {"box_AP@0.5": .., "mask_AP@0.5": .., "IOU@0.5": .., ..}}`` in percent, nan where undefined;
+            empty in all processes but the main one.
+        """
+        predictions = self._predictions
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(predictions, dst=0)
+            if not comm.is_main_process():
+                return OrderedDict()
+            predictions = {image_id: prediction for part in gathered for image_id, prediction in part.items()}
+
+        metrics = PaperMetrics(self._ious)
+        nothing = (np.zeros((0, 4)), np.zeros(0), [])
+        # In the order of the dataset, not of arrival: equal scores then rank alike on any number of processes.
+        for image_id, (boxes, masks) in self._ground_truth.items():
+            if img_ids is None or image_id in img_ids:
+                metrics.update(boxes, masks, *predictions.get(image_id, nothing))
+
+        figures = {}
+        for iou, values in metrics.compute().items():
+            figures[f"box_AP@{iou}"] = 100 * values["box_ap"]
+            figures[f"mask_AP@{iou}"] = 100 * values["mask_ap"]
+            figures[f"IOU@{iou}"] = 100 * values["mean_mask_iou"]
+        return OrderedDict(paper=figures)
+
+
+class CellEvaluators(DatasetEvaluators):
+    """Several evaluators as one, whose `evaluate` takes ``img_ids``; Detectron2's own takes the whole dataset."""
+
+    def evaluate(self, img_ids: Sequence[int] | None = None) -> OrderedDict:
+        results = OrderedDict()
+        for evaluator in self._evaluators:
+            results.update(evaluator.evaluate(img_ids=img_ids) or {})
+        return results
+
+
+def build_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str | None = None) -> CellEvaluators:
+    """COCO's AP and the paper's figures on the same predictions.
+
+    COCO's evaluation stops at 100 detections an image by default, which turns a perfect detector's AP on 200 cells into
+    50; here it looks at ``TEST.COCO_MAX_DETECTIONS``. ``TEST.PAPER_IOUS`` are the thresholds of the paper's figures.
+
+    Args:
+        cfg: a config with `add_kg_config`'s keys.
+        dataset_name: a registered dataset whose metadata has ``json_file``.
+        output_dir: where the COCO evaluator writes ``coco_instances_results.json``; None writes nothing.
+    Raises:
+        ValueError: a cap below 10.
+    """
+    cap = cfg.TEST.COCO_MAX_DETECTIONS
+    if cap < 10:  # pycocotools sorts the limits [1, 10, cap] and Detectron2 then reads the third, which would be 10
+        raise ValueError(f"TEST.COCO_MAX_DETECTIONS must be at least 10, got {cap}")
+    return CellEvaluators(
+        [
+            COCOEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=cap),
+            PaperEvaluator(dataset_name, cfg.TEST.PAPER_IOUS),
+        ]
+    )
+
+
+def mask_rles(masks: Iterable[torch.Tensor | np.ndarray]) -> list[RLE]:
+    """Compressed run-length encodings of masks, in the size of the image.
+
+    Args:
+        masks: anything that yields (H,W) boolean masks one at a time; where it has a method ``rle()`` that returns the
+            list of encodings, as containers of crops do, that is used and no whole mask is ever made.
+    """
+    if hasattr(masks, "rle"):
+        return masks.rle()
+    return [coco_mask.encode(np.asfortranarray(np.asarray(torch.as_tensor(mask).cpu(), np.uint8))) for mask in masks]
+
+
+def _ground_truth(record: dict, dataset_name: str) -> tuple[np.ndarray, list[RLE]]:
+    """Boxes (M,4) and M masks of one of Detectron2's dataset dicts."""
+    boxes, masks = [], []
+    for i, annotation in enumerate(record.get("annotations", [])):
+        where = f"annotation {i} of {record['file_name']} in {dataset_name!r}"
+        if annotation.get("iscrowd", 0):
+            raise ValueError(f"{where} is a crowd; the paper's metrics need one annotation a cell")
+        if not annotation.get("segmentation"):
+            raise ValueError(f"{where} has no segmentation")
+        boxes.append(BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS))
+        masks.append(_compressed(annotation["segmentation"], record["height"], record["width"]))
+    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4), masks
+
+
+def _compressed(segmentation: RLE | list[list[float]], height: int, width: int) -> RLE:
+    """COCO's three spellings of a mask (polygons, run lengths, compressed run lengths) as the last of them."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation

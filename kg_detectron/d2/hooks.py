@@ -1,0 +1,178 @@
+"""Training hooks: the validation loss, and early stopping on it.
+
+Register `ValidationLoss`, then `EarlyStopping`, among Detectron2's hooks: after `IterationTimer` and `LRScheduler`, so
+that the step's time leaves out the validation and the checkpoints made here hold the stepped schedule; before
+`PeriodicCheckpointer` and `EvalHook`, so that those see the state and the end of the training.
+"""
+
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+logger = logging.getLogger(__name__)
+
+
+class StopTraining(BaseException):
+    """A hook ends the training early. `train` catches it (`contextlib.suppress(StopTraining)`) round Detectron2's.
+
+    Not an `Exception`, like KeyboardInterrupt: Detectron2's loop logs those as failures with a traceback. The hooks'
+    `after_train` runs in either case.
+    """
+
+
+@contextlib.contextmanager
+def _losses_only(model: nn.Module) -> Iterator[None]:
+    """Training mode, in which Detectron2's models return losses, but with the norm layers and dropout as in testing."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module in model.modules():
+        if isinstance(module, (_NormBase, _DropoutNd)):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _kept_rng() -> Iterator[None]:
+    """Leave all random generators as they were found."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def validation_losses(model: nn.Module, loader: Iterable[list[dict[str, Any]]], seed: int = 0) -> dict[str, float]:
+    """Mean of each loss of ``model`` over the images of ``loader``, over all processes.
+
+    Nothing of the model, the random generators or the event storage changes. Every batch is computed with the same
+    ``seed``, since Mask R-CNN samples its proposals at random.
+
+    Errors: a ValueError where no process has an image.
+    """
+    model = getattr(model, "module", model)  # without DistributedDataParallel: processes may hold unequal shares
+    totals: dict[str, float] = {}
+    images = 0
+    # Models log figures of their own in training mode; this storage keeps them out of the training's.
+    with _kept_rng(), _losses_only(model), torch.no_grad(), EventStorage():
+        for batch in loader:
+            torch.manual_seed(seed)
+            for name, loss in model(batch).items():
+                totals[name] = totals.get(name, 0.0) + float(loss) * len(batch)
+            images += len(batch)
+    shares = comm.all_gather((totals, images))
+    images = sum(count for _, count in shares)
+    if not images:
+        raise ValueError("the validation set has no image")
+    names = sorted({name for share, _ in shares for name in share})
+    return {name: sum(share.get(name, 0.0) for share, _ in shares) / images for name in names}
+
+
+class ValidationLoss(HookBase):
+    """Compute the losses on validation images every ``period`` iterations and after the last one.
+
+    ``build_loader`` returns a finite loader with targets. The results go to the storage as ``validation/total_loss``
+    and ``validation/<name>`` for each part. ``period`` 0 leaves the last iteration only.
+    """
+
+    def __init__(self, period: int, build_loader: Callable[[], Iterable[list[dict[str, Any]]]], seed: int = 0):
+        self.period = period
+        self.build_loader = build_loader
+        self.seed = seed
+        self._loader: Iterable[list[dict[str, Any]]] | None = None
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done != self.trainer.max_iter and (self.period <= 0 or done % self.period):
+            return
+        if self._loader is None:
+            self._loader = self.build_loader()
+        losses = validation_losses(self.trainer.model, self._loader, self.seed)
+        total = sum(losses.values())
+        for name, value in {"total_loss": total, **losses}.items():
+            self.trainer.storage.put_scalar(f"validation/{name}", value, smoothing_hint=False)
+        logger.info("validation loss %.4f after %d iterations", total, done)
+
+
+class EarlyStopping(HookBase):
+    """Keep the best model as ``model_best.pth``; stop when the validation loss no longer falls (paper, section 3).
+
+    An evaluation is good where the loss is below that of the last good one by more than ``min_delta``, a fraction of
+    it. After ``patience`` evaluations in a row that are not, all hooks finish the iteration and `StopTraining` is
+    raised; the trainer then counts as finished, so that hooks make their last evaluation, and the model is saved as
+    ``model_final.pth``. ``patience`` 0 never stops. The state is part of the checkpoints.
+    """
+
+    def __init__(
+        self,
+        checkpointer: DetectionCheckpointer,
+        *,
+        patience: int = 0,
+        min_delta: float = 0.0,
+        metric: str = "validation/total_loss",
+    ):
+        if patience < 0 or not 0 <= min_delta < 1:
+            raise ValueError(
+                f"SOLVER.EARLY_STOPPING: PATIENCE must not be negative and MIN_DELTA must be in [0, 1), "
+                f"got {patience} and {min_delta}"
+            )
+        self.checkpointer = checkpointer
+        self.patience = patience
+        self.min_delta = min_delta
+        self.metric = metric
+        self.best = float("inf")  # of all evaluations, whose model is kept
+        self.reference = float("inf")  # of the last good evaluation
+        self.bad_evaluations = 0
+
+    @property
+    def stopped(self) -> bool:
+        return 0 < self.patience <= self.bad_evaluations
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, "reference": self.reference, "bad_evaluations": self.bad_evaluations}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.best = state["best"]
+        self.reference = state["reference"]
+        self.bad_evaluations = state["bad_evaluations"]
+
+    def after_step(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self.metric, (None, None))
+        if iteration != self.trainer.iter:
+            return
+        if value < self.reference * (1 - self.min_delta):
+            self.reference = value
+            self.bad_evaluations = 0
+        else:
+            self.bad_evaluations += 1
+        if value < self.best:
+            self.best = value
+            self.checkpointer.save("model_best", iteration=iteration)
+        if self.stopped:
+            logger.info("stopping: %s has not fallen over %d evaluations", self.metric, self.bad_evaluations)
+            self.trainer.max_iter = self.trainer.iter + 1  # the last iteration, as the other hooks now see it
+            self.checkpointer.save("model_final", iteration=iteration)
+
+    def before_step(self) -> None:
+        # A run that had stopped and is resumed comes here too, before it takes another step.
+        if self.stopped:
+            self.trainer.max_iter = self.trainer.iter
+            raise StopTraining

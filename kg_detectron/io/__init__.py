@@ -1,0 +1,1 @@
+"""Images and masks in and out, without model code."""

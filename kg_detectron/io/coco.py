@@ -1,0 +1,379 @@
+"""Masks as COCO run-length encodings (RLE), and whole datasets as COCO JSON. H, W: height and width in pixels."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from .images import write_png
+
+_BOX_TOLERANCE = 2.0  # pixels between an annotation's box and its mask's: rasterised polygons, inclusive last pixels
+_EDGE_TOLERANCE = 0.01  # pixels beyond the image: rounded decimals
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    """A checked dataset.
+
+    Attributes:
+        records: one dict an image, Detectron2's "standard dataset dict": ``file_name``, ``image_id``, ``height``,
+            ``width`` and ``annotations``, a list of dicts ``bbox`` ([x, y, width, height] in pixels, the tight box of
+            the mask), ``segmentation`` (compressed RLE), ``category_id`` (contiguous, from 0) and ``iscrowd``.
+            (Detectron2 wants ``bbox_mode`` too, a type of its own; ``kg_detectron.d2`` adds it.)
+        category_names: the name of every ``category_id``.
+        category_ids: what the file calls every ``category_id``, rising.
+    """
+
+    records: list[dict]
+    category_names: list[str]
+    category_ids: list[int]
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """Encode a mask as compressed RLE.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        ``{"size": [H, W], "counts": str}``, ready for JSON and for pycocotools.
+
+    Raises:
+        ValueError: another type or shape.
+    """
+    if mask.dtype != bool or mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"mask must be a bool array (H, W), got {mask.dtype} {mask.shape}")
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(segmentation: dict | list, height: int, width: int) -> np.ndarray:
+    """Decode a COCO ``segmentation``.
+
+    Args:
+        segmentation: compressed RLE (``counts`` as str or bytes), uncompressed RLE (``counts`` as list), or
+            polygons, each a list [x0, y0, x1, y1, ...] in continuous pixels.
+        height, width: size of the image, pixels.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        ValueError: missing, corrupt, of another size, or outside the image.
+    """
+    _, runs = _checked_rle(segmentation, height, width)
+    columns = np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(width, height)
+    return np.ascontiguousarray(columns.T)
+
+
+def decode_runs(counts: str | bytes) -> np.ndarray:
+    """Decode COCO's compressed run lengths, without decoding the mask.
+
+    The code: a number is a string of groups of five bits, lowest first, each a character from ASCII 48; 32 is set where
+    a group follows, and 16 of the last is the sign. From the fourth on, a number is the difference from the run two
+    before.
+
+    Returns:
+        (R,) int64: lengths of the runs, background and foreground in turn, column by column.
+
+    Raises:
+        ValueError: not such a string.
+    """
+    code = counts.encode("ascii", errors="replace") if isinstance(counts, str) else counts
+    corrupt = ValueError(f"counts are corrupt: expected a string of run lengths, got {str(counts)[:80]!r}")
+    if not isinstance(code, bytes) or not code:
+        raise corrupt
+    groups = np.frombuffer(code, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((groups & 32) == 0)
+    if groups.min() < 0 or groups.max() > 63 or last.size == 0 or last[-1] != groups.size - 1:
+        raise corrupt
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > 7:  # 35 bits: more pixels than any image has
+        raise corrupt
+    place = 5 * (np.arange(groups.size) - np.repeat(first, lengths))
+    runs = np.add.reduceat((groups & 31) << place, first)
+    runs -= ((groups[last] & 16) >> 4) << (5 * lengths)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def coco_annotation(mask: np.ndarray, *, image_id: int, annotation_id: int, category_id: int = 1) -> dict:
+    """Describe a mask as a COCO annotation with its tight box.
+
+    Args:
+        mask: (H, W) bool, with at least one pixel.
+
+    Returns:
+        dict with ``id``, ``image_id``, ``category_id``, ``segmentation`` (compressed RLE), ``bbox`` (x, y, width,
+        height in pixels), ``area`` in pixels, and ``iscrowd`` 0.
+
+    Raises:
+        ValueError: the mask is empty or of another type.
+    """
+    rle = encode_mask(mask)
+    area = int(coco_mask.area(rle))
+    if area == 0:
+        raise ValueError(f"mask of annotation {annotation_id} is empty")
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": rle,
+        "bbox": coco_mask.toBbox(rle).tolist(),
+        "area": area,
+        "iscrowd": 0,
+    }
+
+
+def write_coco(
+    path: str | Path, images: Sequence[dict], annotations: Sequence[dict], categories: Sequence[dict], description: str
+) -> None:
+    """Write a COCO JSON file: whole or not at all, and the same bytes for the same content.
+
+    Args:
+        path: the file; an existing one is replaced.
+        images, annotations, categories: the lists of the format, as they stand.
+        description: what the dataset is, its licence included.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: NaN or infinity, which JSON has not.
+    """
+    content = {
+        "info": {"description": description},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_split(
+    dataset: str | Path,
+    split: str,
+    samples: Iterable[tuple[str, np.ndarray, Iterable[np.ndarray]]],
+    *,
+    category: str,
+    description: str,
+) -> list[int]:
+    """Write one split of a dataset as ``dataset/split/*.png`` and ``dataset/instances_<split>.json``.
+
+    Images and annotations are numbered from 1 in the order given. The JSON file comes last, so that where it is, the
+    images are too.
+
+    Args:
+        dataset: folder of the dataset; made where absent.
+        split: ``train``, ``val`` or ``test``.
+        samples: one after the other, a name without ending, the image (H, W, 3) BGR in 0..255, and the cells' masks
+            (H, W) bool.
+        category: name of the only category, of id 1.
+        description: what the dataset is, its licence included.
+
+    Returns:
+        the number of cells of every image.
+
+    Raises:
+        ValueError: a mask is empty.
+        OSError: a file cannot be written.
+    """
+    folder = Path(dataset) / split
+    folder.mkdir(parents=True, exist_ok=True)
+    images, annotations, counts = [], [], []
+    for image_id, (name, image, masks) in enumerate(samples, start=1):
+        write_png(folder / f"{name}.png", image)
+        height, width = image.shape[:2]
+        images.append({"id": image_id, "file_name": f"{name}.png", "height": height, "width": width})
+        before = len(annotations)
+        for mask in masks:
+            annotations.append(coco_annotation(mask, image_id=image_id, annotation_id=len(annotations) + 1))
+        counts.append(len(annotations) - before)
+    categories = [{"id": 1, "name": category}]
+    write_coco(Path(dataset) / f"instances_{split}.json", images, annotations, categories, description)
+    return counts
+
+
+def load_coco(json_file: str | Path, image_root: str | Path) -> CocoDataset:
+    """Load a COCO JSON file and check all of it. Images without annotations stay.
+
+    Args:
+        json_file: the annotations.
+        image_root: the folder that the images' file names start from.
+
+    Raises:
+        ValueError: the file is not a sound dataset: corrupt JSON, a missing key, a duplicate or unknown id, an absolute
+            file name or one that leaves the folder, an annotation without a mask or with an empty or corrupt
+            one, a mask of another size than its image, a box or polygon outside the image, a box that is not its
+            mask's. The message names the file and the image or annotation.
+        FileNotFoundError: the JSON file or an image is missing.
+    """
+    data = _read_json(json_file)
+    try:
+        images = _by_id(data, "images", ("file_name", "height", "width"))
+        categories = _by_id(data, "categories", ("name",))
+        annotations = _by_id(
+            data, "annotations", ("image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
+        )
+        records = {id: _image_record(image, Path(image_root)) for id, image in images.items()}
+        category_ids = sorted(categories)
+        contiguous = {id: index for index, id in enumerate(category_ids)}
+        for id, annotation in annotations.items():
+            try:
+                record = _known(records, annotation["image_id"], "image_id")
+                category_id = _known(contiguous, annotation["category_id"], "category_id")
+                record["annotations"].append(_instance_record(annotation, record, category_id))
+            except ValueError as error:
+                raise ValueError(f"annotation {id}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{json_file}: {error}") from None
+
+    missing = [record["file_name"] for record in records.values() if not os.path.isfile(record["file_name"])]
+    if missing:
+        raise FileNotFoundError(
+            f"{json_file}: {len(missing)} of {len(records)} images are missing: "
+            + ", ".join(missing[:3])
+            + (", ..." if len(missing) > 3 else "")
+        )
+    return CocoDataset(list(records.values()), [categories[id]["name"] for id in category_ids], category_ids)
+
+
+def checked_relative_path(name: str) -> PurePosixPath:
+    """Refuse a file name that could lead out of the folder it belongs to, on any operating system.
+
+    Args:
+        name: a file name from a JSON file or an archive, with forward slashes.
+
+    Raises:
+        ValueError: not a name, absolute, or with a part "..".
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"expected a file name, got {name!r}")
+    windows = PureWindowsPath(name)  # splits at forward slashes too
+    if windows.drive or windows.root or ".." in windows.parts:
+        raise ValueError(f"refused the file name {name!r}: it must be relative, without '..'")
+    return PurePosixPath(name)
+
+
+def _read_json(json_file: str | Path) -> dict:
+    try:
+        data = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ValueError(f"{json_file}: corrupt JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{json_file}: expected a COCO dataset, a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _by_id(data: dict, key: str, required: Iterable[str]) -> dict[int, dict]:
+    """One of the dataset's lists as {id: entry}, every entry with its required keys."""
+    entries = data.get(key)
+    if not isinstance(entries, list):
+        raise ValueError(f"expected a list under {key!r}, got {type(entries).__name__}")
+    by_id = {}
+    for index, entry in enumerate(entries):
+        id = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(id, int):
+            raise ValueError(f"{key}[{index}]: expected an object with an integer 'id', got {str(entry)[:80]}")
+        absent = [name for name in required if name not in entry]
+        if absent:
+            raise ValueError(f"{key}[{index}] of id {id}: missing key {', '.join(map(repr, absent))}")
+        if id in by_id:
+            raise ValueError(f"{key}[{index}]: duplicate id {id}")
+        by_id[id] = entry
+    return by_id
+
+
+def _known(table: dict, id: object, name: str):
+    if not isinstance(id, int) or id not in table:
+        raise ValueError(f"unknown {name} {id!r}")
+    return table[id]
+
+
+def _image_record(image: dict, image_root: Path) -> dict:
+    try:
+        file_name = image_root / checked_relative_path(image["file_name"])
+        for side in ("height", "width"):
+            if not isinstance(image[side], int) or image[side] < 1:
+                raise ValueError(f"{side} must be a positive integer, got {image[side]!r}")
+    except ValueError as error:
+        raise ValueError(f"image {image['id']}: {error}") from None
+    return {
+        "file_name": str(file_name),
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+        "annotations": [],
+    }
+
+
+def _instance_record(annotation: dict, record: dict, category_id: int) -> dict:
+    height, width = record["height"], record["width"]
+    rle, runs = _checked_rle(annotation["segmentation"], height, width)
+    if not runs[1::2].any():
+        raise ValueError("its mask is empty")
+    tight = coco_mask.toBbox(rle).tolist()
+    box = annotation["bbox"]
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) > 0):
+        raise ValueError(f"bbox must be [x, y, width, height] with positive sides, got {box!r}")
+    x1, y1, x2, y2 = _xyxy(box)
+    if min(x1, y1) < -_EDGE_TOLERANCE or x2 > width + _EDGE_TOLERANCE or y2 > height + _EDGE_TOLERANCE:
+        raise ValueError(f"bbox {box} is outside its image of width {width} and height {height}")
+    if np.abs(np.subtract(_xyxy(box), _xyxy(tight))).max() > _BOX_TOLERANCE:
+        raise ValueError(f"bbox {box} is not the box of its mask, {tight}")
+    if annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd must be 0 or 1, got {annotation['iscrowd']!r}")
+    return {"bbox": tight, "segmentation": rle, "category_id": category_id, "iscrowd": int(annotation["iscrowd"])}
+
+
+def _xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
+    return box[0], box[1], box[0] + box[2], box[1] + box[3]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _checked_rle(segmentation: dict | list, height: int, width: int) -> tuple[dict, np.ndarray]:
+    """Any COCO segmentation -> (compressed RLE, lengths of its runs), after checks that pycocotools does not make."""
+    if isinstance(segmentation, list) and segmentation:
+        rle = _rle_of_polygons(segmentation, height, width)
+    elif isinstance(segmentation, dict) and segmentation.get("counts"):
+        rle = segmentation
+    else:
+        raise ValueError(f"it has no mask: segmentation is {str(segmentation)[:80]}")
+    size = rle.get("size")
+    if size != [height, width] and size != (height, width):
+        raise ValueError(f"its mask has size {size}, expected that of its image, [{height}, {width}]")
+    counts = rle["counts"]
+    runs = np.asarray(counts) if isinstance(counts, list) else decode_runs(counts)
+    # Runs that do not fill the image exactly make pycocotools write beyond its memory.
+    pixels = height * width
+    if runs.ndim != 1 or runs.dtype.kind not in "iu" or runs.min() < 0 or runs.max() > pixels or runs.sum() != pixels:
+        raise ValueError(f"its mask is corrupt: the runs do not fill the image of {height} x {width} pixels")
+    if isinstance(counts, list):
+        rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": rle["counts"]}, runs
+
+
+def _rle_of_polygons(polygons: list, height: int, width: int) -> dict:
+    for polygon in polygons:
+        if not (
+            isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_finite, polygon))
+        ):
+            raise ValueError(f"a polygon must be [x0, y0, x1, y1, x2, y2, ...], got {str(polygon)[:80]}")
+        for values, side in ((polygon[0::2], width), (polygon[1::2], height)):
+            if min(values) < -_EDGE_TOLERANCE or max(values) > side + _EDGE_TOLERANCE:
+                raise ValueError(f"its polygon is outside its image of width {width} and height {height}")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

@@ -1,0 +1,306 @@
+"""The keypoint-graph operators in plain PyTorch: the specification, and the fallback where nothing was compiled.
+
+Letters: N images, K keypoint types, H x W pixels of one scale, P peaks, G graphs, R boxes. x points right, y down;
+coordinates are pixel indices of that scale. Nothing here is differentiable.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..graph import BOTTOM, CENTRE, EDGE_INDEX, GROUP_OFFSET_CHANNELS, LEFT, NUM_KEYPOINTS, RIGHT, TOP
+
+
+def _check_maps(name: str, maps: Tensor, channels: int | None = None) -> None:
+    if maps.dim() != 4 or not maps.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating-point tensor (N,C,H,W), got {maps.dtype} of shape {tuple(maps.shape)}"
+        )
+    if channels is not None and maps.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got shape {tuple(maps.shape)}")
+
+
+def _check_positive(name: str, value: float, zero: bool = False) -> None:
+    if not (value > 0 or zero and value == 0) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a {'non-negative' if zero else 'positive'} finite number, got {value}")
+
+
+@torch.no_grad()
+def hough_vote(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
+    """Hough voting (paper, equation 2).
+
+    Every pixel x casts its heatmap probability to x + s(x), bilinearly, scaled by 1 / (pi radius^2). Votes that land
+    outside the map are dropped, corner by corner; a value or an offset that is not finite casts no vote.
+
+    Args:
+        heatmap: (N,K,H,W) probabilities.
+        offsets: (N,2K,H,W) single offsets, channels 2k, 2k+1 = x, y, in pixels.
+        radius: disc radius, pixels.
+
+    Returns:
+        (N,K,H,W) keypoint scores, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for shapes, types or a radius that do not fit.
+    """
+    _check_maps("heatmap", heatmap)
+    n, k, h, w = heatmap.shape
+    _check_maps("offsets", offsets, 2 * k)
+    if offsets.shape != (n, 2 * k, h, w) or offsets.device != heatmap.device:
+        raise ValueError(
+            f"offsets: expected shape {(n, 2 * k, h, w)} on {heatmap.device}, "
+            f"got {tuple(offsets.shape)} on {offsets.device}"
+        )
+    _check_positive("radius", radius)
+    dtype = torch.promote_types(heatmap.dtype, torch.float32)
+    value = heatmap.to(dtype)
+    offset = offsets.to(dtype).reshape(n, k, 2, h, w)
+    x = torch.arange(w, device=value.device, dtype=dtype) + offset[:, :, 0]
+    y = torch.arange(h, device=value.device, dtype=dtype)[:, None] + offset[:, :, 1]
+    lands = torch.isfinite(value) & (x > -1) & (x < w) & (y > -1) & (y < h)  # false for nan too
+    plane, value, x, y = lands.reshape(n * k, h * w).nonzero()[:, 0], value[lands], x[lands], y[lands]
+
+    votes = value.new_zeros(n * k * h * w)
+    left, top = x.floor(), y.floor()
+    dx, dy = x - left, y - top
+    left, top = left.long(), top.long()
+    for column, row, weight in (
+        (left, top, (1 - dx) * (1 - dy)),
+        (left + 1, top, dx * (1 - dy)),
+        (left, top + 1, (1 - dx) * dy),
+        (left + 1, top + 1, dx * dy),
+    ):
+        inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+        index = (plane * h + row) * w + column
+        votes.index_add_(0, index[inside], (value * weight)[inside])
+    return votes.reshape(n, k, h, w) / (math.pi * radius**2)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Half-sample symmetric continuation (scipy's border `reflect`), for any distance from the border."""
+    index = index.remainder(2 * size)
+    return torch.minimum(index, 2 * size - 1 - index)
+
+
+@torch.no_grad()
+def smooth_votes(votes: Tensor, sigma: float) -> Tensor:
+    """Gaussian of the votes: half-sample symmetric border, truncated at 4 sigma.
+
+    Args:
+        votes: (N,K,H,W).
+        sigma: standard deviation, pixels; 0 returns the votes as they are.
+
+    Returns:
+        (N,K,H,W), float32 (float64 for float64 input).
+    """
+    _check_maps("votes", votes)
+    _check_positive("sigma", sigma, zero=True)
+    n, k, h, w = votes.shape
+    votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
+    if sigma == 0 or votes.numel() == 0:
+        return votes
+    reach = int(4 * sigma + 0.5)
+    offset = torch.arange(-reach, reach + 1, device=votes.device, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(votes.dtype)
+    planes = votes.reshape(n * k, 1, h, w)
+    rows = _reflect(torch.arange(-reach, h + reach, device=votes.device), h)
+    planes = torch.nn.functional.conv2d(planes[:, :, rows], kernel.reshape(1, 1, -1, 1))
+    columns = _reflect(torch.arange(-reach, w + reach, device=votes.device), w)
+    planes = torch.nn.functional.conv2d(planes[..., columns], kernel.reshape(1, 1, 1, -1))
+    return planes.reshape(n, k, h, w)
+
+
+@torch.no_grad()
+def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Local maxima of the score maps (paper, section 2.1, step 2).
+
+    A peak is a pixel that is above the threshold and equal to the maximum of its 4-neighbourhood. Values that are not
+    finite are no peaks and hide none.
+
+    Args:
+        scores: (N,K,H,W).
+        threshold: peaks are strictly above it.
+
+    Returns:
+        peaks: (P,4) int64, columns image, keypoint, y, x; ordered by image, then falling score, then keypoint, y, x.
+        scores: (P,) their scores.
+    """
+    _check_maps("scores", scores)
+    if math.isnan(threshold):
+        raise ValueError(f"threshold: expected a number, got {threshold}")
+    scores = torch.where(torch.isfinite(scores), scores, -math.inf)
+    padded = torch.nn.functional.pad(scores, (1, 1, 1, 1), value=-math.inf)
+    is_peak = scores > threshold
+    for neighbour in (padded[..., :-2, 1:-1], padded[..., 2:, 1:-1], padded[..., 1:-1, :-2], padded[..., 1:-1, 2:]):
+        is_peak &= scores >= neighbour
+    peaks = is_peak.nonzero()
+    values = scores[is_peak]
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[torch.argsort(peaks[order, 0], stable=True)]
+    return peaks[order].contiguous(), values[order]
+
+
+@torch.no_grad()
+def group_keypoints(
+    peaks: Tensor,
+    scores: Tensor,
+    group_offsets: Tensor,
+    match_radius: float = 6,
+    reject_radius: float = 10,
+    hops: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Link peaks into keypoint graphs, greedily by falling score (paper, section 2.1, step 2).
+
+    For each image: the best remaining peak leaves the queue; unless it lies within `reject_radius` of a present
+    keypoint of its type in an existing graph, it opens a graph. For each other type l ascending, the peak of type l in
+    the queue that is nearest to start + g(start -> l), within `match_radius`, leaves the queue and joins (ties: higher
+    score). With ``hops=2`` a type that is still missing is looked for from the joined keypoints too, best score first.
+
+    Args:
+        peaks: (P,4) int64, columns image, keypoint, y, x, in the order of `find_peaks`.
+        scores: (P,) positive scores.
+        group_offsets: (N,40,H,W), in pixels.
+        match_radius: pixels, r + 1 in the paper's code.
+        reject_radius: pixels, 2r.
+        hops: 1 or 2.
+
+    Returns:
+        graphs: (G,5,3) x, y, score of each keypoint, score 0 = missing; in the order in which they were opened.
+        image: (G,) int64.
+
+    Raises:
+        ValueError: for shapes, types, positions outside the maps or options that do not fit.
+    """
+    _check_maps("group_offsets", group_offsets, GROUP_OFFSET_CHANNELS)
+    n, _, h, w = group_offsets.shape
+    if peaks.dim() != 2 or peaks.shape[1] != 4 or peaks.dtype != torch.int64:
+        raise ValueError(f"peaks: expected int64 (P,4), got {peaks.dtype} of shape {tuple(peaks.shape)}")
+    if scores.shape != peaks.shape[:1] or not scores.is_floating_point():
+        raise ValueError(
+            f"scores: expected floating-point ({len(peaks)},), got {scores.dtype} of shape {tuple(scores.shape)}"
+        )
+    if not peaks.device == scores.device == group_offsets.device:
+        raise ValueError(
+            f"peaks, scores and group_offsets: expected one device, "
+            f"got {peaks.device}, {scores.device} and {group_offsets.device}"
+        )
+    if hops not in (1, 2):
+        raise ValueError(f"hops: expected 1 or 2, got {hops}")
+    _check_positive("match_radius", match_radius, zero=True)
+    _check_positive("reject_radius", reject_radius, zero=True)
+    limit = torch.tensor([n, NUM_KEYPOINTS, h, w], device=peaks.device)
+    if len(peaks) and bool(((peaks < 0) | (peaks >= limit)).any()):
+        raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {peaks.amax(0).tolist()}")
+
+    # The graphs are few and each step depends on the last, so the loop runs on the host, over distances by type.
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    image, keypoint, y, x = peaks.unbind(1)
+    offsets = group_offsets.permute(0, 2, 3, 1)[image, y, x].double().cpu()  # [P,40], those at the peaks only
+    at = torch.stack((x, y), dim=1).double().cpu()  # [P,2]
+    image, keypoint, score = image.cpu(), keypoint.cpu(), scores.to(dtype).cpu()
+
+    graphs: list[Tensor] = []
+    graph_image: list[int] = []
+    for i in range(n):
+        members = [((image == i) & (keypoint == k)).nonzero()[:, 0] for k in range(NUM_KEYPOINTS)]
+        position = [at[m] for m in members]
+        queued = [torch.ones(len(m), dtype=torch.bool) for m in members]
+        rejected = [torch.zeros(len(m), dtype=torch.bool) for m in members]
+        slot = torch.zeros(len(peaks), dtype=torch.long)  # a peak's place among the peaks of its type
+        for m in members:
+            slot[m] = torch.arange(len(m))
+
+        def join(graph: Tensor, p: int) -> None:
+            k = int(keypoint[p])
+            queued[k][slot[p]] = False
+            rejected[k] |= (position[k] - at[p]).square().sum(1) <= reject_radius**2
+            graph[k, :2], graph[k, 2] = at[p].to(dtype), score[p]
+
+        def partner(source: int, l: int) -> int | None:
+            edge = EDGE_INDEX[int(keypoint[source]), l]
+            distance = (position[l] - (at[source] + offsets[source, 2 * edge : 2 * edge + 2])).square().sum(1)
+            distance[~(queued[l] & (distance <= match_radius**2))] = math.inf
+            if not len(distance) or distance.min() == math.inf:
+                return None
+            return int(members[l][distance.argmin()])
+
+        for start in (image == i).nonzero()[:, 0].tolist():
+            k = int(keypoint[start])
+            if not queued[k][slot[start]]:
+                continue
+            queued[k][slot[start]] = False
+            if rejected[k][slot[start]]:
+                continue
+            graph = torch.zeros(NUM_KEYPOINTS, 3, dtype=dtype)
+            join(graph, start)
+            joined: list[int] = []
+            missing: list[int] = []
+            for l in range(NUM_KEYPOINTS):
+                if l == k:
+                    continue
+                found = partner(start, l)
+                if found is None:
+                    missing.append(l)
+                else:
+                    join(graph, found)
+                    joined.append(found)
+            if hops == 2:
+                joined.sort(key=lambda p: -float(score[p]))
+                for l in missing:
+                    found = next((f for f in (partner(p, l) for p in joined) if f is not None), None)
+                    if found is not None:
+                        join(graph, found)
+            graphs.append(graph)
+            graph_image.append(i)
+    if not graphs:
+        return scores.new_zeros((0, NUM_KEYPOINTS, 3), dtype=dtype), peaks.new_zeros((0,))
+    return torch.stack(graphs).to(peaks.device), torch.tensor(graph_image, device=peaks.device)
+
+
+@torch.no_grad()
+def graphs_to_boxes(graphs: Tensor, corner_and_centre: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Retrieve the boxes of keypoint graphs (paper, section 2.1, step 3, and figure 1d).
+
+    A side of the box is the outermost of its present corners; a side without corners is the opposite side mirrored
+    through the centre. Any three keypoints, or two corners of one diagonal, give a box.
+
+    Args:
+        graphs: (G,5,3) x, y, score (0 = missing).
+        corner_and_centre: let one corner with the centre give a box too.
+
+    Returns:
+        boxes: (R,4) x1, y1, x2, y2: pixel indices of the corners, in the frame of the graphs.
+        scores: (R,) mean score of the present keypoints.
+        graph: (R,) int64, the graph that each box comes from, ascending.
+    """
+    if graphs.dim() != 3 or graphs.shape[1:] != (NUM_KEYPOINTS, 3) or not graphs.is_floating_point():
+        raise ValueError(
+            f"graphs: expected a floating-point tensor (G,5,3), got {graphs.dtype} of shape {tuple(graphs.shape)}"
+        )
+    x, y, score = graphs.unbind(2)
+    present = score > 0
+
+    def side(value: Tensor, corners: tuple[int, int], outer: float) -> tuple[Tensor, Tensor]:
+        """Outermost present corner of a side (outer: the sign of outwards), and whether there is one."""
+        has = present[:, corners]
+        value = torch.where(has, outer * value[:, corners], -math.inf).amax(1)
+        return outer * value, has.any(1)
+
+    def pair(value: Tensor, low: tuple[int, int], high: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        (first, has_first), (last, has_last) = side(value, low, -1.0), side(value, high, 1.0)
+        mirror = present[:, CENTRE]
+        return (
+            torch.where(has_first, first, 2 * value[:, CENTRE] - last),
+            torch.where(has_last, last, 2 * value[:, CENTRE] - first),
+            has_first & has_last | mirror & (has_first | has_last),
+        )
+
+    x1, x2, has_x = pair(x, LEFT, RIGHT)
+    y1, y2, has_y = pair(y, TOP, BOTTOM)
+    enough = present[:, :CENTRE].sum(1) >= (1 if corner_and_centre else 2)
+    graph = (has_x & has_y & enough).nonzero()[:, 0]
+    boxes = torch.stack((x1, y1, x2, y2), dim=1)[graph]
+    total = torch.where(present, score, 0).sum(1)
+    return boxes.contiguous(), (total / present.sum(1).clamp(min=1))[graph], graph.contiguous()

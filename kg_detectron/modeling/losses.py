@@ -1,0 +1,68 @@
+"""Losses of the keypoint branch and of the masks."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from ..graph import DIRECTED_EDGES, NUM_KEYPOINTS
+from .keypoint_branch import KeypointMaps
+from .targets import keypoint_targets
+
+# Keypoint whose disc each channel of the offset maps lives in.
+_SINGLE_KEYPOINT = [k for k in range(NUM_KEYPOINTS) for _ in "xy"]
+_GROUP_KEYPOINT = [k for k, _ in DIRECTED_EDGES for _ in "xy"]
+
+
+def _disc_l1(offset: Tensor, target: Tensor, disc: Tensor) -> Tensor:
+    """Mean absolute error over the disc pixels of all channels; 0 where there are none."""
+    return ((offset.float() - target).abs() * disc).sum() / disc.sum().clamp(min=1)
+
+
+def keypoint_losses(
+    maps: list[KeypointMaps],
+    boxes: list[Tensor],
+    size: tuple[int, int],
+    radius: float = 5.0,
+    heatmap_weight: float = 1.0,
+    single_offset_weight: float = 1.0,
+    group_offset_weight: float = 0.25,
+) -> dict[str, Tensor]:
+    """Losses of the keypoint branch, summed over its scales.
+
+    Per scale: binary cross entropy of the heatmap over all pixels and channels; L1 / r of the single and of the group
+    offsets over the pixels inside the discs. An image without cells gives finite losses.
+
+    Args:
+        maps: the maps of each scale.
+        boxes: N tensors (M,4), xyxy continuous, input pixels.
+        size: (H, W) of the padded input.
+        radius: disc radius r, pixels of each scale.
+        heatmap_weight, single_offset_weight, group_offset_weight: weights.
+
+    Returns:
+        ``loss_heatmap``, ``loss_single_offset``, ``loss_group_offset``: scalars, weighted.
+    """
+    heatmap_loss = single_loss = group_loss = 0
+    for scale in maps:
+        heatmap, single, group = keypoint_targets(boxes, size, scale.stride, radius)
+        heatmap_loss = heatmap_loss + binary_cross_entropy_with_logits(scale.heatmap.float(), heatmap)
+        single_loss = single_loss + _disc_l1(scale.single_offset, single, heatmap[:, _SINGLE_KEYPOINT]) / radius
+        group_loss = group_loss + _disc_l1(scale.group_offset, group, heatmap[:, _GROUP_KEYPOINT]) / radius
+    return {
+        "loss_heatmap": heatmap_weight * heatmap_loss,
+        "loss_single_offset": single_offset_weight * single_loss,
+        "loss_group_offset": group_offset_weight * group_loss,
+    }
+
+
+def mask_loss(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Binary cross entropy of mask crops: mean over the pixels of a crop, then over the crops.
+
+    Args:
+        logits: M tensors (h,w), each of its own size; must be connected to the network for M = 0 by the caller.
+        targets: M tensors (h,w), bool or 0..1.
+    """
+    pixels = torch.cat([crop.flatten() for crop in logits]).float()
+    truth = torch.cat([crop.flatten() for crop in targets]).to(pixels)
+    weight = torch.cat([pixels.new_full((crop.numel(),), 1 / crop.numel()) for crop in logits])
+    return binary_cross_entropy_with_logits(pixels, truth, weight, reduction="sum") / len(logits)

@@ -1,0 +1,156 @@
+"""The whole model: keypoint graph to boxes, and a mask in each box."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import MaskCrops
+from .backbone import ResNetC4, pad_to_batch
+from .decoder import KeypointDecoder
+from .keypoint_branch import KeypointBranch
+from .losses import keypoint_losses
+from .mask_head import SegmentationBranch
+
+
+def segmentation_branch(segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int]) -> SegmentationBranch:
+    """The branch on c0..c4 (``"branch"``), or on the decoder map s1 alone (``"s1"``, the paper's `seg s1`).
+
+    Raises:
+        ValueError: for another name.
+    """
+    if segmentation == "branch":
+        return SegmentationBranch(backbone_channels, widths)
+    if segmentation == "s1":
+        return SegmentationBranch(widths[:1], widths[:1])
+    raise ValueError(f"segmentation: expected 'branch' or 's1', got {segmentation!r}")
+
+
+class KeypointGraphNet(nn.Module):
+    """Keypoint-graph instance segmentation, with the calling convention of torchvision's detection models.
+
+    In training ``model(images, targets)`` returns a dict of losses; in evaluation ``model(images)`` returns a list of
+    dicts. The defaults are the paper's network.
+
+    Args:
+        depth: of the ResNet, 18, 34 or 50.
+        norm: norm layer of the ResNet: BN, FrozenBN, SyncBN or GN.
+        weights: initial weights of the ResNet, a member of torchvision's weight enum, or None for random ones.
+        c0_channels: channels of c0.
+        widths: channels of the decoder maps s1..s4, and of the segmentation branch.
+        head_kernel: kernel size of the keypoint heads.
+        scales: scales with keypoint heads, of 1, 2, 3, 4.
+        segmentation: "branch", or "s1" for the paper's `seg s1`.
+        radius: disc radius r, pixels of each scale.
+        heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
+        smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
+        mask_threshold: probability from which a pixel belongs to the cell.
+        pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
+        input_size: height and width to which images are resized for prediction, as they were in training. The network
+            itself takes any size.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 50,
+        norm: str = "BN",
+        weights: str | None = None,
+        c0_channels: int = 64,
+        widths: Sequence[int] = (64, 64, 256, 512),
+        head_kernel: int = 7,
+        scales: Sequence[int] = (1, 2, 3, 4),
+        segmentation: str = "branch",
+        radius: float = 5.0,
+        heatmap_weight: float = 1.0,
+        single_offset_weight: float = 1.0,
+        group_offset_weight: float = 0.25,
+        mask_weight: float = 1.0,
+        smooth_sigma: float = 2.0,
+        peak_threshold: float = 0.004,
+        hops: int = 1,
+        corner_and_centre: bool = False,
+        nms_threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
+        pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
+        input_size: Sequence[int] = (512, 512),
+    ) -> None:
+        super().__init__()
+        # What a model file needs to build the network again.
+        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")}
+        self.backbone = ResNetC4(depth, norm, c0_channels, weights)
+        self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales)
+        self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
+        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths)
+        self.segmentation = segmentation
+        self.loss_weights = {
+            "heatmap_weight": heatmap_weight,
+            "single_offset_weight": single_offset_weight,
+            "group_offset_weight": group_offset_weight,
+        }
+        self.mask_weight = mask_weight
+        self.mask_threshold = mask_threshold
+        self.input_size = tuple(input_size)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(-1, 1, 1), persistent=False)
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor | MaskCrops]]:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: N tensors (3,H,W), BGR, 0..255, sizes may differ.
+            targets: in training, for each image a dict with ``boxes`` (M,4), xyxy continuous input pixels, and ``masks``
+                (M,H,W), bool.
+
+        Returns:
+            In training: ``loss_heatmap``, ``loss_single_offset``, ``loss_group_offset``, ``loss_mask``.
+            In evaluation, for each image: ``boxes`` (R,4), ``scores`` (R,) falling, ``labels`` (R,) int64, all 1,
+            ``masks`` (`MaskCrops` of length R, probabilities).
+
+        Raises:
+            ValueError: for images or targets that do not have these shapes.
+        """
+        _check_images(images)
+        batch = pad_to_batch([(image.float() - self.pixel_mean) / self.pixel_std for image in images])
+        features = self.backbone(batch)
+        maps, decoded = self.keypoint_branch(features)
+        crop_from = features if self.segmentation == "branch" else decoded[:1]
+        if self.training:
+            boxes, masks = _check_targets(images, targets)
+            losses = keypoint_losses(maps, boxes, batch.shape[2:], self.decoder.radius, **self.loss_weights)
+            return losses | {"loss_mask": self.mask_weight * self.mask_head.loss(crop_from, boxes, masks)}
+
+        sizes = [tuple(image.shape[1:]) for image in images]
+        detections = self.decoder(maps, sizes)
+        masks = self.mask_head.predict_masks(crop_from, [boxes for boxes, _ in detections], sizes, self.mask_threshold)
+        return [
+            {"boxes": boxes, "scores": scores, "labels": torch.ones_like(scores, dtype=torch.long), "masks": mask}
+            for (boxes, scores), mask in zip(detections, masks, strict=True)
+        ]
+
+
+def _check_images(images: list[Tensor]) -> None:
+    if not images:
+        raise ValueError("images: expected at least one image, got an empty list")
+    for i, image in enumerate(images):
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"images[{i}]: expected shape (3,H,W), got {tuple(image.shape)}")
+
+
+def _check_targets(
+    images: list[Tensor], targets: list[dict[str, Tensor]] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    if targets is None or len(targets) != len(images):
+        got = "none" if targets is None else len(targets)
+        raise ValueError(f"targets: training needs one dict for each of {len(images)} images, got {got}")
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        boxes, masks = target["boxes"], target["masks"]
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"targets[{i}]['boxes']: expected shape (M,4), got {tuple(boxes.shape)}")
+        if tuple(masks.shape) != (len(boxes), *image.shape[1:]):
+            expected = (len(boxes), *image.shape[1:])
+            raise ValueError(f"targets[{i}]['masks']: expected shape {expected}, got {tuple(masks.shape)}")
+    return [target["boxes"] for target in targets], [target["masks"] for target in targets]

@@ -1,0 +1,61 @@
+"""Model files and prediction with the core alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.modeling import KeypointGraphNet
+
+
+def network() -> KeypointGraphNet:
+    torch.manual_seed(0)
+    arguments = {"depth": 18, "norm": "GN", "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3}
+    return KeypointGraphNet(**arguments, segmentation="s1", peak_threshold=0.0, input_size=(64, 96)).eval()
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+
+
+def test_a_saved_model_predicts_the_same(tmp_path):
+    model = network()
+    save_model(model, tmp_path / "model.pth")
+    other = load_model(tmp_path / "model.pth")
+    assert other.arguments == model.arguments and not other.training
+    expected, found = predict(model, IMAGE), predict(other, IMAGE)
+    assert len(found["boxes"]) > 0
+    assert torch.equal(found["boxes"], expected["boxes"]) and found["masks"].rle() == expected["masks"].rle()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_results_are_in_the_frame_of_the_image():
+    found = predict(network(), IMAGE)
+    assert (found["boxes"] >= 0).all()
+    assert (found["boxes"][:, 2] <= 70).all() and (found["boxes"][:, 3] <= 50).all()
+    for (x1, y1, x2, y2), window in zip(found["boxes"].tolist(), found["masks"].windows.tolist(), strict=True):
+        assert np.abs(np.array([x1, y1, x2, y2]) - window).max() <= 1.5
+
+
+def test_bad_files_and_images_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.pth"):
+        load_model(tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("no model")
+    with pytest.raises(ValueError, match="text.pth"):
+        load_model(tmp_path / "text.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty.pth"):
+        load_model(tmp_path / "empty.pth")
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth does not describe"):
+        load_model(tmp_path / "other.pth")
+    model = network()
+    torch.save({"model": {}, "kg_detectron": {"model": model.arguments}}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="weights.pth.*do not fit"):
+        load_model(tmp_path / "weights.pth")
+    torch.save({"model": {}, "kg_detectron": {"model": {"colour": 1}}}, tmp_path / "arguments.pth")
+    with pytest.raises(ValueError, match="arguments.pth.*colour"):
+        load_model(tmp_path / "arguments.pth")
+    with pytest.raises(ValueError, match="image"):
+        predict(model, IMAGE[..., 0])
+    with pytest.raises(ValueError, match="eval"):
+        predict(model.train(), IMAGE)

@@ -1,0 +1,209 @@
+"""The whole network: size, shapes, calling convention, initial weights, losses."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ResNet18_Weights, ResNet34_Weights, resnet18, resnet34
+
+from kg_detectron.graph import DIRECTED_EDGES
+from kg_detectron.modeling import KeypointGraphNet, KeypointMaps, ResNetC4, keypoint_losses, keypoint_targets
+from kg_detectron.modeling.backbone import pad_to_batch
+
+SMALL = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "radius": 3.0}
+
+
+def small(**changes) -> KeypointGraphNet:
+    torch.manual_seed(0)
+    return KeypointGraphNet(**SMALL | changes)
+
+
+def example(height: int, width: int, boxes: list[list[float]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+        mask[int(y1) : int(y2), int(x1) : int(x2)] = True
+    return torch.rand(3, height, width) * 255, {"boxes": torch.tensor(boxes).reshape(-1, 4), "masks": masks}
+
+
+def test_papers_network_has_the_papers_size():
+    """679 GMAC of the dense part at 512x512 and 73.9 M parameters, counted on the meta device."""
+    with torch.device("meta"):
+        model = KeypointGraphNet()
+        with FlopCounterMode(display=False) as counter:
+            model.keypoint_branch(model.backbone(torch.empty(1, 3, 512, 512)))
+    assert round(counter.get_total_flops() / 2e9) == 679
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 73.9
+
+
+@pytest.mark.parametrize("size", [(33, 47), (64, 64), (1, 1), (100, 17)])
+def test_shapes_at_all_scales(size):
+    model = small()
+    batch = pad_to_batch([torch.zeros(3, *size), torch.zeros(3, 16, 16)])
+    height, width = batch.shape[2:]
+    assert height % 16 == width % 16 == 0 and height - 15 <= max(size[0], 16) <= height
+    features = model.backbone(batch)
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (c, height // s, width // s) for c, s in zip((4, 64, 64, 128, 256), (1, 2, 4, 8, 16), strict=True)
+    ]
+    maps, decoded = model.keypoint_branch(features)
+    for scale, own, width_of, stride in zip(maps, decoded, SMALL["widths"], (1, 2, 4, 8), strict=True):
+        assert own.shape == (2, width_of, height // stride, width // stride)
+        assert scale.stride == stride
+        for tensor, channels in zip(scale[:3], (5, 10, 40), strict=True):
+            assert tensor.shape == (2, channels, height // stride, width // stride)
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN"])
+def test_depths_and_norms(depth, norm):
+    backbone = ResNetC4(depth, norm, c0_channels=4)
+    shapes = [f.shape[1] for f in backbone(torch.zeros(1, 3, 32, 32))]
+    assert tuple(shapes) == backbone.channels == ((4, 64, 256, 512, 1024) if depth == 50 else (4, 64, 64, 128, 256))
+
+
+@pytest.mark.parametrize("segmentation", ["branch", "s1"])
+@pytest.mark.parametrize("scales", [(1, 2, 3, 4), (1,), (2, 4)])
+def test_training_and_evaluation(segmentation, scales):
+    """Images of different sizes, one without cells: finite losses, a gradient for every parameter, lists of dicts."""
+    model = small(segmentation=segmentation, scales=scales, peak_threshold=0.0)
+    examples = [example(70, 90, [[3, 4, 40, 50], [42, 5, 60, 30]]), example(101, 64, [])]
+    losses = model(*map(list, zip(*examples, strict=True)))
+    assert set(losses) == {"loss_heatmap", "loss_single_offset", "loss_group_offset", "loss_mask"}
+    assert all(torch.isfinite(v) and v >= 0 for v in losses.values())
+    sum(losses.values()).backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    lowest = min(scales) if segmentation == "branch" else 1
+    assert without == {name for name, _ in model.named_parameters() if _is_below(name, lowest)}
+
+    results = model.eval()([image for image, _ in examples])
+    for result, (image, _) in zip(results, examples, strict=True):
+        count = len(result["scores"])
+        assert result["boxes"].shape == (count, 4) and len(result["masks"]) == count
+        assert (result["labels"] == 1).all() and (result["scores"].diff() <= 0).all()
+        assert result["masks"].size == tuple(image.shape[1:])
+        assert (result["boxes"] >= 0).all() and (result["boxes"].amax(0)[2:] <= torch.tensor(image.shape[:0:-1])).all()
+    assert any(len(r["scores"]) for r in results), "the threshold of 0 should let something through"
+
+
+def _is_below(name: str, lowest: int) -> bool:
+    """Decoder steps below the lowest scale with heads serve nothing unless masks come from s1."""
+    return name.startswith(tuple(f"keypoint_branch.steps.{s}." for s in range(lowest - 1)))
+
+
+def test_a_batch_without_any_cell_trains():
+    model = small()
+    losses = model(*map(list, zip(example(40, 40, []), example(40, 40, []), strict=True)))
+    assert losses["loss_single_offset"] == losses["loss_group_offset"] == losses["loss_mask"] == 0
+    assert torch.isfinite(losses["loss_heatmap"])
+
+
+def test_losses_are_those_of_the_paper():
+    """Per scale BCE over all pixels, L1 / r over disc pixels only; 0.25 on the group offsets; by plain loops."""
+    torch.manual_seed(0)
+    boxes = [torch.tensor([[2.0, 3, 22, 21]])]
+    maps = [KeypointMaps(torch.randn(1, 5, 32, 32), torch.randn(1, 10, 32, 32), torch.randn(1, 40, 32, 32), 1)]
+    heatmap, single, group = keypoint_targets(boxes, (32, 32), 1, 4.0)
+    p = maps[0].heatmap.double().sigmoid()
+    expected = -(heatmap * p.log() + (1 - heatmap) * (1 - p).log()).mean()
+    errors = {"single": [], "group": []}
+    for y in range(32):
+        for x in range(32):
+            for k in range(5):
+                if heatmap[0, k, y, x]:
+                    c = slice(2 * k, 2 * k + 2)
+                    errors["single"] += (maps[0].single_offset[0, c, y, x] - single[0, c, y, x]).abs().tolist()
+            for e, (k, _) in enumerate(DIRECTED_EDGES):
+                if heatmap[0, k, y, x]:
+                    c = slice(2 * e, 2 * e + 2)
+                    errors["group"] += (maps[0].group_offset[0, c, y, x] - group[0, c, y, x]).abs().tolist()
+    mean = {name: sum(values) / len(values) / 4.0 for name, values in errors.items()}
+    losses = keypoint_losses(maps, boxes, (32, 32), radius=4.0)
+    assert float(losses["loss_heatmap"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(losses["loss_single_offset"]) == pytest.approx(mean["single"], rel=1e-5)
+    assert float(losses["loss_group_offset"]) == pytest.approx(0.25 * mean["group"], rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_the_batch():
+    model = small(peak_threshold=0.0).eval()
+    images = [torch.rand(3, 48, 64) * 255, torch.rand(3, 48, 64) * 255]
+    together = model(images)
+    for image, result in zip(images, together, strict=True):
+        (alone,) = model([image])
+        torch.testing.assert_close(alone["boxes"], result["boxes"])
+        assert alone["masks"].rle() == result["masks"].rle()
+
+
+@pytest.mark.parametrize(("depth", "build"), [(18, resnet18), (34, resnet34)])
+def test_imagenet_weights_load_by_name(depth, build, tmp_path, monkeypatch):
+    """Through torchvision's weight enum, from a file that the test puts where torchvision caches its downloads."""
+    torch.manual_seed(depth)
+    donor = build()
+    weights = {18: ResNet18_Weights, 34: ResNet34_Weights}[depth].IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(donor.state_dict(), folder / weights.url.split("/")[-1])
+
+    backbone = ResNetC4(depth, weights="IMAGENET1K_V1").eval()
+    donor.eval()
+    image = torch.rand(1, 3, 64, 64)
+    stem = donor.relu(donor.bn1(donor.conv1(image)))
+    c2 = donor.layer1(donor.maxpool(stem))
+    expected = [stem, c2, donor.layer2(c2), donor.layer3(donor.layer2(c2))]
+    for feature, other in zip(backbone(image)[1:], expected, strict=True):
+        torch.testing.assert_close(feature, other)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    for changes, named in (
+        ({"depth": 101}, "depth"),
+        ({"norm": "LN"}, "norm"),
+        ({"weights": "IMAGENET"}, "weights"),
+        ({"head_kernel": 4}, "head_kernel"),
+        ({"scales": (0, 1)}, "scales"),
+        ({"widths": (4, 4)}, "widths"),
+        ({"segmentation": "s2"}, "segmentation"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            small(**changes)
+    model = small()
+    image, target = example(40, 40, [[3, 4, 30, 30]])
+    with pytest.raises(ValueError, match="targets"):
+        model([image])
+    with pytest.raises(ValueError, match=r"images\[0\]"):
+        model([image[:2]], [target])
+    with pytest.raises(ValueError, match="images"):
+        model([], [])
+    with pytest.raises(ValueError, match=r"targets\[0\]\['masks'\]"):
+        model([image], [{"boxes": target["boxes"], "masks": target["masks"][:, :20]}])
+
+
+def test_missing_weights_are_an_error():
+    with pytest.raises(RuntimeError, match="conv1.weight"):
+        ResNetC4(18).load_resnet_weights({k: v for k, v in resnet18().state_dict().items() if k != "conv1.weight"})
+
+
+def test_predicts_with_detectron2_blocked(tmp_path):
+    program = """
+        import sys
+        sys.modules["detectron2"] = None
+        import numpy as np, torch
+        from kg_detectron.inference import load_model, predict, save_model
+        from kg_detectron.modeling import KeypointGraphNet
+        torch.manual_seed(0)
+        model = KeypointGraphNet(
+            depth=18, c0_channels=4, widths=(4, 6, 8, 8), head_kernel=3, input_size=(64, 96), peak_threshold=0.0
+        )
+        save_model(model, sys.argv[1])
+        image = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+        found = predict(load_model(sys.argv[1]), image)
+        assert len(found["boxes"]) == len(found["masks"].rle()) > 0
+        assert found["masks"].size == (50, 70)
+        print("predicted", len(found["boxes"]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model.pth")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "predicted" in done.stdout, done.stderr
