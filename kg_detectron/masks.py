@@ -62,7 +62,7 @@ class MaskCrops:
         return MaskCrops([c.to(*args, **kwargs) for c in self.crops], self.windows, self.size, self.threshold)
 
     def resized(self, size: tuple[int, int]) -> "MaskCrops":
-        """The same cells in an image of another size (H, W): probabilities are resampled bilinearly, centre to centre."""
+        """The same cells in an image of another size (H, W), resampled bilinearly, pixel centre to pixel centre."""
         if tuple(size) == self.size:
             return self
         scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0]] * 2, dtype=torch.float64)

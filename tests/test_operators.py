@@ -111,6 +111,20 @@ def loop_peaks(scores: Tensor, threshold: float) -> list[tuple]:
     return [(i, c, y, x) for i, _, c, y, x in sorted(found)]
 
 
+def loop_partner(source, l, queue, peaks, offsets, match):
+    i, a, sy, sx = peaks[source]
+    e = EDGE_INDEX[a, l]
+    to_x = sx + float(offsets[i, 2 * e, sy, sx])
+    to_y = sy + float(offsets[i, 2 * e + 1, sy, sx])
+    best = None
+    for p in queue:
+        if peaks[p][1] == l:
+            distance = (peaks[p][3] - to_x) ** 2 + (peaks[p][2] - to_y) ** 2
+            if distance <= match**2 and (best is None or distance < best[0]):
+                best = (distance, p)
+    return None if best is None else best[1]
+
+
 def loop_groups(peaks, scores, offsets, match, reject, hops):
     graphs, images = [], []
     for i in range(offsets.shape[0]):
@@ -124,22 +138,9 @@ def loop_groups(peaks, scores, offsets, match, reject, hops):
             graph = [None] * 5
             graph[k] = start
 
-            def look(source, l):
-                _, a, sy, sx = peaks[source]
-                e = EDGE_INDEX[a, l]
-                to_x = sx + float(offsets[i, 2 * e, sy, sx])
-                to_y = sy + float(offsets[i, 2 * e + 1, sy, sx])
-                best = None
-                for p in queue:
-                    if peaks[p][1] == l:
-                        distance = (peaks[p][3] - to_x) ** 2 + (peaks[p][2] - to_y) ** 2
-                        if distance <= match**2 and (best is None or distance < best[0]):
-                            best = (distance, p)
-                return None if best is None else best[1]
-
             for l in range(5):
                 if l != k:
-                    graph[l] = look(start, l)
+                    graph[l] = loop_partner(start, l, queue, peaks, offsets, match)
                     if graph[l] is not None:
                         queue.remove(graph[l])
             if hops == 2:
@@ -148,7 +149,7 @@ def loop_groups(peaks, scores, offsets, match, reject, hops):
                 for l in range(5):
                     for source in joined:
                         if graph[l] is None:
-                            graph[l] = look(source, l)
+                            graph[l] = loop_partner(source, l, queue, peaks, offsets, match)
                             if graph[l] is not None:
                                 queue.remove(graph[l])
             opened.append(graph)

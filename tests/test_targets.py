@@ -84,9 +84,7 @@ def test_decoding_targets_gives_the_boxes_back(seed):
             chosen.append(box)
     boxes = torch.stack(chosen)
     assert len(boxes) >= 4
-    (found, scores), (none, _) = KeypointDecoder()(
-        targets_as_maps([boxes, boxes[:0]], size, 5.0), [size, size]
-    )
+    (found, scores), (none, _) = KeypointDecoder()(targets_as_maps([boxes, boxes[:0]], size, 5.0), [size, size])
     assert len(none) == 0
     assert box_iou(boxes, found).amax(1).min() > 0.9
     assert (scores.diff() <= 0).all()

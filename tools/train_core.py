@@ -20,13 +20,13 @@ from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import KeypointGraphNet
 
-# The network of configs/kg_dsb2018_tiny.yaml and kg_synthetic.yaml.
+# The network of configs/Base-KG-tiny.yaml.
 TINY = {
     "depth": 18,
     "c0_channels": 16,
     "widths": (16, 32, 48, 64),
     "head_kernel": 3,
-    "radius": 3.0,
+    "radius": 2.0,
     "smooth_sigma": 1.0,
     "input_size": (256, 256),
 }
@@ -52,7 +52,10 @@ def load_example(record: dict, size: tuple[int, int]) -> tuple[Tensor, dict[str,
 def flipped(image: Tensor, target: dict[str, Tensor], axis: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Mirror an example along y (axis 1) or x (axis 2)."""
     boxes, (low, high) = target["boxes"].clone(), ((1, 3) if axis == 1 else (0, 2))
-    boxes[:, low], boxes[:, high] = image.shape[axis] - target["boxes"][:, high], image.shape[axis] - target["boxes"][:, low]
+    boxes[:, low], boxes[:, high] = (
+        image.shape[axis] - target["boxes"][:, high],
+        image.shape[axis] - target["boxes"][:, low],
+    )
     return image.flip(axis), {"boxes": boxes, "masks": target["masks"].flip(axis)}
 
 

@@ -19,6 +19,7 @@ from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser,
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from kg_detectron.d2 import CellMapper, add_kg_config
@@ -26,6 +27,7 @@ from kg_detectron.d2.data import build_train_loader, build_validation_loader
 from kg_detectron.d2.evaluation import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, StopTraining, ValidationLoss
 from kg_detectron.d2.modeling import ModelDescription
+from kg_detectron.d2.solver import build_lr_scheduler
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
 CHECKPOINTS_TO_KEEP = 2
@@ -39,6 +41,11 @@ class Trainer(DefaultTrainer):
         description = ModelDescription.of(cfg)
         if description is not None:
             self.checkpointer.add_checkpointable(ModelDescription.KEY, description)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
@@ -68,6 +75,10 @@ class Trainer(DefaultTrainer):
         )
         return torch.optim.Adam(parameters, cfg.SOLVER.BASE_LR)
 
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
     def build_hooks(self) -> list[HookBase]:
         cfg, default = self.cfg, super().build_hooks()
         for hook in default:
@@ -75,15 +86,14 @@ class Trainer(DefaultTrainer):
                 hook.max_to_keep = CHECKPOINTS_TO_KEEP
         if not cfg.DATASETS.VALIDATION:
             return default
-        # Before Detectron2's own, so that its checkpoints hold their state.
+        stop = cfg.SOLVER.EARLY_STOPPING
+        # After the timer and the schedule, before the checkpoints, which hold the state of these.
+        place = 1 + next(i for i, hook in enumerate(default) if isinstance(hook, hooks.LRScheduler))
         return [
+            *default[:place],
             ValidationLoss(cfg.TEST.EVAL_PERIOD, lambda: build_validation_loader(cfg)),
-            EarlyStopping(
-                self.checkpointer,
-                patience=cfg.SOLVER.EARLY_STOPPING.PATIENCE,
-                min_delta=cfg.SOLVER.EARLY_STOPPING.MIN_DELTA,
-            ),
-            *default,
+            EarlyStopping(self.checkpointer, patience=stop.PATIENCE, min_delta=stop.MIN_DELTA),
+            *default[place:],
         ]
 
     def train(self) -> None:
@@ -107,9 +117,16 @@ def setup(args: Namespace) -> CfgNode:
     for key in ("TRAIN", "VALIDATION", "TEST"):
         for name in cfg.DATASETS[key]:
             if name not in MetadataCatalog.list():
-                cells = [known for known in MetadataCatalog.list() if MetadataCatalog.get(known).get("evaluator_type") == "cells"]
-                raise ValueError(f"DATASETS.{key}: no dataset is called {name!r}; those of cells are {', '.join(cells)}")
+                cells = [
+                    known
+                    for known in MetadataCatalog.list()
+                    if MetadataCatalog.get(known).get("evaluator_type") == "cells"
+                ]
+                raise ValueError(
+                    f"DATASETS.{key}: no dataset is called {name!r}; those of cells are {', '.join(cells)}"
+                )
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kg_detectron")
     return cfg
 
 

@@ -27,6 +27,7 @@ from scipy import ndimage
 
 from kg_detectron.io.coco import decode_runs, load_coco
 from kg_detectron.io.images import read_image
+from kg_detectron.io.resize import resize_image, resize_labels
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +155,8 @@ def _random_start(length: int, window: int, inside: float | None) -> int:
 class ExactResizeTransform(T.Transform):
     """Resize h x w to new_h x new_w: a coordinate x becomes x * new_w / w in images, labels and boxes alike.
 
-    Images: mean over the area on an axis that shrinks, bilinear on one that grows. Labels: nearest. Detectron2's own
-    transform shifts labels of other types than uint8 by up to half a pixel.
+    By `resize_image` and `resize_labels`, as in prediction. Detectron2's own transform shifts labels of other types
+    than uint8 by up to half a pixel.
     """
 
     def __init__(self, h: int, w: int, new_h: int, new_w: int):
@@ -163,15 +164,10 @@ class ExactResizeTransform(T.Transform):
         self._set_attributes(locals())
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        # One axis after the other: OpenCV averages areas only where no axis grows.
-        shrunk = min(self.new_w, self.w), min(self.new_h, self.h)
-        img = cv2.resize(np.ascontiguousarray(img), shrunk, interpolation=cv2.INTER_AREA)
-        return cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
+        return resize_image(img, (self.new_h, self.new_w))
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return cv2.resize(
-            np.ascontiguousarray(segmentation), (self.new_w, self.new_h), interpolation=cv2.INTER_NEAREST_EXACT
-        )
+        return resize_labels(segmentation, (self.new_h, self.new_w))
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         return coords * (self.new_w / self.w, self.new_h / self.h)

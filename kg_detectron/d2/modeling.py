@@ -1,4 +1,4 @@
-"""The keypoint-graph model as parts of Detectron2's generalised R-CNN. No algorithm here: `Instances` in, `Instances` out."""
+"""The keypoint-graph model as parts of Detectron2's generalised R-CNN: `Instances` in, `Instances` out."""
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -59,7 +59,12 @@ class KeypointGraph(nn.Module):
 
     @configurable
     def __init__(
-        self, *, branch: KeypointBranch, decoder: KeypointDecoder, loss_weights: dict[str, float], in_features: list[str]
+        self,
+        *,
+        branch: KeypointBranch,
+        decoder: KeypointDecoder,
+        loss_weights: dict[str, float],
+        in_features: list[str],
     ) -> None:
         super().__init__()
         self.branch = branch
@@ -87,24 +92,26 @@ class KeypointGraph(nn.Module):
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """Proposals with ``proposal_boxes``, ``scores`` and ``objectness_logits``, and in training the losses."""
+        """In training the ground truth and the losses; in testing what was decoded.
+
+        Proposals have ``proposal_boxes`` and ``objectness_logits``, in testing ``scores`` too.
+        """
         maps, decoded = self.branch([features[name] for name in self.in_features])
         features.update(zip(SCALES, decoded, strict=True))
-        if self.training:
-            boxes = [g.gt_boxes.tensor for g in gt_instances]
-            size = images.tensor.shape[2:]
-            losses = keypoint_losses(maps, boxes, size, self.decoder.radius, **self.loss_weights)
-            found = [(b, b.new_ones(len(b))) for b in boxes]
-        else:
-            losses = {}
+        if not self.training:
             found = self.decoder(maps, images.image_sizes)
-        return [_proposals(size, *f) for size, f in zip(images.image_sizes, found, strict=True)], losses
+            return [_proposals(size, *f) for size, f in zip(images.image_sizes, found, strict=True)], {}
+        boxes = [g.gt_boxes.tensor for g in gt_instances]
+        size = images.tensor.shape[2:]
+        losses = keypoint_losses(maps, boxes, size, self.decoder.radius, **self.loss_weights)
+        return [_proposals(g.image_size, b) for g, b in zip(gt_instances, boxes, strict=True)], losses
 
 
-def _proposals(size: tuple[int, int], boxes: Tensor, scores: Tensor) -> Instances:
-    return Instances(
-        size, proposal_boxes=Boxes(boxes), scores=scores, objectness_logits=torch.logit(scores, eps=1e-6)
-    )
+def _proposals(size: tuple[int, int], boxes: Tensor, scores: Tensor | None = None) -> Instances:
+    """Without scores, proposals that are certain."""
+    logits = torch.logit(boxes.new_ones(len(boxes)) if scores is None else scores, eps=1e-6)
+    fields = {} if scores is None else {"scores": scores}
+    return Instances(size, proposal_boxes=Boxes(boxes), objectness_logits=logits, **fields)
 
 
 class MaskHead(SegmentationBranch):
@@ -188,7 +195,7 @@ class KGROIHeads(nn.Module):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """In training the mask loss on the ground truth; in testing ``pred_boxes, scores, pred_classes, pred_masks``."""
+        """In training the mask loss; in testing ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``."""
         if self.training:
             return proposals, self.mask_head.losses(features, targets)
         return self.forward_with_given_boxes(features, [_detections(p) for p in proposals]), {}
@@ -236,8 +243,7 @@ def _postprocess(result: Instances, size: tuple[int, int]) -> Instances:
     boxes = result.pred_boxes.clone()
     boxes.scale(size[1] / result.image_size[1], size[0] / result.image_size[0])
     result.pred_boxes = boxes
-    rest = {name: value for name, value in result.get_fields().items()}
-    return Instances(size, **rest, pred_masks=masks.resized(size))
+    return Instances(size, **result.get_fields(), pred_masks=masks.resized(size))
 
 
 class ModelDescription:

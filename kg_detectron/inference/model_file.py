@@ -12,7 +12,11 @@ from ..modeling import KeypointGraphNet
 DESCRIPTION_KEY = "kg_detectron"
 
 # Where the parts are found in Detectron2's model, and in ours.
-_PREFIXES = {"backbone.": "backbone.", "proposal_generator.branch.": "keypoint_branch.", "roi_heads.mask_head.": "mask_head."}
+_PREFIXES = {
+    "backbone.": "backbone.",
+    "proposal_generator.branch.": "keypoint_branch.",
+    "roi_heads.mask_head.": "mask_head.",
+}
 
 
 def save_model(model: KeypointGraphNet, path: str | Path) -> None:
@@ -35,8 +39,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
 
     Raises:
         FileNotFoundError: where there is no file.
-        ValueError: for a file that is no checkpoint, that does not describe a keypoint-graph network, or whose weights do
-            not fit its description.
+        ValueError: for a file that is no checkpoint, that describes no keypoint-graph network, or whose weights do not
+            fit its description.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no model file {path}")

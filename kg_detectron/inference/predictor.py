@@ -18,8 +18,8 @@ def predict(model: KeypointGraphNet, image: np.ndarray) -> dict[str, Tensor | Ma
         image: (H,W,3), BGR, uint8 or float 0..255, as `io.read_image` gives it.
 
     Returns:
-        ``boxes`` (R,4) xyxy continuous, pixels of the image; ``scores`` (R,), falling; ``labels`` (R,), all 1; ``masks``
-        (`MaskCrops`) of the image's size.
+        ``boxes`` (R,4) xyxy continuous, pixels of the image; ``scores`` (R,), falling; ``labels`` (R,), all 1;
+        ``masks`` (`MaskCrops`) of the image's size.
 
     Raises:
         ValueError: for an image of another shape, or a model in training mode.

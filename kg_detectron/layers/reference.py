@@ -200,63 +200,72 @@ def group_keypoints(
     offsets = group_offsets.permute(0, 2, 3, 1)[image, y, x].double().cpu()  # [P,40], those at the peaks only
     at = torch.stack((x, y), dim=1).double().cpu()  # [P,2]
     image, keypoint, score = image.cpu(), keypoint.cpu(), scores.to(dtype).cpu()
-
-    graphs: list[Tensor] = []
-    graph_image: list[int] = []
+    graphs, graph_image = [], []
     for i in range(n):
-        members = [((image == i) & (keypoint == k)).nonzero()[:, 0] for k in range(NUM_KEYPOINTS)]
-        position = [at[m] for m in members]
-        queued = [torch.ones(len(m), dtype=torch.bool) for m in members]
-        rejected = [torch.zeros(len(m), dtype=torch.bool) for m in members]
-        slot = torch.zeros(len(peaks), dtype=torch.long)  # a peak's place among the peaks of its type
-        for m in members:
-            slot[m] = torch.arange(len(m))
-
-        def join(graph: Tensor, p: int) -> None:
-            k = int(keypoint[p])
-            queued[k][slot[p]] = False
-            rejected[k] |= (position[k] - at[p]).square().sum(1) <= reject_radius**2
-            graph[k, :2], graph[k, 2] = at[p].to(dtype), score[p]
-
-        def partner(source: int, l: int) -> int | None:
-            edge = EDGE_INDEX[int(keypoint[source]), l]
-            distance = (position[l] - (at[source] + offsets[source, 2 * edge : 2 * edge + 2])).square().sum(1)
-            distance[~(queued[l] & (distance <= match_radius**2))] = math.inf
-            if not len(distance) or distance.min() == math.inf:
-                return None
-            return int(members[l][distance.argmin()])
-
-        for start in (image == i).nonzero()[:, 0].tolist():
-            k = int(keypoint[start])
-            if not queued[k][slot[start]]:
-                continue
-            queued[k][slot[start]] = False
-            if rejected[k][slot[start]]:
-                continue
-            graph = torch.zeros(NUM_KEYPOINTS, 3, dtype=dtype)
-            join(graph, start)
-            joined: list[int] = []
-            missing: list[int] = []
-            for l in range(NUM_KEYPOINTS):
-                if l == k:
-                    continue
-                found = partner(start, l)
-                if found is None:
-                    missing.append(l)
-                else:
-                    join(graph, found)
-                    joined.append(found)
-            if hops == 2:
-                joined.sort(key=lambda p: -float(score[p]))
-                for l in missing:
-                    found = next((f for f in (partner(p, l) for p in joined) if f is not None), None)
-                    if found is not None:
-                        join(graph, found)
-            graphs.append(graph)
-            graph_image.append(i)
+        of = image == i
+        own = _group_one_image(keypoint[of], at[of], score[of], offsets[of], match_radius, reject_radius, hops)
+        graphs += own
+        graph_image += [i] * len(own)
     if not graphs:
         return scores.new_zeros((0, NUM_KEYPOINTS, 3), dtype=dtype), peaks.new_zeros((0,))
     return torch.stack(graphs).to(peaks.device), torch.tensor(graph_image, device=peaks.device)
+
+
+def _group_one_image(
+    keypoint: Tensor, at: Tensor, score: Tensor, offsets: Tensor, match_radius: float, reject_radius: float, hops: int
+) -> list[Tensor]:
+    """Graphs [5,3] of P peaks by falling score: type (P,), position (P,2), score (P,), group offsets (P,40)."""
+    members = [(keypoint == k).nonzero()[:, 0] for k in range(NUM_KEYPOINTS)]  # the peaks of each type
+    place = torch.zeros(len(at), dtype=torch.long)  # of a peak among those of its type
+    for m in members:
+        place[m] = torch.arange(len(m))
+    queued = [torch.ones(len(m), dtype=torch.bool) for m in members]
+    rejected = [torch.zeros(len(m), dtype=torch.bool) for m in members]
+
+    def squared_distance(k: int, point: Tensor) -> Tensor:
+        return (at[members[k]] - point).square().sum(1)
+
+    def join(graph: Tensor, p: int) -> None:
+        k = int(keypoint[p])
+        queued[k][place[p]] = False
+        rejected[k] |= squared_distance(k, at[p]) <= reject_radius**2
+        graph[k, :2], graph[k, 2] = at[p], score[p]
+
+    def partner(source: int, l: int) -> int | None:
+        edge = EDGE_INDEX[int(keypoint[source]), l]
+        squared = squared_distance(l, at[source] + offsets[source, 2 * edge : 2 * edge + 2])
+        squared = torch.where(queued[l] & (squared <= match_radius**2), squared, math.inf)
+        if not len(squared) or squared.min() == math.inf:
+            return None
+        return int(members[l][squared.argmin()])
+
+    graphs = []
+    for start, k in enumerate(keypoint.tolist()):
+        if not queued[k][place[start]]:
+            continue
+        queued[k][place[start]] = False
+        if rejected[k][place[start]]:
+            continue
+        graph = torch.zeros(NUM_KEYPOINTS, 3, dtype=score.dtype)
+        join(graph, start)
+        joined, missing = [], []
+        for l in range(NUM_KEYPOINTS):
+            if l == k:
+                continue
+            found = partner(start, l)
+            if found is None:
+                missing.append(l)
+            else:
+                join(graph, found)
+                joined.append(found)
+        if hops == 2:
+            joined.sort(key=lambda p: -float(score[p]))
+            for l in missing:
+                found = next((f for f in (partner(p, l) for p in joined) if f is not None), None)
+                if found is not None:
+                    join(graph, found)
+        graphs.append(graph)
+    return graphs
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ class ResNetC4(nn.Module):
         depth: 18, 34 or 50.
         norm: a key of `NORMS`.
         c0_channels: channels of c0.
-        weights: member of torchvision's weight enum of that depth, such as ``"IMAGENET1K_V1"``, or None for random ones.
+        weights: member of torchvision's weight enum of that depth, such as ``"IMAGENET1K_V1"``, or None for random.
 
     Raises:
         ValueError: for a depth, norm or weights name that does not exist.

@@ -1,7 +1,7 @@
 """Segmentation branch: cut every cell out of the feature maps and segment it there (paper, figure 1b, section 2.2).
 
-Crops have the box's own size, so a batch holds crops of different sizes: each is padded to the largest of its group, and
-what lies outside a crop is kept at zero wherever a convolution could see it. The result equals that of each crop alone.
+Crops have the box's own size, so a batch holds crops of different sizes: each is padded to the largest of its group,
+and what lies outside a crop is kept at zero wherever a convolution could see it. The result equals that of each alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,15 +33,12 @@ class SegmentationBranch(nn.Module):
         pixels_in_flight: int = 2**21,
     ) -> None:
         super().__init__()
-        if len(widths) != max(1, len(in_channels) - 1):
-            raise ValueError(
-                f"widths: expected {max(1, len(in_channels) - 1)} numbers for {len(in_channels)} maps, got {tuple(widths)}"
-            )
+        expected = max(1, len(in_channels) - 1)
+        if len(widths) != expected:
+            raise ValueError(f"widths: expected {expected} for {len(in_channels)} maps, got {tuple(widths)}")
         self.pixels_in_flight = pixels_in_flight
         deep = (*widths[1:], in_channels[-1])
-        self.steps = nn.ModuleList(
-            UpCombine(d, c, w) for d, c, w in zip(deep, in_channels[:-1], widths, strict=False)
-        )
+        self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels[:-1], widths, strict=False))
         # A crop whose deep levels are left out starts at a shallower map, which must then have that level's width.
         self.starts = nn.ModuleList(
             nn.Identity() if c == w else nn.Sequential(convolution(c, w, 1), nn.ReLU(inplace=True))
@@ -60,8 +57,8 @@ class SegmentationBranch(nn.Module):
             boxes: N tensors (R,4), xyxy continuous, input pixels.
 
         Returns:
-            The mask logits of all boxes, image after image: tensors (h,w) of the box's own size; and the places of these
-            crops, (R,4) int64 xyxy on the CPU.
+            The mask logits of all boxes, image after image: tensors (h,w) of the box's own size; and the places of
+            these crops, (R,4) int64 xyxy on the CPU.
         """
         image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
         windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
@@ -72,7 +69,9 @@ class SegmentationBranch(nn.Module):
             crops: list[list[Tensor]] = [[] for _ in flight]
             for level, (table, feature) in enumerate(zip(tables, features, strict=True)):
                 deep = [g for g, (_, depth) in enumerate(flight) if depth > level]
-                index = [_crop_index(image[m], windows[level, m], feature.shape[2:]) for m in (flight[g][0] for g in deep)]
+                index = [
+                    _crop_index(image[m], windows[level, m], feature.shape[2:]) for m in (flight[g][0] for g in deep)
+                ]
                 for g, crop in zip(deep, _look_up(table, index), strict=True):
                     crops[g].append(crop)
             for (members, depth), own in zip(flight, crops, strict=True):
@@ -119,7 +118,9 @@ class SegmentationBranch(nn.Module):
             return zero
         logits, windows = self(features, boxes)
         places = windows.tolist()
-        targets = [mask[y1:y2, x1:x2] for mask, (x1, y1, x2, y2) in zip((m for ms in masks for m in ms), places, strict=True)]
+        targets = [
+            mask[y1:y2, x1:x2] for mask, (x1, y1, x2, y2) in zip((m for ms in masks for m in ms), places, strict=True)
+        ]
         return mask_loss(logits, targets) + zero
 
     def _flights(self, windows: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
@@ -200,7 +201,7 @@ def _look_up(table: Tensor, index: list[Tensor]) -> list[Tensor]:
 
 
 def _interpolation(before: Tensor, after: Tensor, columns: int, rows: int) -> Tensor:
-    """Matrices [B,rows,columns] of bilinear resizing (align_corners False) from `before` to `after` samples; 0 beyond."""
+    """Matrices [B,rows,columns] of bilinear resizing (align_corners False) from `before` to `after`; 0 beyond."""
     source = (torch.arange(rows) + 0.5) * (before / after)[:, None] - 0.5
     last = (before - 1)[:, None]
     source = torch.minimum(source.clamp(min=0), last)

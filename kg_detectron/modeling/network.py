@@ -13,7 +13,9 @@ from .losses import keypoint_losses
 from .mask_head import SegmentationBranch
 
 
-def segmentation_branch(segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int]) -> SegmentationBranch:
+def segmentation_branch(
+    segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int]
+) -> SegmentationBranch:
     """The branch on c0..c4 (``"branch"``), or on the decoder map s1 alone (``"s1"``, the paper's `seg s1`).
 
     Raises:
@@ -78,7 +80,9 @@ class KeypointGraphNet(nn.Module):
     ) -> None:
         super().__init__()
         # What a model file needs to build the network again.
-        self.arguments = {name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")}
+        self.arguments = {
+            name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")
+        }
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
         self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
@@ -102,8 +106,8 @@ class KeypointGraphNet(nn.Module):
 
         Args:
             images: N tensors (3,H,W), BGR, 0..255, sizes may differ.
-            targets: in training, for each image a dict with ``boxes`` (M,4), xyxy continuous input pixels, and ``masks``
-                (M,H,W), bool.
+            targets: in training, for each image a dict with ``boxes`` (M,4), xyxy continuous input pixels, and
+                ``masks`` (M,H,W), bool.
 
         Returns:
             In training: ``loss_heatmap``, ``loss_single_offset``, ``loss_group_offset``, ``loss_mask``.
@@ -140,9 +144,7 @@ def _check_images(images: list[Tensor]) -> None:
             raise ValueError(f"images[{i}]: expected shape (3,H,W), got {tuple(image.shape)}")
 
 
-def _check_targets(
-    images: list[Tensor], targets: list[dict[str, Tensor]] | None
-) -> tuple[list[Tensor], list[Tensor]]:
+def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> tuple[list[Tensor], list[Tensor]]:
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else len(targets)
         raise ValueError(f"targets: training needs one dict for each of {len(images)} images, got {got}")

@@ -1,0 +1,147 @@
+"""tools/train_net.py on a handful of synthetic images: train, resume, evaluate, early stopping, and its errors."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "datasets"))
+
+import make_synthetic  # noqa: E402
+import train_net  # noqa: E402
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+
+from kg_detectron.d2 import CellMapper, add_kg_config  # noqa: E402
+from kg_detectron.inference import load_model, predict  # noqa: E402
+from kg_detectron.io.images import read_image  # noqa: E402
+
+CONFIG = ROOT / "configs" / "kg_synthetic.yaml"
+SMALL = ["MODEL.DEVICE", "cpu", "INPUT.SIZE", "(64,64)", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+SMALL += ["SOLVER.MAX_ITER", "6", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data root with synthetic/, where DETECTRON2_DATASETS will point."""
+    root = tmp_path_factory.mktemp("data")
+    make_synthetic.main(
+        ["--kind", "nuclei", "--train", "4", "--val", "2", "--size", "64", "64", "--cells", "2", "4"]
+        + ["--seed", "0", "--output", str(root)]
+    )
+    return root
+
+
+def run(data: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file", str(CONFIG), *map(str, arguments)]
+    environment = os.environ | {"DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def logged(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    done = run(data, *SMALL, "OUTPUT_DIR", output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def test_training_leaves_a_model_and_figures(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.json", "model_final.pth", "model_best.pth", "last_checkpoint"} <= names
+    # Of the checkpoints every two iterations the last two stay.
+    assert not any(name.startswith("model_0000001") for name in names)
+    last = logged(trained)[-1]
+    assert last["iteration"] == 5
+    assert {"bbox/AP", "segm/AP", "paper/box_AP@0.5", "paper/mask_AP@0.7", "validation/total_loss"} <= last.keys()
+
+
+def test_the_core_loads_the_checkpoint_and_finds_the_same_cells(trained, data):
+    """Checkpoints are data only, and hold what the core needs: same boxes, same masks."""
+    cfg = get_cfg()
+    add_kg_config(cfg)
+    cfg.merge_from_file(str(trained / "config.yaml"), allow_unsafe=False)
+    model = build_model(cfg).eval()
+    DetectionCheckpointer(model).load(str(trained / "model_final.pth"))
+    model.proposal_generator.decoder.peak_threshold = 0.0  # hardly trained: let something through
+    core = load_model(trained / "model_final.pth")
+    core.decoder.peak_threshold = 0.0
+    file = sorted((data / "synthetic" / "val").iterdir())[0]
+    record = {"file_name": str(file), "image_id": 1, "height": 64, "width": 64}
+    with torch.no_grad():
+        instances = model([CellMapper(cfg, is_train=False)(record)])[0]["instances"]
+    found = predict(core, read_image(file))
+    assert len(found["boxes"]) > 0
+    torch.testing.assert_close(found["boxes"], instances.pred_boxes.tensor)
+    torch.testing.assert_close(found["scores"], instances.scores)
+    assert found["masks"].rle() == instances.pred_masks.rle()
+
+
+def test_evaluation_alone_gives_the_figures_of_training(trained, data, tmp_path):
+    done = run(data, "--eval-only", *SMALL, "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", trained / "model_final.pth")
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = logged(trained)[-1]["paper/mask_AP@0.5"]
+    assert "mask_AP@0.5" in done.stdout + done.stderr
+    written = json.loads((tmp_path / "inference" / "synthetic_val" / "coco_instances_results.json").read_text())
+    before = json.loads((trained / "inference" / "synthetic_val" / "coco_instances_results.json").read_text())
+    assert [r["bbox"] for r in written] == [r["bbox"] for r in before]
+    assert np.isfinite(expected) or np.isnan(expected)
+
+
+def test_resuming_goes_on_where_the_run_ended(trained, data, tmp_path):
+    output = tmp_path / "resumed"
+    stopped = run(data, *SMALL, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", output)
+    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    done = run(data, "--resume", *SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["iteration"] for line in logged(output)][-1] == 3
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 3
+
+
+def test_stops_when_the_validation_loss_no_longer_falls(data, tmp_path):
+    """With a learning rate of nothing the loss stays: two evaluations after the first, then the end."""
+    stop = ["SOLVER.EARLY_STOPPING.PATIENCE", "2", "SOLVER.BASE_LR", "1e-12", "MODEL.KEYPOINT_GRAPH.NORM", "FrozenBN"]
+    done = run(data, *SMALL, *stop, "SOLVER.MAX_ITER", "40", "OUTPUT_DIR", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path)[-1]["iteration"] == 5
+    assert (tmp_path / "model_final.pth").is_file() and (tmp_path / "model_best.pth").is_file()
+
+
+def arguments(*options: str, config: Path = CONFIG, eval_only: bool = False) -> Namespace:
+    return Namespace(config_file=str(config), opts=list(options), resume=False, eval_only=eval_only)
+
+
+def test_bad_input_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="DATASETS.TRAIN.*'cells_train'.*synthetic_train"):
+        train_net.setup(arguments("DATASETS.TRAIN", "('cells_train',)"))
+    with pytest.raises(AssertionError, match="SOLVER.NO_SUCH_KEY"):
+        train_net.setup(arguments("SOLVER.NO_SUCH_KEY", "1"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(f"_BASE_: {CONFIG}\nMODEL:\n  KEYPOINT_GRAPH:\n    COLOUR: 1\n")
+    with pytest.raises(KeyError, match="MODEL.KEYPOINT_GRAPH.COLOUR"):
+        train_net.setup(arguments(config=bad))
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        train_net.setup(arguments(config=tmp_path / "nowhere.yaml"))
+    options = ("OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu")
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
+        train_net.main(arguments(*options, eval_only=True))
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER.*RMS"):
+        train_net.main(arguments(*options, "SOLVER.OPTIMIZER", "RMS"))
+
+
+def test_missing_data_is_named(tmp_path):
+    done = run(tmp_path, *SMALL, "OUTPUT_DIR", tmp_path / "out")
+    assert done.returncode != 0 and "instances_train.json" in done.stderr
