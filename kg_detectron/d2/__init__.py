@@ -1,11 +1,9 @@
 """The Detectron2 half of kg_detectron: importing it registers models and datasets."""
 
-import os
-
 from . import modeling  # noqa: F401  (registers)
 from .config import add_kg_config
 from .data import CellMapper, register_all_cells, register_cells
 
-register_all_cells(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+register_all_cells()
 
 __all__ = ["CellMapper", "add_kg_config", "register_all_cells", "register_cells"]
