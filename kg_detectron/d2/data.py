@@ -5,7 +5,6 @@ H, W are the sides of an image or of the network input, pixels; N counts cells. 
 """
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -49,11 +48,9 @@ def register_cells(name: str, json_file: str, image_root: str) -> None:
 
     def load() -> list[dict[str, Any]]:
         dataset = load_coco(json_file, image_root)
-        with open(json_file, encoding="utf-8") as file:
-            category_ids = sorted(category["id"] for category in json.load(file)["categories"])
         MetadataCatalog.get(name).set(
             thing_classes=list(dataset.category_names),
-            thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(category_ids)},
+            thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(dataset.category_ids)},
         )
         return [
             {**record, "annotations": [{**cell, "bbox_mode": BoxMode.XYWH_ABS} for cell in record["annotations"]]}

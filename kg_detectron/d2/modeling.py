@@ -1,5 +1,7 @@
 """The keypoint-graph model as parts of Detectron2's generalised R-CNN: `Instances` in, `Instances` out."""
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -143,20 +145,25 @@ class MaskHead(SegmentationBranch):
         return {"loss_mask": self.loss_weight * loss}
 
 
+def _mask_head_arguments(cfg: CfgNode, in_features: Sequence[str], in_channels: list[int], widths: list[int]) -> dict:
+    kg = cfg.MODEL.KEYPOINT_GRAPH
+    return {
+        "in_features": list(in_features),
+        "in_channels": in_channels,
+        "widths": widths,
+        "loss_weight": kg.MASK_WEIGHT,
+        "threshold": kg.MASK_THRESHOLD,
+    }
+
+
 @ROI_MASK_HEAD_REGISTRY.register()
 class CropFeatureMaskHead(MaskHead):
     """The paper's segmentation branch: crops of the backbone's c0..c4."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        kg = cfg.MODEL.KEYPOINT_GRAPH
-        return {
-            "in_features": list(FEATURES),
-            "in_channels": [input_shape[name].channels for name in FEATURES],
-            "widths": kg.WIDTHS,
-            "loss_weight": kg.MASK_WEIGHT,
-            "threshold": kg.MASK_THRESHOLD,
-        }
+        channels = [input_shape[name].channels for name in FEATURES]
+        return _mask_head_arguments(cfg, FEATURES, channels, cfg.MODEL.KEYPOINT_GRAPH.WIDTHS)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -165,14 +172,8 @@ class SegS1MaskHead(MaskHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        kg = cfg.MODEL.KEYPOINT_GRAPH
-        return {
-            "in_features": list(SCALES[:1]),
-            "in_channels": kg.WIDTHS[:1],
-            "widths": kg.WIDTHS[:1],
-            "loss_weight": kg.MASK_WEIGHT,
-            "threshold": kg.MASK_THRESHOLD,
-        }
+        width = cfg.MODEL.KEYPOINT_GRAPH.WIDTHS[:1]
+        return _mask_head_arguments(cfg, SCALES[:1], width, width)
 
 
 @ROI_HEADS_REGISTRY.register()
