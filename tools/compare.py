@@ -253,8 +253,7 @@ def evaluate_run(run: Run, dataset: str, records: list[dict], device: str, outpu
         "run": run.name,
         "weights": run.weights.name,
         **figures["paper"],
-        # Without any detection Detectron2 does not know that there would have been masks.
-        "COCO_mask_AP": figures.get("segm", {}).get("AP", math.nan),
+        "COCO_mask_AP": figures["segm"]["AP"],
         "COCO_box_AP": figures["bbox"]["AP"],
         "parameters_M": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         **gmacs,

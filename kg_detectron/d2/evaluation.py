@@ -114,7 +114,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str | None = N
         raise ValueError(f"TEST.COCO_MAX_DETECTIONS must be at least 10, got {cap}")
     return CellEvaluators(
         [
-            COCOEvaluator(dataset_name, output_dir=output_dir, max_dets_per_image=cap),
+            # Both tasks by name: else a model without any detection has no figures of masks.
+            COCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=output_dir, max_dets_per_image=cap),
             PaperEvaluator(dataset_name, cfg.TEST.PAPER_IOUS),
         ]
     )

@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,6 +26,7 @@ from kg_detectron.io.images import read_image  # noqa: E402
 
 CONFIG = ROOT / "configs" / "kg_synthetic.yaml"
 SMALL = ["MODEL.DEVICE", "cpu", "INPUT.SIZE", "(64,64)", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
+SMALL += ["MODEL.KEYPOINT_GRAPH.PEAK_THRESHOLD", "0.0"]  # hardly trained: let something through
 SMALL += ["SOLVER.MAX_ITER", "6", "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "1"]
 
 
@@ -51,6 +51,11 @@ def logged(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
+def iterations(output: Path) -> list[int]:
+    """Those of training that were logged; evaluation after it is logged under the next number."""
+    return [line["iteration"] for line in logged(output) if "total_loss" in line]
+
+
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
@@ -64,9 +69,10 @@ def test_training_leaves_a_model_and_figures(trained):
     assert {"config.yaml", "metrics.json", "model_final.pth", "model_best.pth", "last_checkpoint"} <= names
     # Of the checkpoints every two iterations the last two stay.
     assert not any(name.startswith("model_0000001") for name in names)
+    assert iterations(trained)[-1] == 5
     last = logged(trained)[-1]
-    assert last["iteration"] == 5
-    assert {"bbox/AP", "segm/AP", "paper/box_AP@0.5", "paper/mask_AP@0.7", "validation/total_loss"} <= last.keys()
+    assert {"bbox/AP", "segm/AP", "paper/box_AP@0.5", "paper/mask_AP@0.7"} <= last.keys()
+    assert any("validation/total_loss" in line for line in logged(trained))
 
 
 def test_the_core_loads_the_checkpoint_and_finds_the_same_cells(trained, data):
@@ -76,9 +82,7 @@ def test_the_core_loads_the_checkpoint_and_finds_the_same_cells(trained, data):
     cfg.merge_from_file(str(trained / "config.yaml"), allow_unsafe=False)
     model = build_model(cfg).eval()
     DetectionCheckpointer(model).load(str(trained / "model_final.pth"))
-    model.proposal_generator.decoder.peak_threshold = 0.0  # hardly trained: let something through
     core = load_model(trained / "model_final.pth")
-    core.decoder.peak_threshold = 0.0
     file = sorted((data / "synthetic" / "val").iterdir())[0]
     record = {"file_name": str(file), "image_id": 1, "height": 64, "width": 64}
     with torch.no_grad():
@@ -93,12 +97,10 @@ def test_the_core_loads_the_checkpoint_and_finds_the_same_cells(trained, data):
 def test_evaluation_alone_gives_the_figures_of_training(trained, data, tmp_path):
     done = run(data, "--eval-only", *SMALL, "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", trained / "model_final.pth")
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = logged(trained)[-1]["paper/mask_AP@0.5"]
     assert "mask_AP@0.5" in done.stdout + done.stderr
     written = json.loads((tmp_path / "inference" / "synthetic_val" / "coco_instances_results.json").read_text())
     before = json.loads((trained / "inference" / "synthetic_val" / "coco_instances_results.json").read_text())
-    assert [r["bbox"] for r in written] == [r["bbox"] for r in before]
-    assert np.isfinite(expected) or np.isnan(expected)
+    assert [r["bbox"] for r in written] == [r["bbox"] for r in before] != []
 
 
 def test_resuming_goes_on_where_the_run_ended(trained, data, tmp_path):
@@ -107,7 +109,7 @@ def test_resuming_goes_on_where_the_run_ended(trained, data, tmp_path):
     assert stopped.returncode == 0, stopped.stderr[-3000:]
     done = run(data, "--resume", *SMALL, "SOLVER.MAX_ITER", "4", "OUTPUT_DIR", output)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line["iteration"] for line in logged(output)][-1] == 3
+    assert iterations(output)[-1] == 3
     assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 3
 
 
@@ -116,7 +118,7 @@ def test_stops_when_the_validation_loss_no_longer_falls(data, tmp_path):
     stop = ["SOLVER.EARLY_STOPPING.PATIENCE", "2", "SOLVER.BASE_LR", "1e-12", "MODEL.KEYPOINT_GRAPH.NORM", "FrozenBN"]
     done = run(data, *SMALL, *stop, "SOLVER.MAX_ITER", "40", "OUTPUT_DIR", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert logged(tmp_path)[-1]["iteration"] == 5
+    assert iterations(tmp_path)[-1] == 5
     assert (tmp_path / "model_final.pth").is_file() and (tmp_path / "model_best.pth").is_file()
 
 
@@ -133,7 +135,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     bad.write_text(f"_BASE_: {CONFIG}\nMODEL:\n  KEYPOINT_GRAPH:\n    COLOUR: 1\n")
     with pytest.raises(KeyError, match="MODEL.KEYPOINT_GRAPH.COLOUR"):
         train_net.setup(arguments(config=bad))
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(AssertionError, match="nowhere.yaml"):
         train_net.setup(arguments(config=tmp_path / "nowhere.yaml"))
     options = ("OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu")
     with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
