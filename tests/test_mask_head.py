@@ -104,7 +104,7 @@ def test_loss_without_cells_is_zero_and_reaches_every_parameter():
     features, _ = scene()
     none = [torch.zeros(0, 4)] * 2
     loss = branch.loss(features, none, [torch.zeros(0, HEIGHT, WIDTH, dtype=torch.bool)] * 2)
-    assert float(loss) == 0
+    assert loss.item() == 0
     loss.backward()
     assert all(p.grad is not None for p in branch.parameters())
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -67,6 +67,7 @@ def targets_as_maps(boxes: list[Tensor], size: tuple[int, int], radius: float) -
     return maps
 
 
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_decoding_targets_gives_the_boxes_back(seed):
     """Boxes that pass the size rule at some scale come back with IoU > 0.9, those on the image's borders too."""
