@@ -26,9 +26,7 @@ TINY = {
     "c0_channels": 16,
     "widths": (16, 32, 48, 64),
     "head_kernel": 3,
-    "branch_norm": "BN",
     "radius": 2.0,
-    "heatmap_weight": 5.0,
     "smooth_sigma": 1.0,
     "input_size": (256, 256),
 }

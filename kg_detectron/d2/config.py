@@ -25,9 +25,6 @@ def add_kg_config(cfg: CN) -> None:
     kg.HEAD_KERNEL = 7
     # Scales with keypoint heads, a subset of 1, 2, 3, 4 (strides 1, 2, 4, 8).
     kg.SCALES = [1, 2, 3, 4]
-    # Norm layer of the keypoint branch: "" for none, as in the paper, or BN, SyncBN, GN, which
-    # train much faster from random weights.
-    kg.BRANCH_NORM = ""
 
     # Radius r of the keypoint discs, pixels of each scale. Grouping matches within r + 1 and rejects within 2 r.
     kg.RADIUS = 5.0

@@ -79,7 +79,7 @@ class KeypointGraph(nn.Module):
         kg = cfg.MODEL.KEYPOINT_GRAPH
         channels = [input_shape[name].channels for name in FEATURES]
         return {
-            "branch": KeypointBranch(channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES, kg.BRANCH_NORM),
+            "branch": KeypointBranch(channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES),
             "decoder": KeypointDecoder(
                 kg.RADIUS, kg.SMOOTH_SIGMA, kg.PEAK_THRESHOLD, kg.HOPS, kg.CORNER_AND_CENTRE, kg.NMS_THRESHOLD
             ),
@@ -272,7 +272,6 @@ class ModelDescription:
                 "widths": list(kg.WIDTHS),
                 "head_kernel": kg.HEAD_KERNEL,
                 "scales": list(kg.SCALES),
-                "branch_norm": kg.BRANCH_NORM,
                 "segmentation": segmentation,
                 "radius": kg.RADIUS,
                 "heatmap_weight": kg.HEATMAP_WEIGHT,

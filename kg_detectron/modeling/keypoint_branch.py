@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
-from .backbone import NORMS
 
 
 class KeypointMaps(NamedTuple):
@@ -28,19 +27,13 @@ def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     return layer
 
 
-def convolution_relu(inputs: int, outputs: int, kernel: int, norm: str = "") -> nn.Sequential:
-    """Convolution, norm layer (a key of `NORMS`, or "" for none) and ReLU."""
-    middle = [NORMS[norm](outputs)] if norm else []
-    return nn.Sequential(convolution(inputs, outputs, kernel), *middle, nn.ReLU(inplace=True))
-
-
 class UpCombine(nn.Module):
     """One step up: conv3x3 on the up-sampled deep map, concatenation with the shallow one, conv1x1."""
 
-    def __init__(self, deep: int, shallow: int, width: int, norm: str = "") -> None:
+    def __init__(self, deep: int, shallow: int, width: int) -> None:
         super().__init__()
-        self.up = convolution_relu(deep, width, 3, norm)
-        self.combine = convolution_relu(width + shallow, width, 1, norm)
+        self.up = nn.Sequential(convolution(deep, width, 3), nn.ReLU(inplace=True))
+        self.combine = nn.Sequential(convolution(width + shallow, width, 1), nn.ReLU(inplace=True))
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """deep (N,deep,h,w) already at the size of shallow (N,shallow,h,w) -> (N,width,h,w)."""
@@ -50,21 +43,21 @@ class UpCombine(nn.Module):
 class KeypointHeads(nn.Module):
     """Heatmap, single offset and group offset of one scale."""
 
-    def __init__(self, width: int, kernel: int, stride: int, norm: str = "") -> None:
+    def __init__(self, width: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.heatmap = self._head(width, HEATMAP_CHANNELS, kernel, norm)
-        self.single_offset = self._head(width, SINGLE_OFFSET_CHANNELS, kernel, norm)
-        self.group_offset = self._head(width, GROUP_OFFSET_CHANNELS, kernel, norm)
+        self.heatmap = self._head(width, HEATMAP_CHANNELS, kernel)
+        self.single_offset = self._head(width, SINGLE_OFFSET_CHANNELS, kernel)
+        self.group_offset = self._head(width, GROUP_OFFSET_CHANNELS, kernel)
         # Discs cover few pixels: starting from a low probability spares the first epochs.
         nn.init.constant_(self.heatmap[-1].bias, -3.0)
 
     @staticmethod
-    def _head(width: int, channels: int, kernel: int, norm: str) -> nn.Sequential:
+    def _head(width: int, channels: int, kernel: int) -> nn.Sequential:
         last = nn.Conv2d(width, channels, kernel, padding=kernel // 2)
         nn.init.normal_(last.weight, std=0.1 / kernel / width**0.5)
         nn.init.zeros_(last.bias)
-        return nn.Sequential(*convolution_relu(width, width, kernel, norm), last)
+        return nn.Sequential(convolution(width, width, kernel), nn.ReLU(inplace=True), last)
 
     def forward(self, decoded: Tensor) -> KeypointMaps:
         """(N,width,h,w) -> the maps of that scale."""
@@ -79,8 +72,6 @@ class KeypointBranch(nn.Module):
         widths: channels of the decoder maps s1..s4.
         head_kernel: kernel size of the heads, odd.
         scales: scales with heads, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
-        norm: norm layer of decoder and heads, a key of `NORMS`; "" for none, as in the paper. From random weights
-            training is much faster with one.
 
     Raises:
         ValueError: for arguments that do not fit.
@@ -92,11 +83,8 @@ class KeypointBranch(nn.Module):
         widths: Sequence[int] = (64, 64, 256, 512),
         head_kernel: int = 7,
         scales: Sequence[int] = (1, 2, 3, 4),
-        norm: str = "",
     ) -> None:
         super().__init__()
-        if norm and norm not in NORMS:
-            raise ValueError(f"norm: expected one of {sorted(NORMS)} or '', got {norm!r}")
         if len(in_channels) != 5 or len(widths) != 4:
             raise ValueError(
                 f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}"
@@ -106,9 +94,9 @@ class KeypointBranch(nn.Module):
         if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= {1, 2, 3, 4}:
             raise ValueError(f"scales: expected different ones of 1, 2, 3, 4, got {tuple(scales)}")
         deep = (*widths[1:], in_channels[4])
-        self.steps = nn.ModuleList(UpCombine(d, c, w, norm) for d, c, w in zip(deep, in_channels, widths, strict=False))
+        self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels, widths, strict=False))
         self.heads = nn.ModuleDict(
-            {f"s{s}": KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1), norm) for s in sorted(scales)}
+            {f"s{s}": KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
         )
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], list[Tensor]]:

@@ -42,7 +42,6 @@ class KeypointGraphNet(nn.Module):
         widths: channels of the decoder maps s1..s4, and of the segmentation branch.
         head_kernel: kernel size of the keypoint heads.
         scales: scales with keypoint heads, of 1, 2, 3, 4.
-        branch_norm: norm layer of the keypoint branch, "" for none (the paper's).
         segmentation: "branch", or "s1" for the paper's `seg s1`.
         radius: disc radius r, pixels of each scale.
         heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
@@ -63,7 +62,6 @@ class KeypointGraphNet(nn.Module):
         widths: Sequence[int] = (64, 64, 256, 512),
         head_kernel: int = 7,
         scales: Sequence[int] = (1, 2, 3, 4),
-        branch_norm: str = "",
         segmentation: str = "branch",
         radius: float = 5.0,
         heatmap_weight: float = 1.0,
@@ -86,7 +84,7 @@ class KeypointGraphNet(nn.Module):
             name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")
         }
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
-        self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales, branch_norm)
+        self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
         self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths)
         self.segmentation = segmentation
