@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")
 DATA = DEMO / "data"
 RUNS = {"kg_synthetic": "keypoint graph", "mask_rcnn_synthetic": "Mask R-CNN"}
-ITERATIONS = 300
+ITERATIONS = 240
 PICTURES = 3
 
 
