@@ -116,6 +116,9 @@ class BuildOperators(build_ext):
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
+        toolkit = Path("/usr/local/cuda")
+        if not os.environ.get("CUDA_HOME") and (toolkit / "include" / "cuda_runtime.h").is_file():
+            os.environ["CUDA_HOME"] = str(toolkit)  # PyTorch would ask for nvcc on the PATH, which may be a launcher
         try:
             import torch
             from torch.utils.cpp_extension import CUDA_HOME

@@ -41,4 +41,4 @@ def keypoint_targets(
     image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
     height, width = (math.ceil(side / stride) for side in size)
     every = torch.cat(boxes).float()
-    return render_targets(every, image.to(every.device), len(boxes), height, width, stride, radius)
+    return render_targets(every, image.to(every.device, non_blocking=True), len(boxes), height, width, stride, radius)
