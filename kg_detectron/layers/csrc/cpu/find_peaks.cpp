@@ -4,11 +4,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "vectorize.h"
 
 namespace kg {
 namespace {
@@ -19,23 +21,48 @@ struct Peak {
     int64_t pixel;  // within the image: (k * h + y) * w + x
 };
 
-// Whether a neighbour leaves a peak of this score one: values that are not finite hide none.
+// Whether a neighbour is above a score: values that are not finite are above none.
 template <typename T>
-bool allows(T neighbour, T score) {
-    return score >= neighbour || !std::isfinite(static_cast<float>(neighbour));
+KG_INLINE bool hides(T neighbour, T score) {
+    return (neighbour > score) & (neighbour <= std::numeric_limits<T>::max());
+}
+
+// Which pixels of a row [w] are peaks; above and below are its neighbours, or the row itself at the border.
+template <typename T>
+KG_INLINE void mark_peaks(const T* row, const T* above, const T* below, int64_t w, T threshold, uint8_t* marks) {
+    for (int64_t x = 0; x < w; ++x) {
+        marks[x] = (row[x] > threshold) & (row[x] <= std::numeric_limits<T>::max()) & !hides(above[x], row[x]) &
+                   !hides(below[x], row[x]);
+    }
+    for (int64_t x = 1; x < w; ++x) {
+        marks[x] &= !hides(row[x - 1], row[x]);
+    }
+    for (int64_t x = 0; x + 1 < w; ++x) {
+        marks[x] &= !hides(row[x + 1], row[x]);
+    }
+}
+
+KG_VECTORIZE void mark_row(const float* row, const float* above, const float* below, int64_t w, float threshold,
+                           uint8_t* marks) {
+    mark_peaks(row, above, below, w, threshold, marks);
+}
+
+template <typename T>
+void mark_row(const T* row, const T* above, const T* below, int64_t w, T threshold, uint8_t* marks) {
+    mark_peaks(row, above, below, w, threshold, marks);
 }
 
 template <typename T>
 void peaks_of_plane(const T* scores, int64_t k, int64_t h, int64_t w, T threshold, std::vector<Peak<T>>& peaks) {
+    std::vector<uint8_t> marks(w);
     for (int64_t y = 0; y < h; ++y) {
         const T* row = scores + y * w;
-        for (int64_t x = 0; x < w; ++x) {
-            const T score = row[x];
-            if (score > threshold && std::isfinite(static_cast<float>(score)) &&
-                (x == 0 || allows(row[x - 1], score)) && (x == w - 1 || allows(row[x + 1], score)) &&
-                (y == 0 || allows(row[x - w], score)) && (y == h - 1 || allows(row[x + w], score))) {
-                peaks.push_back({score, (k * h + y) * w + x});
-            }
+        mark_row(row, y > 0 ? row - w : row, y + 1 < h ? row + w : row, w, threshold, marks.data());
+        const uint8_t *begin = marks.data(), *end = begin + w, *mark = begin;
+        // Few of a row are, and memchr passes over the others many at a time.
+        for (const void* found; (found = std::memchr(mark, 1, end - mark)) != nullptr; ++mark) {
+            mark = static_cast<const uint8_t*>(found);
+            peaks.push_back({row[mark - begin], (k * h + y) * w + (mark - begin)});
         }
     }
 }

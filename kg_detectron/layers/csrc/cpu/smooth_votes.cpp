@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "../gaussian.h"
+#include "vectorize.h"
 
 namespace kg {
 namespace {
@@ -18,35 +19,43 @@ int64_t reflect(int64_t index, int64_t size) {
     return std::min(index, 2 * size - 1 - index);
 }
 
-// out[i] = sum over d of weights[d] * (before[d][i] + after[d][i]): both sides at once, so that a symmetric input has a
+// out[i] = sum over d of weights[d] * (lines[-d][i] + lines[d][i]): both sides at once, so that a symmetric input has a
 // symmetric output to the last bit. Blocks of a fixed length stay in registers.
-template <typename T, typename Row>
-void blend(const std::vector<T>& weights, const Row& row, int64_t length, T* out) {
-    constexpr int64_t kBlock = 32;
-    const int64_t reach = static_cast<int64_t>(weights.size()) - 1;
+template <typename T>
+KG_INLINE void blend_lines(const T* weights, int64_t reach, const T* const* lines, int64_t length, T* out) {
+    constexpr int64_t kBlock = 256 / sizeof(T);
     int64_t i = 0;
     for (; i + kBlock <= length; i += kBlock) {
         T sum[kBlock];
-        const T* middle = row(0) + i;
         for (int64_t b = 0; b < kBlock; ++b) {
-            sum[b] = weights[0] * middle[b];
+            sum[b] = weights[0] * lines[0][i + b];
         }
         for (int64_t d = 1; d <= reach; ++d) {
-            const T *before = row(-d) + i, *after = row(d) + i;
+            const T *before = lines[-d] + i, *after = lines[d] + i;
             const T weight = weights[d];
             for (int64_t b = 0; b < kBlock; ++b) {
                 sum[b] += weight * (before[b] + after[b]);
             }
         }
-        std::copy(sum, sum + kBlock, out + i);
+        for (int64_t b = 0; b < kBlock; ++b) {
+            out[i + b] = sum[b];
+        }
     }
     for (; i < length; ++i) {
-        T sum = weights[0] * row(0)[i];
+        T sum = weights[0] * lines[0][i];
         for (int64_t d = 1; d <= reach; ++d) {
-            sum += weights[d] * (row(-d)[i] + row(d)[i]);
+            sum += weights[d] * (lines[-d][i] + lines[d][i]);
         }
         out[i] = sum;
     }
+}
+
+KG_VECTORIZE void blend(const float* weights, int64_t reach, const float* const* lines, int64_t length, float* out) {
+    blend_lines(weights, reach, lines, length, out);
+}
+
+KG_VECTORIZE void blend(const double* weights, int64_t reach, const double* const* lines, int64_t length, double* out) {
+    blend_lines(weights, reach, lines, length, out);
 }
 
 at::Tensor smooth_votes(const at::Tensor& votes, double sigma) {
@@ -67,17 +76,21 @@ at::Tensor smooth_votes(const at::Tensor& votes, double sigma) {
         at::parallel_for(0, planes * h, std::max<int64_t>(1, 16384 / w), [&](int64_t begin, int64_t end) {
             std::vector<scalar_t> line(w + 2 * reach);
             scalar_t* middle = line.data() + reach;
+            std::vector<const scalar_t*> rows(2 * reach + 1), shifts(2 * reach + 1);
+            for (int64_t d = -reach; d <= reach; ++d) {
+                shifts[reach + d] = middle + d;
+            }
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t y = i % h;
-                const scalar_t* plane = from + (i - y) * w;
-                blend(
-                    weights, [&](int64_t d) { return plane + reflect(y + d, h) * w; }, w, middle);
+                for (int64_t d = -reach; d <= reach; ++d) {
+                    rows[reach + d] = from + (i - y + reflect(y + d, h)) * w;
+                }
+                blend(weights.data(), reach, rows.data() + reach, w, middle);
                 for (int64_t d = 0; d < reach; ++d) {
                     middle[-1 - d] = middle[reflect(-1 - d, w)];
                     middle[w + d] = middle[reflect(w + d, w)];
                 }
-                blend(
-                    weights, [&](int64_t d) { return middle + d; }, w, to + i * w);
+                blend(weights.data(), reach, shifts.data() + reach, w, to + i * w);
             }
         });
     });
