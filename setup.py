@@ -93,13 +93,20 @@ def compile_operators(cuda: bool) -> Path:
     folder = ROOT / "build" / ("operators-cuda" if cuda else "operators-cpp")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lock").unlink(missing_ok=True)  # of a build that was killed, for which this one would wait for ever
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # what at::parallel_for is compiled to
+    flags = [
+        "-O3",
+        "-ffp-contract=off",  # equal distances stay equal, as they are in the reference and on the GPU
+        "-fno-trapping-math",  # nobody looks at traps and errno, which keep loops from being vectorised
+        "-fno-math-errno",
+        "-fno-tree-slp-vectorize",  # two votes written as one vector must be waited for before the next are added
+    ]
     cpp_extension.load(
         "_C",
         [str(ROOT / path) for path in sources(".cpp", *([".cu"] if cuda else []))],
-        # Without contraction equal distances stay equal, as they are in the reference and on the GPU. Traps and errno,
-        # which nobody reads, would keep loops from being vectorised.
-        extra_cflags=["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"],
+        extra_cflags=[*flags, *threads],
         extra_cuda_cflags=["-O3", "--fmad=false"],
+        extra_ldflags=threads,
         build_directory=str(folder),
         with_cuda=cuda,
         is_python_module=False,
