@@ -1,9 +1,11 @@
 """The compiled operators against their reference: to the letter, in every precision and layout, on hostile input."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths
 
 from kg_detectron import layers
 from kg_detectron.layers import ops, reference
@@ -324,3 +327,38 @@ print(caught[0].message)
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f"not compiled for {device}" in run.stdout and "make setup" in run.stdout
+
+
+# The build
+
+
+@pytest.mark.timeout(1200)
+def test_the_cuda_sources_compile(device, tmp_path):
+    """The set-up builds them where it finds a toolkit; where it did not, at least the compiler is asked."""
+    if device == "cuda" or "cuda" in ops.COMPILED_FOR:
+        return
+    nvcc = CUDA_HOME and Path(CUDA_HOME) / "bin" / "nvcc"
+    if not nvcc or not nvcc.is_file() or torch.version.cuda is None:
+        pytest.skip("no nvcc, or a PyTorch without CUDA")
+    include = [f"-isystem={path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
+    command = [str(nvcc), "-std=c++17", "-arch=sm_80", "-Xcompiler", "-fPIC", *COMMON_NVCC_FLAGS, *include, "-c"]
+    probe = tmp_path / "probe.cu"
+    probe.write_text("#include <c10/cuda/CUDAGuard.h>\n#include <torch/library.h>\n")
+    if subprocess.run([*command, str(probe), "-o", str(tmp_path / "probe.o")], capture_output=True).returncode:
+        pytest.skip(f"{nvcc} does not compile PyTorch's own headers")
+    for source in sorted((ROOT / "kg_detectron" / "layers" / "csrc" / "cuda").glob("*.cu")):
+        run = subprocess.run([*command, str(source), "-o", str(tmp_path / "o")], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+def test_set_up_without_a_compiler_goes_on(device, tmp_path):
+    """It says that nothing was built, and succeeds."""
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kg_detectron", tmp_path / "kg_detectron", ignore=shutil.ignore_patterns("_C.*"))
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "FORCE_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "building C++ FAILED" in run.stdout and "NOT BUILT" in run.stdout
+    assert not list((tmp_path / "kg_detectron" / "layers").glob("_C.*"))

@@ -5,6 +5,8 @@ allows, and a ratio to it holds from machine to machine. The PyTorch reference i
 """
 
 import argparse
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -100,22 +102,24 @@ def network_maps(count: int, batch: int, size: int, device: str) -> list[Keypoin
     return maps
 
 
-def queue_of_peaks(count: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Peaks (count,4), scores (count,) and group offsets (1,40,h,w) of cells in a grid: a larger map for more peaks."""
+def queue_of_peaks(count: int, largest: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Peaks (count,4), scores (count,) and group offsets (1,40,h,w) of cells spread over a map.
+
+    The map has room for ``largest`` peaks whatever the count, so that all counts find it as deep in memory.
+    """
+    generator = torch.Generator().manual_seed(0)
     spacing, side = 16, 12
-    columns = max(round((count / 5) ** 0.5), 1)
-    index = torch.arange(count)
-    cell, keypoint = index // 5, index % 5
+    columns = math.ceil((largest / 5) ** 0.5)
     corner = torch.tensor([[0, 0], [side, 0], [0, side], [side, side], [side // 2, side // 2]])  # x, y
-    at = torch.stack((cell % columns, cell // columns), dim=1) * spacing + corner[keypoint]
-    peaks = torch.stack((torch.zeros_like(index), keypoint, at[:, 1], at[:, 0]), dim=1)
-    size = int(at.max()) + 1
-    offsets = torch.zeros(1, 2 * len(DIRECTED_EDGES), size, size, dtype=torch.float16)
+    cell = torch.randperm(columns**2, generator=generator)[: math.ceil(count / 5)].repeat_interleave(5)[:count]
+    keypoint = torch.arange(count) % 5
+    x, y = (torch.stack((cell % columns, cell // columns), dim=1) * spacing + corner[keypoint]).unbind(1)
+    peaks = torch.stack((torch.zeros_like(cell), keypoint, y, x), dim=1)
+    offsets = torch.zeros(1, 2 * len(DIRECTED_EDGES), columns * spacing, columns * spacing, dtype=torch.float16)
     for edge, (source, target) in enumerate(DIRECTED_EDGES):
-        x, y = at[keypoint == source].unbind(1)
-        offset = (corner[target] - corner[source]).half()
-        offsets[0, 2 * edge, y, x], offsets[0, 2 * edge + 1, y, x] = offset
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        at, offset = keypoint == source, (corner[target] - corner[source]).half()
+        offsets[0, 2 * edge, y[at], x[at]], offsets[0, 2 * edge + 1, y[at], x[at]] = offset
+    order = torch.randperm(count, generator=generator)
     return peaks[order].to(device), torch.linspace(1, 0.1, count).to(device), offsets.to(device)
 
 
@@ -155,11 +159,12 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
     table.head("group_keypoints")
     taken = {}
     for count in arguments.peaks:
-        queue = queue_of_peaks(count, device)
+        queue = queue_of_peaks(count, max(arguments.peaks), device)
         slow = count > LARGEST_REFERENCE_GROUPING
         taken[count] = table.line(f"{count} peaks", partial(layers.group_keypoints, *queue), list(queue[:2]), slow)
-    first, last = min(taken), max(taken)
-    print(f"{last / first:.0f} times the peaks take {taken[last] / taken[first]:.1f} times as long.")
+    for first, last in itertools.combinations(sorted(taken), 2):
+        if last == 16 * first:
+            print(f"{last} peaks take {taken[last] / taken[first]:.1f} times as long as {first}.")
 
     table.head(f"targets, {size}x{size}, four scales")
     for count in arguments.boxes:

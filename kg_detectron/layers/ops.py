@@ -5,6 +5,7 @@ gives the shapes to `torch.compile`. On a GPU, `find_peaks`, `group_keypoints` a
 once each, for the size of their result; the others never do.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from .checks import check_graphs, check_grouping, check_smoothing, check_thresho
 
 def _load() -> frozenset[str]:
     """Load the compiled operators; the types of device that they were built for."""
-    library = next(Path(__file__).parent.glob("_C.*"), None)
+    chosen = os.environ.get("KG_DETECTRON_LIBRARY")  # another build of it, for tools/sanitize.py
+    library = Path(chosen) if chosen else next(Path(__file__).parent.glob("_C.*"), None)
     if library is None:
         return frozenset()
     try:

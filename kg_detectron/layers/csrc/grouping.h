@@ -9,8 +9,8 @@
 
 namespace kg {
 
-// Side of a bin, pixels: about the radii within which grouping searches.
-constexpr int64_t kBin = 8;
+// Side of a bin, pixels: a search within the usual radii meets few bins, and a bin holds few peaks.
+constexpr int64_t kBin = 16;
 
 // Bins of all images and keypoints, rows by columns each. Those of a row are neighbours in memory, and so are their
 // peaks.

@@ -55,7 +55,7 @@ void mark_row(const T* row, const T* above, const T* below, int64_t w, T thresho
 template <typename T>
 void peaks_of_plane(const T* scores, int64_t k, int64_t h, int64_t w, T threshold, std::vector<Peak<T>>& peaks) {
     std::vector<uint8_t> marks(w);
-    for (int64_t y = 0; y < h; ++y) {
+    for (int64_t y = 0; y < h && w > 0; ++y) {
         const T* row = scores + y * w;
         mark_row(row, y > 0 ? row - w : row, y + 1 < h ? row + w : row, w, threshold, marks.data());
         const uint8_t *begin = marks.data(), *end = begin + w, *mark = begin;

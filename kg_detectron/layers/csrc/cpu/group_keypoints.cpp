@@ -4,8 +4,10 @@
 #include <torch/library.h>
 
 #include <array>
+#include <limits>
 #include <numeric>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -14,19 +16,22 @@
 namespace kg {
 namespace {
 
+// Places in the queue by which memory is asked for ahead.
+constexpr int64_t kAhead = 16;
+
 // Counting sort: `order` lists 0 .. keys.size() - 1 by key, stable; those of key b are order[first[b]] .. [first[b +
 // 1]].
 struct Buckets {
-    std::vector<int64_t> first, order;
+    std::vector<int32_t> first, order;
 
     Buckets(const std::vector<int64_t>& keys, int64_t count) : first(count + 1), order(keys.size()) {
         for (int64_t key : keys) {
             ++first[key + 1];
         }
         std::partial_sum(first.begin(), first.end(), first.begin());
-        std::vector<int64_t> next(first.begin(), first.end() - 1);
+        std::vector<int32_t> next(first.begin(), first.end() - 1);
         for (size_t i = 0; i < keys.size(); ++i) {
-            order[next[keys[i]]++] = static_cast<int64_t>(i);
+            order[next[keys[i]]++] = static_cast<int32_t>(i);
         }
     }
 };
@@ -35,20 +40,30 @@ struct Buckets {
 class Queue {
   public:
     // peak [P,4]: image, keypoint, y, x; members: the peaks of this image in their order.
-    Queue(const int64_t* peak, const int64_t* members, int64_t count, int64_t height, int64_t width)
-        : peak_(peak), members_(members), bins_(height, width), queued(count, 1), rejected(count, 0) {
-        std::vector<int64_t> bin(count);
+    Queue(const int64_t* peak, const int32_t* members, int64_t count, int64_t height, int64_t width)
+        : queued(count, 1), rejected(count, 0), members_(members), bins_(height, width) {
+        spots_.reserve(count);
+        std::vector<int64_t> bin;
+        bin.reserve(count);
         for (int64_t p = 0; p < count; ++p) {
-            bin[p] = bins_.of(0, keypoint(p), y(p), x(p));
+            const int64_t *own = peak + 4 * members[p], k = own[1], y = own[2], x = own[3];
+            spots_.push_back(
+                {static_cast<int32_t>(p), static_cast<int32_t>(k), static_cast<int32_t>(y), static_cast<int32_t>(x)});
+            bin.push_back(bins_.of(0, k, y, x));
         }
-        buckets_ = Buckets(bin, kKeypoints * bins_.rows * bins_.columns);
+        Buckets buckets(bin, kKeypoints * bins_.rows * bins_.columns);
+        first_ = std::move(buckets.first);
+        binned_.reserve(count);
+        for (int32_t p : buckets.order) {
+            binned_.push_back(spots_[p]);
+        }
     }
 
-    int64_t size() const { return static_cast<int64_t>(queued.size()); }
+    int64_t size() const { return static_cast<int64_t>(spots_.size()); }
     int64_t index(int64_t p) const { return members_[p]; }
-    int64_t keypoint(int64_t p) const { return peak_[4 * members_[p] + 1]; }
-    int64_t y(int64_t p) const { return peak_[4 * members_[p] + 2]; }
-    int64_t x(int64_t p) const { return peak_[4 * members_[p] + 3]; }
+    int keypoint(int64_t p) const { return spots_[p].k; }
+    int64_t y(int64_t p) const { return spots_[p].y; }
+    int64_t x(int64_t p) const { return spots_[p].x; }
 
     // Calls visit(peak, squared distance) for the peaks of type k around a point: all within reach, and some beyond.
     template <typename Visit>
@@ -59,22 +74,24 @@ class Queue {
         }
         for (int64_t row = window.first_row; row <= window.last_row; ++row) {
             const int64_t bin = bins_.row(0, k, row);
-            const int64_t end = buckets_.first[bin + window.last_column + 1];
-            for (int64_t i = buckets_.first[bin + window.first_column]; i < end; ++i) {
-                const int64_t p = buckets_.order[i];
-                visit(p, squared_norm(x(p) - at_x, y(p) - at_y));
+            const int64_t end = first_[bin + window.last_column + 1];
+            for (int64_t i = first_[bin + window.first_column]; i < end; ++i) {
+                visit(binned_[i].peak, squared_norm(binned_[i].x - at_x, binned_[i].y - at_y));
             }
         }
     }
 
-  private:
-    const int64_t* peak_;
-    const int64_t* members_;
-    Bins bins_;
-    Buckets buckets_{{}, 0};
-
-  public:
     std::vector<uint8_t> queued, rejected;
+
+  private:
+    struct Spot {
+        int32_t peak, k, y, x;
+    };
+
+    const int32_t* members_;
+    Bins bins_;
+    std::vector<Spot> spots_, binned_;  // in the order of the queue, and by bin
+    std::vector<int32_t> first_;        // of each bin, in binned_
 };
 
 struct Radii {
@@ -87,10 +104,23 @@ struct Offsets {
     const T* data;
     int64_t channel, row, column;  // strides
 
-    double operator()(int64_t c, int64_t y, int64_t x) const {
-        return static_cast<double>(data[c * channel + y * row + x * column]);
-    }
+    const T* at(int64_t c, int64_t y, int64_t x) const { return data + c * channel + y * row + x * column; }
+    double operator()(int64_t c, int64_t y, int64_t x) const { return static_cast<double>(*at(c, y, x)); }
 };
+
+// The offsets of a start lie far apart in memory, which takes long to bring them: ask for those of a later one already.
+template <typename T>
+void prefetch(const Queue& queue, const Offsets<T>& offsets, int64_t p) {
+#ifdef __GNUC__
+    for (int l = 0; l < kKeypoints; ++l) {
+        if (l != queue.keypoint(p)) {
+            const int edge = edge_index(queue.keypoint(p), l);
+            __builtin_prefetch(offsets.at(2 * edge, queue.y(p), queue.x(p)));
+            __builtin_prefetch(offsets.at(2 * edge + 1, queue.y(p), queue.x(p)));
+        }
+    }
+#endif
+}
 
 void join(Queue& queue, int64_t p, const Radii& radii, std::array<int64_t, kKeypoints>& graph) {
     const int64_t k = queue.keypoint(p);
@@ -121,6 +151,9 @@ std::vector<std::array<int64_t, kKeypoints>> group_image(Queue& queue, const S* 
                                                          const Radii& radii, int64_t hops) {
     std::vector<std::array<int64_t, kKeypoints>> graphs;
     for (int64_t start = 0; start < queue.size(); ++start) {
+        if (start + kAhead < queue.size() && queue.queued[start + kAhead]) {
+            prefetch(queue, offsets, start + kAhead);
+        }
         if (!queue.queued[start]) {
             continue;
         }
@@ -166,6 +199,7 @@ std::tuple<at::Tensor, at::Tensor> group_keypoints(const at::Tensor& peaks, cons
                                                    double reject_radius, int64_t hops) {
     check_grouping(peaks, scores, group_offsets);
     const int64_t n = group_offsets.size(0), h = group_offsets.size(2), w = group_offsets.size(3);
+    TORCH_CHECK_VALUE(peaks.size(0) < std::numeric_limits<int32_t>::max(), "peaks: expected less than 2^31");
     const at::Tensor every = peaks.contiguous();
     const at::Tensor values = scores.to(c10::promoteTypes(scores.scalar_type(), at::kFloat)).contiguous();
     const int64_t* peak = every.const_data_ptr<int64_t>();

@@ -228,7 +228,8 @@ __global__ void gather_kernel(const S* graphs, const int64_t* in_image, const in
 
 // Items by key, stable, and where each of the keys 0 .. count begins among them.
 std::tuple<at::Tensor, at::Tensor> sort_into(const at::Tensor& keys, int64_t count) {
-    const auto [sorted, order] = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    at::Tensor sorted, order;
+    std::tie(sorted, order) = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
     return {order, at::searchsorted(sorted, at::arange(count + 1, keys.options()))};
 }
 
@@ -254,8 +255,9 @@ std::tuple<at::Tensor, at::Tensor> group_keypoints(const at::Tensor& peaks, cons
         every.const_data_ptr<int64_t>(), count, n, h, w, image.mutable_data_ptr<int64_t>(),
         bin.mutable_data_ptr<int64_t>(), state.mutable_data_ptr<uint8_t>(), graph_count + n);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    const auto [queue, in_image] = sort_into(image, n);
-    const auto [binned, in_bin] = sort_into(bin, Bins(h, w).row(n, 0, 0));
+    at::Tensor queue, in_image, binned, in_bin;
+    std::tie(queue, in_image) = sort_into(image, n);
+    std::tie(binned, in_bin) = sort_into(bin, Bins(h, w).row(n, 0, 0));
 
     const at::Tensor found = at::empty({count, kKeypoints, 3}, values.options());
     at::Tensor graphs, graph_image;
@@ -266,10 +268,10 @@ std::tuple<at::Tensor, at::Tensor> group_keypoints(const at::Tensor& peaks, cons
                 at::kHalf, at::kBFloat16, group_offsets.scalar_type(), "group_keypoints", [&] {
                     const Scene<scalar_t, score_t> scene{every.const_data_ptr<int64_t>(),
                                                          values.const_data_ptr<score_t>(),
-                                                         queue.template const_data_ptr<int64_t>(),
-                                                         in_image.template const_data_ptr<int64_t>(),
-                                                         binned.template const_data_ptr<int64_t>(),
-                                                         in_bin.template const_data_ptr<int64_t>(),
+                                                         queue.const_data_ptr<int64_t>(),
+                                                         in_image.const_data_ptr<int64_t>(),
+                                                         binned.const_data_ptr<int64_t>(),
+                                                         in_bin.const_data_ptr<int64_t>(),
                                                          group_offsets.const_data_ptr<scalar_t>(),
                                                          group_offsets.stride(0),
                                                          group_offsets.stride(1),
@@ -293,7 +295,7 @@ std::tuple<at::Tensor, at::Tensor> group_keypoints(const at::Tensor& peaks, cons
         graphs = at::empty({total, kKeypoints, 3}, values.options());
         graph_image = at::empty({total}, every.options());
         gather_kernel<<<static_cast<unsigned>(n), kThreads, 0, stream>>>(
-            found.const_data_ptr<score_t>(), in_image.template const_data_ptr<int64_t>(), graph_count,
+            found.const_data_ptr<score_t>(), in_image.const_data_ptr<int64_t>(), graph_count,
             graphs.mutable_data_ptr<score_t>(), graph_image.mutable_data_ptr<int64_t>());
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
