@@ -141,7 +141,7 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
         (partial(layers.hough_vote, heatmap, scale.single_offset, RADIUS), [heatmap, scale.single_offset]),
         (partial(layers.smooth_votes, votes, 2.0), [votes]),
         (partial(layers.find_peaks, smooth, 0.004), [smooth]),
-        (partial(layers.group_keypoints, peaks, scores, scale.group_offset), [peaks, scores]),
+        (partial(layers.group_keypoints, peaks, scores, scale.group_offset), [peaks, scores, scale.group_offset]),
         (partial(layers.graphs_to_boxes, graphs), [graphs]),
         (partial(layers.render_targets, boxes, image, 1, size, size, 1, RADIUS), target_maps),
     )
@@ -161,7 +161,7 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
     for count in arguments.peaks:
         queue = queue_of_peaks(count, max(arguments.peaks), device)
         slow = count > LARGEST_REFERENCE_GROUPING
-        taken[count] = table.line(f"{count} peaks", partial(layers.group_keypoints, *queue), list(queue[:2]), slow)
+        taken[count] = table.line(f"{count} peaks", partial(layers.group_keypoints, *queue), list(queue), slow)
     for first, last in itertools.combinations(sorted(taken), 2):
         if last == 16 * first:
             print(f"{last} peaks take {taken[last] / taken[first]:.1f} times as long as {first}.")
