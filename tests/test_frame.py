@@ -113,7 +113,9 @@ def test_every_import_is_declared() -> None:
         for extra in extras[folder]:
             names |= {canonicalize_name(requirement.name) for requirement in declared()[extra]}
         known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | sys.stdlib_module_names
-        known |= {script.stem for folder in (path.parent, ROOT / "tools") for script in folder.glob("*.py")}
+        known |= {
+            script.stem for folder in (path.parent, ROOT / "tools", ROOT / "datasets") for script in folder.glob("*.py")
+        }
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
             if isinstance(node, ast.Import):
                 imported = {alias.name for alias in node.names}
