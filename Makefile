@@ -7,8 +7,9 @@ DETECTRON2 ?= yes
 PYTEST_ARGS ?=
 
 python := $(VENV)/bin/python
-# Stamps of finished steps; the second one remembers which way Detectron2 was asked for.
+# Stamps of finished steps; the last one remembers which way Detectron2 was asked for.
 installed := $(VENV)/.kg-installed
+built := $(VENV)/.kg-built
 ready := $(VENV)/.kg-ready-detectron2-$(DETECTRON2)
 
 ifeq ($(filter yes no,$(DETECTRON2)),)
@@ -16,7 +17,7 @@ $(error DETECTRON2 is yes or no, not "$(DETECTRON2)")
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test sanitize lint clean
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
@@ -35,12 +36,15 @@ demo: $(ready)  ## make cells, train on them, compare with Mask R-CNN, draw a pi
 test: $(ready)  ## run the tests; PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="--slow"
 	$(python) -m pytest -q --durations=10 $(PYTEST_ARGS)
 
+sanitize: $(ready)  ## run the tests of the C++ operators with the address and undefined-behaviour sanitizers
+	$(python) tools/sanitize.py
+
 lint: $(installed)  ## check style and layout of the code
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 
 clean:  ## remove caches and build products; VENV stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis kg_detectron/layers/_C.* $(built)
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 # Every candidate is run, because a name on the PATH may be a launcher with no Python behind it.
@@ -61,7 +65,12 @@ $(installed): setup.py constraints.txt | $(python)
 	$(python) -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev,detectron2]'
 	@touch $@
 
-$(ready): $(installed) tools/install_detectron2.py
+# Again in the open, for pip hides what was built; only what has changed is compiled again.
+$(built): $(installed) $(shell find kg_detectron/layers/csrc -type f)
+	$(python) setup.py build_ext --inplace
+	@touch $@
+
+$(ready): $(built) tools/install_detectron2.py
 	@rm -f $(VENV)/.kg-ready-*
 	$(python) tools/install_detectron2.py $(if $(filter no,$(DETECTRON2)),--without)
 	@touch $@

@@ -1,11 +1,21 @@
-"""The package kg_detectron, its command and its dependencies."""
+"""The package kg_detectron, its command, its dependencies, and its compiled operators.
 
+The C++ operators are always built; the CUDA ones too where a CUDA toolkit is found (``CUDA_HOME``) or ``FORCE_CUDA=1``,
+and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is said, and
+left to the PyTorch reference: the installation goes on. It needs the installed PyTorch, so ``--no-build-isolation``.
+"""
+
+import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools wants it
 
 REQUIRES = [
     "fvcore",
@@ -60,6 +70,88 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
+def sources(*suffixes: str) -> list[str]:
+    """The files of the operators that end so, relative to ROOT."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / CSRC).rglob("*") if path.suffix in suffixes)
+
+
+def say(line: str) -> None:
+    """Print one line about the operators at once, in order with the compiler's output."""
+    print(f"kg_detectron operators: {line}", flush=True)
+
+
+def compile_operators(cuda: bool) -> Path:
+    """Compile the shared library, load it once to see that it is whole, and return its path."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        # No GPU to ask. This one is quick to build, and later GPUs translate its PTX when they first load it.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "7.5+PTX"
+    # Beside the interpreter of a virtual environment, which need not be on the PATH, lies ninja.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    folder = ROOT / "build" / ("operators-cuda" if cuda else "operators-cpp")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "lock").unlink(missing_ok=True)  # of a build that was killed, for which this one would wait for ever
+    threads = ["-fopenmp"] if sys.platform == "linux" else []  # what at::parallel_for is compiled to
+    flags = [
+        "-O3",
+        "-ffp-contract=off",  # equal distances stay equal, as they are in the reference and on the GPU
+        "-fno-trapping-math",  # nobody looks at traps and errno, which keep loops from being vectorised
+        "-fno-math-errno",
+        "-fno-tree-slp-vectorize",  # two votes written as one vector must be waited for before the next are added
+    ]
+    cpp_extension.load(
+        "_C",
+        [str(ROOT / path) for path in sources(".cpp", *([".cu"] if cuda else []))],
+        extra_cflags=[*flags, *threads],
+        extra_cuda_cflags=["-O3", "--fmad=false"],
+        extra_ldflags=threads,
+        build_directory=str(folder),
+        with_cuda=cuda,
+        is_python_module=False,
+    )
+    return next(folder.glob("_C.so"))
+
+
+class BuildOperators(build_ext):
+    """``build_ext`` by PyTorch's own builder. It never fails: what cannot be built is said and left out."""
+
+    def run(self) -> None:
+        if self.inplace:  # no outdated library may stay behind where nothing new can be built
+            for old in (ROOT / CSRC.parent).glob("_C.*"):
+                old.unlink()
+        super().run()
+
+    def build_extension(self, extension: Extension) -> None:
+        toolkit = Path("/usr/local/cuda")
+        if not os.environ.get("CUDA_HOME") and (toolkit / "include" / "cuda_runtime.h").is_file():
+            os.environ["CUDA_HOME"] = str(toolkit)  # PyTorch would ask for nvcc on the PATH, which may be a launcher
+        try:
+            import torch
+            from torch.utils.cpp_extension import CUDA_HOME
+        except ImportError:
+            say("NOT BUILT, for PyTorch is not installed here: install it first, then use pip's --no-build-isolation.")
+            return
+        force = os.environ.get("FORCE_CUDA", "")
+        has_cuda = CUDA_HOME is not None and torch.version.cuda is not None
+        for cuda in (True, False) if force == "1" or has_cuda and force != "0" else (False,):
+            parts = "C++ and CUDA" if cuda else "C++"
+            say(f"building {parts}, which takes some minutes.")
+            try:
+                library = compile_operators(cuda)
+            except Exception as error:  # a compiler, a linker or ninja that is missing or fails, in whatever way
+                print(error, flush=True)
+                say(f"building {parts} FAILED, see above.")
+            else:
+                target = Path(self.get_ext_fullpath(extension.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(library, target)
+                say(f"built {parts}.")
+                return
+        say("NOT BUILT: the PyTorch reference runs instead, which is much slower.")
+
+
 setup(
     name="kg_detectron",
     version=version(),
@@ -71,5 +163,17 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    # Not a Python module but a plain library, hence one wheel for all versions of Python.
+    ext_modules=[
+        Extension(
+            "kg_detectron.layers._C",
+            sources=sources(".cpp", ".cu"),
+            depends=sources(".h"),
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildOperators},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     entry_points={"console_scripts": ["kg-detectron = kg_detectron.cli:main"]},
 )

@@ -144,7 +144,7 @@ def test_no_path_of_somebodys_machine_is_tracked() -> None:
 
 
 def test_the_core_commands_are_listed() -> None:
-    assert make_targets() == {"help", "setup", "demo", "test", "lint", "clean"}
+    assert make_targets() == {"help", "setup", "demo", "test", "sanitize", "lint", "clean"}
 
 
 def test_commands_of_the_readme_exist() -> None:

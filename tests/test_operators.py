@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import nms
 
+from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES, EDGE_INDEX
-from kg_detectron.layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
+from kg_detectron.layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, reference, smooth_votes
 from kg_detectron.modeling import keypoint_targets
 
+# What the package offers, compiled where that was built, and the specification beside it.
+both = pytest.mark.parametrize("ops", [layers, reference], ids=["layers", "reference"])
 GOLDEN = [f"decode_{i:02}" for i in range(9)] + ["clutter_00", "clutter_01"]
 
 
@@ -30,24 +33,26 @@ def xyxy(golden_boxes: Tensor) -> Tensor:
 # Parity with the published implementation
 
 
-def test_golden_votes(golden):
-    votes = hough_vote(golden["heatmap"][None].float(), golden["single_offset"][None].float(), 5)
+@both
+def test_golden_votes(ops, golden):
+    votes = ops.hough_vote(golden["heatmap"][None].float(), golden["single_offset"][None].float(), 5)
     torch.testing.assert_close(votes[0], golden["votes"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(smooth_votes(votes, 2.0)[0], golden["smoothed"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ops.smooth_votes(votes, 2.0)[0], golden["smoothed"], atol=1e-4, rtol=0)
 
 
-def test_golden_peaks_groups_and_boxes(golden):
-    votes = hough_vote(golden["heatmap"][None].float(), golden["single_offset"][None].float(), 5)
-    peaks, scores = find_peaks(smooth_votes(votes, 2.0), 0.004)
+@both
+def test_golden_peaks_groups_and_boxes(ops, golden):
+    votes = ops.hough_vote(golden["heatmap"][None].float(), golden["single_offset"][None].float(), 5)
+    peaks, scores = ops.find_peaks(ops.smooth_votes(votes, 2.0), 0.004)
     expected = golden["keypoints"]
     assert {tuple(p) for p in peaks[:, 1:].tolist()} == {(k, y, x) for k, x, y in expected[:, :3].int().tolist()}
     assert len(peaks) == len(expected)
 
-    graphs, image = group_keypoints(peaks, scores, golden["group_offset"][None].float())
+    graphs, image = ops.group_keypoints(peaks, scores, golden["group_offset"][None].float())
     assert (image == 0).all()
     torch.testing.assert_close(graphs.double(), golden["groups"], atol=1e-4, rtol=0)
 
-    boxes, box_scores, graph = graphs_to_boxes(graphs)
+    boxes, box_scores, graph = ops.graphs_to_boxes(graphs)
     before = golden["boxes_pre_nms_y1x1y2x2s"]
     torch.testing.assert_close(boxes.double(), xyxy(before), atol=1e-3, rtol=0)
     torch.testing.assert_close(box_scores.double(), before[:, 4], atol=1e-3, rtol=0)
@@ -169,35 +174,38 @@ def random_maps(seed: int, n: int = 2, h: int = 9, w: int = 11, spread: float = 
 seeds = st.integers(0, 2**31)
 
 
+@both
 @given(seed=seeds, whole=st.booleans(), broken=st.booleans())
-def test_votes_equal_loops(seed, whole, broken):
+def test_votes_equal_loops(ops, seed, whole, broken):
     heatmap, single, _ = random_maps(seed)
     if whole:
         single = single.round()
     if broken:
         heatmap[0, 0, 0, 0], single[0, 3, 2, 2], single[1, 0, 4, 4] = math.nan, math.inf, math.nan
     expected = loop_votes(heatmap, single, 3.0)
-    torch.testing.assert_close(hough_vote(heatmap, single, 3.0).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ops.hough_vote(heatmap, single, 3.0).double(), expected, atol=1e-6, rtol=1e-5)
 
 
+@both
 @given(seed=seeds, levels=st.sampled_from([3, 1000]), broken=st.booleans())
-def test_peaks_equal_loops(seed, levels, broken):
+def test_peaks_equal_loops(ops, seed, levels, broken):
     scores = (random_maps(seed)[0] * levels).round() / levels  # few levels make ties and plateaus
     if broken:
         scores[0, 0, 1, 1], scores[1, 2, 3, 3], scores[1, 2, 3, 4] = math.nan, math.inf, -math.inf
-    peaks, values = find_peaks(scores, 0.31234)
+    peaks, values = ops.find_peaks(scores, 0.31234)
     assert [tuple(p) for p in peaks.tolist()] == loop_peaks(scores, 0.31234)
     assert torch.equal(values, scores[tuple(peaks.T)])
 
 
+@both
 @given(seed=seeds, hops=st.sampled_from([1, 2]), match=st.sampled_from([1.5, 4.0]), reject=st.sampled_from([2.0, 5.0]))
-def test_groups_equal_loops(seed, hops, match, reject):
+def test_groups_equal_loops(ops, seed, hops, match, reject):
     heatmap, _, group = random_maps(seed)
     scores = (heatmap * 4).round() / 4
     if seed % 2:
         group = group.round()  # equal distances
-    peaks, values = find_peaks(scores, 0.7)
-    graphs, image = group_keypoints(peaks, values, group, match, reject, hops)
+    peaks, values = ops.find_peaks(scores, 0.7)
+    graphs, image = ops.group_keypoints(peaks, values, group, match, reject, hops)
     expected, images = loop_groups(peaks.tolist(), values.tolist(), group, match, reject, hops)
     assert image.tolist() == images
     for graph, members in zip(graphs.tolist(), expected, strict=True):
@@ -236,81 +244,90 @@ def loop_box(graph, corner_and_centre):
     return (x1, y1, x2, y2), sum(graph[k][2] for k in there) / len(there)
 
 
+@both
 @given(seed=seeds, option=st.booleans())
-def test_boxes_equal_loops_for_every_set_of_keypoints(seed, option):
+def test_boxes_equal_loops_for_every_set_of_keypoints(ops, seed, option):
     generator = torch.Generator().manual_seed(seed)
     graphs = torch.rand(32, 5, 3, generator=generator, dtype=torch.float64) * 50 + 0.01
     for subset in range(32):
         for k in range(5):
             if not subset >> k & 1:
                 graphs[subset, k] = 0
-    boxes, scores, graph = graphs_to_boxes(graphs, corner_and_centre=option)
+    boxes, scores, graph = ops.graphs_to_boxes(graphs, corner_and_centre=option)
     expected = {i: box for i in range(32) if (box := loop_box(graphs[i].tolist(), option)) is not None}
     assert graph.tolist() == list(expected)
     for box, score, i in zip(boxes.tolist(), scores.tolist(), graph.tolist(), strict=True):
         assert box == pytest.approx(expected[i][0]) and score == pytest.approx(expected[i][1])
 
 
-def test_which_sets_of_keypoints_give_a_box():
+@both
+def test_which_sets_of_keypoints_give_a_box(ops):
     """Any three keypoints, or a diagonal; with the option one corner and the centre too (paper, figure 1d)."""
     for option, count in ((False, 10 + 5 + 1 + 2), (True, 10 + 5 + 1 + 2 + 4)):
         graphs = torch.zeros(32, 5, 3)
         for subset in range(32):
             graphs[subset, [k for k in range(5) if subset >> k & 1]] = 1.0
-        assert len(graphs_to_boxes(graphs, option)[0]) == count
+        assert len(ops.graphs_to_boxes(graphs, option)[0]) == count
 
 
-def test_keypoints_at_the_origin_count():
+@both
+def test_keypoints_at_the_origin_count(ops):
     """A keypoint at x = 0 or y = 0 is present, and a missing one rejects nothing near the origin."""
     graph = torch.tensor([[[0, 0, 1], [20, 0, 1], [0, 30, 1], [20, 30, 1], [10, 15, 1.0]]])
-    assert graphs_to_boxes(graph)[0].tolist() == [[0, 0, 20, 30]]
+    assert ops.graphs_to_boxes(graph)[0].tolist() == [[0, 0, 20, 30]]
     peaks = torch.tensor([[0, 4, 25, 25], [0, 0, 2, 3]])  # a centre alone, then a corner near the origin
-    graphs, _ = group_keypoints(peaks, torch.tensor([0.9, 0.5]), torch.zeros(1, 40, 30, 30))
+    graphs, _ = ops.group_keypoints(peaks, torch.tensor([0.9, 0.5]), torch.zeros(1, 40, 30, 30))
     assert len(graphs) == 2
 
 
 # Input at the edges, and input that does not fit
 
 
-def test_empty_batches_and_no_peaks():
-    assert hough_vote(torch.zeros(0, 5, 8, 8), torch.zeros(0, 10, 8, 8), 5).shape == (0, 5, 8, 8)
-    assert smooth_votes(torch.zeros(0, 5, 8, 8), 2.0).shape == (0, 5, 8, 8)
-    peaks, scores = find_peaks(torch.zeros(2, 5, 8, 8), 0.004)
+@both
+def test_empty_batches_and_no_peaks(ops):
+    assert ops.hough_vote(torch.zeros(0, 5, 8, 8), torch.zeros(0, 10, 8, 8), 5).shape == (0, 5, 8, 8)
+    assert ops.smooth_votes(torch.zeros(0, 5, 8, 8), 2.0).shape == (0, 5, 8, 8)
+    peaks, scores = ops.find_peaks(torch.zeros(2, 5, 8, 8), 0.004)
     assert peaks.shape == (0, 4) and scores.shape == (0,)
-    graphs, image = group_keypoints(peaks, scores, torch.zeros(2, 40, 8, 8))
+    graphs, image = ops.group_keypoints(peaks, scores, torch.zeros(2, 40, 8, 8))
     assert graphs.shape == (0, 5, 3) and image.shape == (0,)
-    boxes, scores, graph = graphs_to_boxes(graphs)
+    boxes, scores, graph = ops.graphs_to_boxes(graphs)
     assert boxes.shape == (0, 4) and scores.shape == (0,) and graph.shape == (0,)
 
 
-def test_smoothing_of_a_map_smaller_than_its_reach():
+@both
+def test_smoothing_of_a_map_smaller_than_its_reach(ops):
     scipy_ndimage = pytest.importorskip("scipy.ndimage")
     votes = torch.rand(1, 1, 3, 5, dtype=torch.float64)
     expected = scipy_ndimage.gaussian_filter(votes[0, 0].numpy(), 2.0, mode="reflect", truncate=4.0)
-    np.testing.assert_allclose(smooth_votes(votes, 2.0)[0, 0].numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(ops.smooth_votes(votes, 2.0)[0, 0].numpy(), expected, atol=1e-12)
 
 
-def test_inputs_stay_as_they_are_and_layout_does_not_matter():
+@both
+def test_inputs_stay_as_they_are_and_layout_does_not_matter(ops):
     heatmap, single, group = random_maps(1)
     copies = [t.clone() for t in (heatmap, single, group)]
-    votes = hough_vote(heatmap, single, 3)
+    votes = ops.hough_vote(heatmap, single, 3)
     strided = [t.to(memory_format=torch.channels_last) for t in (heatmap, single, group)]
-    assert torch.equal(hough_vote(strided[0], strided[1], 3), votes)
-    peaks, scores = find_peaks(votes, 0.0)
-    expected = group_keypoints(peaks, scores, group)
-    assert all(map(torch.equal, group_keypoints(peaks, scores, strided[2]), expected))
+    assert torch.equal(ops.hough_vote(strided[0], strided[1], 3), votes)
+    peaks, scores = ops.find_peaks(votes, 0.0)
+    expected = ops.group_keypoints(peaks, scores, group)
+    assert all(map(torch.equal, ops.group_keypoints(peaks, scores, strided[2]), expected))
     assert all(map(torch.equal, (heatmap, single, group), copies))
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions(dtype):
+def test_other_precisions(ops, dtype):
     heatmap, single, group = (t.to(dtype) for t in random_maps(2))
-    votes = hough_vote(heatmap, single, 3)
+    votes = ops.hough_vote(heatmap, single, 3)
     wide = torch.promote_types(dtype, torch.float32)
     assert votes.dtype == wide
-    torch.testing.assert_close(votes, hough_vote(heatmap.to(wide), single.to(wide), 3))
-    peaks, scores = find_peaks(votes, 0.0)
-    assert all(map(torch.equal, group_keypoints(peaks, scores, group), group_keypoints(peaks, scores, group.to(wide))))
+    torch.testing.assert_close(votes, ops.hough_vote(heatmap.to(wide), single.to(wide), 3))
+    peaks, scores = ops.find_peaks(votes, 0.0)
+    assert all(
+        map(torch.equal, ops.group_keypoints(peaks, scores, group), ops.group_keypoints(peaks, scores, group.to(wide)))
+    )
 
 
 MAPS = torch.zeros(1, 5, 8, 8)

@@ -1,5 +1,14 @@
-"""Operators of the keypoint graph. Until they are compiled, their PyTorch reference is what runs."""
+"""Operators of the keypoint graph: compiled where they were built, their PyTorch reference elsewhere."""
 
-from .reference import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
+from .ops import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, render_targets, smooth_votes
+from .reference import box_keypoints
 
-__all__ = ["find_peaks", "graphs_to_boxes", "group_keypoints", "hough_vote", "smooth_votes"]
+__all__ = [
+    "box_keypoints",
+    "find_peaks",
+    "graphs_to_boxes",
+    "group_keypoints",
+    "hough_vote",
+    "render_targets",
+    "smooth_votes",
+]

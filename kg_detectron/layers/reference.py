@@ -9,21 +9,19 @@ import math
 import torch
 from torch import Tensor
 
-from ..graph import BOTTOM, CENTRE, EDGE_INDEX, GROUP_OFFSET_CHANNELS, LEFT, NUM_KEYPOINTS, RIGHT, TOP
-
-
-def _check_maps(name: str, maps: Tensor, channels: int | None = None) -> None:
-    if maps.dim() != 4 or not maps.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a floating-point tensor (N,C,H,W), got {maps.dtype} of shape {tuple(maps.shape)}"
-        )
-    if channels is not None and maps.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, got shape {tuple(maps.shape)}")
-
-
-def _check_positive(name: str, value: float, zero: bool = False) -> None:
-    if not (value > 0 or zero and value == 0) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a {'non-negative' if zero else 'positive'} finite number, got {value}")
+from ..graph import (
+    BOTTOM,
+    CENTRE,
+    DIRECTED_EDGES,
+    EDGE_INDEX,
+    GROUP_OFFSET_CHANNELS,
+    LEFT,
+    NUM_KEYPOINTS,
+    RIGHT,
+    SINGLE_OFFSET_CHANNELS,
+    TOP,
+)
+from .checks import check_graphs, check_grouping, check_smoothing, check_threshold, check_votes
 
 
 @torch.no_grad()
@@ -44,15 +42,8 @@ def hough_vote(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
     Raises:
         ValueError: for shapes, types or a radius that do not fit.
     """
-    _check_maps("heatmap", heatmap)
+    check_votes(heatmap, offsets, radius)
     n, k, h, w = heatmap.shape
-    _check_maps("offsets", offsets, 2 * k)
-    if offsets.shape != (n, 2 * k, h, w) or offsets.device != heatmap.device:
-        raise ValueError(
-            f"offsets: expected shape {(n, 2 * k, h, w)} on {heatmap.device}, "
-            f"got {tuple(offsets.shape)} on {offsets.device}"
-        )
-    _check_positive("radius", radius)
     dtype = torch.promote_types(heatmap.dtype, torch.float32)
     value = heatmap.to(dtype)
     offset = offsets.to(dtype).reshape(n, k, 2, h, w)
@@ -94,8 +85,7 @@ def smooth_votes(votes: Tensor, sigma: float) -> Tensor:
     Returns:
         (N,K,H,W), float32 (float64 for float64 input).
     """
-    _check_maps("votes", votes)
-    _check_positive("sigma", sigma, zero=True)
+    check_smoothing(votes, sigma)
     n, k, h, w = votes.shape
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
     if sigma == 0 or votes.numel() == 0:
@@ -127,9 +117,7 @@ def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         peaks: (P,4) int64, columns image, keypoint, y, x; ordered by image, then falling score, then keypoint, y, x.
         scores: (P,) their scores.
     """
-    _check_maps("scores", scores)
-    if math.isnan(threshold):
-        raise ValueError(f"threshold: expected a number, got {threshold}")
+    check_threshold(scores, threshold)
     scores = torch.where(torch.isfinite(scores), scores, -math.inf)
     padded = torch.nn.functional.pad(scores, (1, 1, 1, 1), value=-math.inf)
     is_peak = scores > threshold
@@ -173,23 +161,8 @@ def group_keypoints(
     Raises:
         ValueError: for shapes, types, positions outside the maps or options that do not fit.
     """
-    _check_maps("group_offsets", group_offsets, GROUP_OFFSET_CHANNELS)
+    check_grouping(peaks, scores, group_offsets, match_radius, reject_radius, hops)
     n, _, h, w = group_offsets.shape
-    if peaks.dim() != 2 or peaks.shape[1] != 4 or peaks.dtype != torch.int64:
-        raise ValueError(f"peaks: expected int64 (P,4), got {peaks.dtype} of shape {tuple(peaks.shape)}")
-    if scores.shape != peaks.shape[:1] or not scores.is_floating_point():
-        raise ValueError(
-            f"scores: expected floating-point ({len(peaks)},), got {scores.dtype} of shape {tuple(scores.shape)}"
-        )
-    if not peaks.device == scores.device == group_offsets.device:
-        raise ValueError(
-            f"peaks, scores and group_offsets: expected one device, "
-            f"got {peaks.device}, {scores.device} and {group_offsets.device}"
-        )
-    if hops not in (1, 2):
-        raise ValueError(f"hops: expected 1 or 2, got {hops}")
-    _check_positive("match_radius", match_radius, zero=True)
-    _check_positive("reject_radius", reject_radius, zero=True)
     limit = torch.tensor([n, NUM_KEYPOINTS, h, w], device=peaks.device)
     if len(peaks) and bool(((peaks < 0) | (peaks >= limit)).any()):
         raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {peaks.amax(0).tolist()}")
@@ -284,10 +257,7 @@ def graphs_to_boxes(graphs: Tensor, corner_and_centre: bool = False) -> tuple[Te
         scores: (R,) mean score of the present keypoints.
         graph: (R,) int64, the graph that each box comes from, ascending.
     """
-    if graphs.dim() != 3 or graphs.shape[1:] != (NUM_KEYPOINTS, 3) or not graphs.is_floating_point():
-        raise ValueError(
-            f"graphs: expected a floating-point tensor (G,5,3), got {graphs.dtype} of shape {tuple(graphs.shape)}"
-        )
+    check_graphs(graphs)
     x, y, score = graphs.unbind(2)
     present = score > 0
 
@@ -313,3 +283,70 @@ def graphs_to_boxes(graphs: Tensor, corner_and_centre: bool = False) -> tuple[Te
     boxes = torch.stack((x1, y1, x2, y2), dim=1)[graph]
     total = torch.where(present, score, 0).sum(1)
     return boxes.contiguous(), (total / present.sum(1).clamp(min=1))[graph], graph.contiguous()
+
+
+def box_keypoints(boxes: Tensor) -> Tensor:
+    """Keypoints of boxes: (M,4) xyxy continuous -> (M,5,2) x, y pixel indices, in the order of `graph.KEYPOINTS`."""
+    x1, y1, x2, y2 = boxes[:, 0], boxes[:, 1], boxes[:, 2] - 1, boxes[:, 3] - 1
+    x = torch.stack((x1, x2, x1, x2, (x1 + x2) / 2), dim=1)
+    y = torch.stack((y1, y1, y2, y2, (y1 + y2) / 2), dim=1)
+    return torch.stack((x, y), dim=2)
+
+
+@torch.no_grad()
+def render_targets(
+    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training targets of one scale (paper, equations 1 and 3); `modeling.keypoint_targets` says what they are.
+
+    Args:
+        boxes: (M,4) float32, xyxy continuous, input pixels.
+        image: (M,) int64, the image of each box.
+        images: N, their number.
+        height, width: of the maps.
+        stride: of the scale.
+        radius: of the discs, pixels of the scale.
+
+    Returns:
+        heatmap (N,5,height,width), single offset (N,10,height,width), group offset (N,40,height,width), float32.
+    """
+    n, h, w, device = images, height, width, boxes.device
+    heatmap = torch.zeros(n, NUM_KEYPOINTS, h, w, device=device)
+    single = torch.zeros(n, SINGLE_OFFSET_CHANNELS, h, w, device=device)
+    group = torch.zeros(n, GROUP_OFFSET_CHANNELS, h, w, device=device)
+
+    large = ((boxes[:, 2:] - boxes[:, :2] - 1) / stride > 2 * radius + 1).all(1)
+    image = image[large]
+    keypoints = (box_keypoints(boxes[large]) + 0.5) / stride - 0.5  # [M,5,2]
+    if not len(keypoints):
+        return heatmap, single, group
+
+    # Every pixel of every disc: a square window around each keypoint, cut to the disc and the map.
+    reach = math.ceil(radius)
+    window = torch.arange(-reach, reach + 2, device=device)
+    corner = keypoints.floor().long()
+    x = corner[..., 0, None, None] + window
+    y = corner[..., 1, None, None] + window[:, None]
+    x, y = torch.broadcast_tensors(x, y)  # [M,5,S,S]
+    squared = (x - keypoints[..., 0, None, None]) ** 2 + (y - keypoints[..., 1, None, None]) ** 2
+    inside = (squared <= radius**2) & (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    box, k, _, _ = inside.nonzero().unbind(1)
+    x, y, squared = x[inside], y[inside], squared[inside]
+    pixel = ((image[box] * NUM_KEYPOINTS + k) * h + y) * w + x
+
+    # The nearest keypoint owns the pixel, then the first box: two scatters, so that the order of writes is irrelevant.
+    nearest = squared.new_full((heatmap.numel(),), math.inf).scatter_reduce_(0, pixel, squared, "amin")
+    box_of = torch.where(squared == nearest[pixel], box, len(keypoints))
+    first = box.new_full((heatmap.numel(),), len(keypoints)).scatter_reduce_(0, pixel, box_of, "amin")
+    owns = box == first[pixel]
+    box, k, x, y = box[owns], k[owns], x[owns], y[owns]
+
+    i, at = image[box], torch.stack((x, y), dim=1)
+    heatmap[i, k, y, x] = 1
+    offset = keypoints[box, k] - at
+    single[i, 2 * k, y, x], single[i, 2 * k + 1, y, x] = offset.unbind(1)
+    for e, (source, target) in enumerate(DIRECTED_EDGES):
+        of = k == source
+        offset = keypoints[box[of], target] - at[of]
+        group[i[of], 2 * e, y[of], x[of]], group[i[of], 2 * e + 1, y[of], x[of]] = offset.unbind(1)
+    return heatmap, single, group

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
 from .keypoint_branch import KeypointMaps
@@ -54,10 +54,13 @@ class KeypointDecoder(nn.Module):
         limit = boxes.new_tensor([[w, h, w, h] for h, w in sizes])
         boxes = torch.minimum(boxes.clamp(min=0), limit[image])
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # corners may cross where a graph mixes two cells
-        boxes, scores, image = boxes[real], scores[real], image[real]
-        keep = batched_nms(boxes, scores, image, self.nms_threshold)
-        boxes, scores, image = boxes[keep], scores[keep], image[keep]
-        return [(boxes[image == i], scores[image == i]) for i in range(len(sizes))]
+        # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
+        found = []
+        for i in range(len(sizes)):
+            own = real & (image == i)
+            keep = nms(boxes[own], scores[own], self.nms_threshold)
+            found.append((boxes[own][keep], scores[own][keep]))
+        return found
 
     def _decode_scale(self, scale: KeypointMaps) -> tuple[Tensor, Tensor, Tensor]:
         votes = hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius)

@@ -1,0 +1,111 @@
+// Votes are added as 64-bit integers: their sum does not depend on the order in which the threads come, floating-point
+// sums would. The unit is the smallest power of two with which no sum can overflow, at most 2^-43 of the largest value
+// for maps of up to 2^18 pixels: far below the rounding of float32.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace kg {
+namespace {
+
+using Bits = unsigned long long;
+
+// Bits of the largest absolute value that is finite; those of doubles without sign are ordered as the doubles are.
+template <typename T>
+__global__ void largest_kernel(const T* value, int64_t count, Bits* largest) {
+    Bits own = 0;
+    for (int64_t i = first_item(); i < count; i += item_step()) {
+        const double size = fabs(static_cast<double>(value[i]));
+        if (isfinite(size)) {
+            own = max(own, static_cast<Bits>(__double_as_longlong(size)));
+        }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        own = max(own, __shfl_xor_sync(0xffffffff, own, distance));
+    }
+    if (threadIdx.x % 32 == 0 && own) {
+        atomicMax(largest, own);
+    }
+}
+
+// Exponent e such that as many votes as a plane has pixels, each of 2^e units at the largest, stay below 2^62.
+__device__ int exponent_of_unit(const Bits* largest, int64_t pixels) {
+    const double value = __longlong_as_double(static_cast<long long>(*largest));
+    return value > 0 ? 60 - ilogb(value) - ilogb(static_cast<double>(pixels)) : 0;
+}
+
+// value [P,h,w], offset [P,2,h,w] of P planes -> votes [P,h,w], in units.
+template <typename T>
+__global__ void vote_kernel(const T* value, const T* offset, int64_t planes, int64_t h, int64_t w, const Bits* largest,
+                            Bits* votes) {
+    const int exponent = exponent_of_unit(largest, h * w);
+    for (int64_t i = first_item(); i < planes * h * w; i += item_step()) {
+        const int64_t plane = i / (h * w), pixel = i % (h * w);
+        const T* by = offset + 2 * plane * h * w + pixel;
+        const T v = value[i], x = pixel % w + by[0], y = pixel / w + by[h * w];
+        // False for nan too.
+        if (!(isfinite(v) && x > -1 && x < w && y > -1 && y < h)) {
+            continue;
+        }
+        const T left = floor(x), top = floor(y), dx = x - left, dy = y - top;
+        for (int below = 0; below < 2; ++below) {
+            for (int right = 0; right < 2; ++right) {
+                const int64_t column = static_cast<int64_t>(left) + right, row = static_cast<int64_t>(top) + below;
+                if (column >= 0 && column < w && row >= 0 && row < h) {
+                    const T vote = v * ((right ? dx : 1 - dx) * (below ? dy : 1 - dy));
+                    const long long units = __double2ll_rn(scalbn(static_cast<double>(vote), exponent));
+                    atomicAdd(votes + (plane * h + row) * w + column, static_cast<Bits>(units));
+                }
+            }
+        }
+    }
+}
+
+template <typename T>
+__global__ void scale_kernel(const Bits* votes, int64_t count, int64_t pixels, const Bits* largest, double scale,
+                             T* out) {
+    const int exponent = exponent_of_unit(largest, pixels);
+    for (int64_t i = first_item(); i < count; i += item_step()) {
+        const double units = static_cast<double>(static_cast<long long>(votes[i]));
+        out[i] = static_cast<T>(scalbn(units, -exponent) * scale);
+    }
+}
+
+at::Tensor hough_vote(const at::Tensor& heatmap, const at::Tensor& offsets, double radius) {
+    check_votes(heatmap, offsets);
+    const c10::cuda::CUDAGuard guard(heatmap.device());
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const auto dtype = c10::promoteTypes(heatmap.scalar_type(), at::kFloat);
+    const at::Tensor value = heatmap.to(dtype).contiguous(), offset = offsets.to(dtype).contiguous();
+    const int64_t h = value.size(2), w = value.size(3), count = value.numel();
+    at::Tensor out = at::empty_like(value);
+    if (count == 0) {
+        return out;
+    }
+    // The votes of all pixels, and behind them the largest value.
+    const at::Tensor units = at::zeros({count + 1}, value.options().dtype(at::kLong));
+    Bits* votes = reinterpret_cast<Bits*>(units.mutable_data_ptr<int64_t>());
+    Bits* largest = votes + count;
+    const unsigned blocks = blocks_for(count);
+    AT_DISPATCH_FLOATING_TYPES(dtype, "hough_vote", [&] {
+        const scalar_t* from = value.const_data_ptr<scalar_t>();
+        largest_kernel<<<blocks, kThreads, 0, stream>>>(from, count, largest);
+        vote_kernel<<<blocks, kThreads, 0, stream>>>(from, offset.const_data_ptr<scalar_t>(), count / (h * w), h, w,
+                                                     largest, votes);
+        scale_kernel<<<blocks, kThreads, 0, stream>>>(votes, count, h * w, largest, 1 / (M_PI * radius * radius),
+                                                      out.mutable_data_ptr<scalar_t>());
+    });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return out;
+}
+
+}  // namespace
+}  // namespace kg
+
+TORCH_LIBRARY_IMPL(kg_detectron, CUDA, m) {
+    m.impl("hough_vote", &kg::hough_vote);
+}

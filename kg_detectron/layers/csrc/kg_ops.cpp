@@ -1,0 +1,15 @@
+// Schemas of the operators. Their meaning is kg_detectron/layers/reference.py; the typed wrappers are layers/ops.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(kg_detectron, m) {
+    m.def("hough_vote(Tensor heatmap, Tensor offsets, float radius) -> Tensor");
+    m.def("smooth_votes(Tensor votes, float sigma) -> Tensor");
+    m.def("find_peaks(Tensor scores, float threshold) -> (Tensor peaks, Tensor scores)");
+    m.def(
+        "group_keypoints(Tensor peaks, Tensor scores, Tensor group_offsets, float match_radius, float reject_radius, "
+        "int hops) -> (Tensor graphs, Tensor image)");
+    m.def("graphs_to_boxes(Tensor graphs, bool corner_and_centre) -> (Tensor boxes, Tensor scores, Tensor graph)");
+    m.def(
+        "render_targets(Tensor boxes, Tensor image, SymInt images, SymInt height, SymInt width, float stride, "
+        "float radius) -> (Tensor heatmap, Tensor single_offset, Tensor group_offset)");
+}

@@ -1,0 +1,165 @@
+"""The keypoint-graph operators: compiled where they were built for the device, `reference` elsewhere.
+
+`reference` says what each one does and takes; the letters are its letters. Beside every wrapper stands its fake, which
+gives the shapes to `torch.compile`. On a GPU, `find_peaks`, `group_keypoints` and `graphs_to_boxes` wait for the device
+once each, for the size of their result; the others never do.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..graph import GROUP_OFFSET_CHANNELS, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
+from . import reference
+from .checks import check_graphs, check_grouping, check_smoothing, check_threshold, check_votes
+
+
+def _load() -> frozenset[str]:
+    """Load the compiled operators; the types of device that they were built for."""
+    chosen = os.environ.get("KG_DETECTRON_LIBRARY")  # another build of it, for tools/sanitize.py
+    library = Path(chosen) if chosen else next(Path(__file__).parent.glob("_C.*"), None)
+    if library is None:
+        return frozenset()
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # built for another PyTorch
+        warnings.warn(f"kg_detectron: {library.name} does not load ({error})", stacklevel=2)
+        return frozenset()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(key.lower() for key in ("CPU", "CUDA") if has("kg_detectron::hough_vote", key))
+
+
+COMPILED_FOR = _load()
+_warned: set[str] = set()
+
+
+def _is_compiled(device: torch.device) -> bool:
+    """Whether the operators were built for this type of device; a warning, once, where they were not."""
+    if device.type in COMPILED_FOR:
+        return True
+    if device.type not in _warned:
+        _warned.add(device.type)
+        warnings.warn(
+            f"kg_detectron: its operators are not compiled for {device.type}, and their slow PyTorch reference runs. "
+            f"To build them, have a C++ compiler{', CUDA_HOME' if device.type == 'cuda' else ''} and ninja, and run "
+            "`make setup`, or `pip install --no-build-isolation .`, in a checkout of kg_detectron.",
+            stacklevel=3,
+        )
+    return False
+
+
+def _register_fake(name: str) -> Callable:
+    """`torch.library.register_fake`, where there is an operator to register it for."""
+    if COMPILED_FOR:
+        return torch.library.register_fake(f"kg_detectron::{name}")
+    return lambda fake: fake
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+@torch.no_grad()
+def hough_vote(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
+    check_votes(heatmap, offsets, radius)
+    if not _is_compiled(heatmap.device):
+        return reference.hough_vote(heatmap, offsets, radius)
+    return torch.ops.kg_detectron.hough_vote(heatmap, offsets, radius)
+
+
+@_register_fake("hough_vote")
+def _(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
+    return heatmap.new_empty(heatmap.shape, dtype=_wide(heatmap.dtype))
+
+
+@torch.no_grad()
+def smooth_votes(votes: Tensor, sigma: float) -> Tensor:
+    check_smoothing(votes, sigma)
+    if sigma == 0:
+        return votes.to(_wide(votes.dtype))
+    if not _is_compiled(votes.device):
+        return reference.smooth_votes(votes, sigma)
+    return torch.ops.kg_detectron.smooth_votes(votes, sigma)
+
+
+@_register_fake("smooth_votes")
+def _(votes: Tensor, sigma: float) -> Tensor:
+    return votes.new_empty(votes.shape, dtype=_wide(votes.dtype))
+
+
+@torch.no_grad()
+def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    check_threshold(scores, threshold)
+    if not _is_compiled(scores.device):
+        return reference.find_peaks(scores, threshold)
+    return torch.ops.kg_detectron.find_peaks(scores, threshold)
+
+
+@_register_fake("find_peaks")
+def _(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty((count, 4), dtype=torch.int64), scores.new_empty((count,))
+
+
+@torch.no_grad()
+def group_keypoints(
+    peaks: Tensor,
+    scores: Tensor,
+    group_offsets: Tensor,
+    match_radius: float = 6,
+    reject_radius: float = 10,
+    hops: int = 1,
+) -> tuple[Tensor, Tensor]:
+    check_grouping(peaks, scores, group_offsets, match_radius, reject_radius, hops)
+    if not _is_compiled(peaks.device):
+        return reference.group_keypoints(peaks, scores, group_offsets, match_radius, reject_radius, hops)
+    return torch.ops.kg_detectron.group_keypoints(peaks, scores, group_offsets, match_radius, reject_radius, hops)
+
+
+@_register_fake("group_keypoints")
+def _(
+    peaks: Tensor, scores: Tensor, group_offsets: Tensor, match_radius: float, reject_radius: float, hops: int
+) -> tuple[Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return scores.new_empty((count, NUM_KEYPOINTS, 3), dtype=_wide(scores.dtype)), peaks.new_empty((count,))
+
+
+@torch.no_grad()
+def graphs_to_boxes(graphs: Tensor, corner_and_centre: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    check_graphs(graphs)
+    if not _is_compiled(graphs.device):
+        return reference.graphs_to_boxes(graphs, corner_and_centre)
+    return torch.ops.kg_detectron.graphs_to_boxes(graphs, corner_and_centre)
+
+
+@_register_fake("graphs_to_boxes")
+def _(graphs: Tensor, corner_and_centre: bool) -> tuple[Tensor, Tensor, Tensor]:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return graphs.new_empty((count, 4)), graphs.new_empty((count,)), graphs.new_empty((count,), dtype=torch.int64)
+
+
+@torch.no_grad()
+def render_targets(
+    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _is_compiled(boxes.device):
+        return reference.render_targets(boxes, image, images, height, width, stride, radius)
+    return torch.ops.kg_detectron.render_targets(boxes, image, images, height, width, stride, radius)
+
+
+@_register_fake("render_targets")
+def _(
+    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(
+        boxes.new_empty((images, channels, height, width))
+        for channels in (NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS, GROUP_OFFSET_CHANNELS)
+    )
+
+
+for _operator in (hough_vote, smooth_votes, find_peaks, group_keypoints, graphs_to_boxes, render_targets):
+    _operator.__doc__ = getattr(reference, _operator.__name__).__doc__
