@@ -5,6 +5,8 @@ VENV ?= .venv
 # "no" goes without Detectron2, and uninstalls it where it is installed.
 DETECTRON2 ?= yes
 PYTEST_ARGS ?=
+# Waiting threads sleep: where others want the cores too, spinning ones make everything many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 python := $(VENV)/bin/python
 # Stamps of finished steps; the last one remembers which way Detectron2 was asked for.
