@@ -111,8 +111,8 @@ def setup(args: Namespace) -> CfgNode:
     add_kg_config(cfg)
     cfg.merge_from_file(args.config_file, allow_unsafe=False)
     cfg.merge_from_list(args.opts)
-    if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the checkpoint has them
+    if args.eval_only or args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the checkpoint has them: nothing need be downloaded
     cfg.freeze()
     for key in ("TRAIN", "VALIDATION", "TEST"):
         for name in cfg.DATASETS[key]:

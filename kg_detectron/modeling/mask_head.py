@@ -112,12 +112,11 @@ class SegmentationBranch(nn.Module):
         # training needs, and a batch without cells has a loss.
         sides = 2 ** torch.arange(1, len(features) + 1)
         everywhere = torch.stack((sides * 0, sides * 0, sides, sides), dim=1).to(boxes[0])
-        logits, _ = self([f[:1] for f in features], [everywhere])
-        zero = 0 * sum(crop.float().mean() for crop in logits)
-        if not any(len(b) for b in boxes):
+        logits, windows = self(features, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
+        zero = 0 * sum(crop.float().mean() for crop in logits[: len(sides)])
+        logits, places = logits[len(sides) :], windows[len(sides) :].tolist()
+        if not logits:
             return zero
-        logits, windows = self(features, boxes)
-        places = windows.tolist()
         targets = [
             mask[y1:y2, x1:x2] for mask, (x1, y1, x2, y2) in zip((m for ms in masks for m in ms), places, strict=True)
         ]

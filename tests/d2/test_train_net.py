@@ -144,6 +144,13 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
         train_net.main(arguments(*options, "SOLVER.OPTIMIZER", "RMS"))
 
 
+def test_evaluation_downloads_no_initial_weights(tmp_path):
+    options = ("OUTPUT_DIR", str(tmp_path))
+    config = ROOT / "configs" / "kg_dsb2018.yaml"
+    assert train_net.setup(arguments(*options, config=config)).MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS
+    assert not train_net.setup(arguments(*options, config=config, eval_only=True)).MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS
+
+
 def test_missing_data_is_named(tmp_path):
     done = run(tmp_path, *SMALL, "OUTPUT_DIR", tmp_path / "out")
     assert done.returncode != 0 and "instances_train.json" in done.stderr
