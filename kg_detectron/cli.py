@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -38,12 +39,23 @@ def build_parser() -> argparse.ArgumentParser:
         version=versions(),
         help="print the versions of kg_detectron, PyTorch, torchvision, Detectron2 and Python, and exit",
     )
+    # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
+    parser.add_subparsers(title="commands", metavar="COMMAND")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``kg-detectron`` on ``argv`` (``sys.argv[1:]`` where None); the result is the exit status."""
+    """Run ``kg-detectron`` on ``argv`` (``sys.argv[1:]`` where None); the result is the exit status.
+
+    0: done; 1: done in part, or the answer is bad news; 2: nothing was done, for the reason that is printed.
+    """
     parser = build_parser()
-    parser.parse_args(argv)
-    parser.print_help()
-    return 0
+    arguments = parser.parse_args(argv)
+    if "run" not in arguments:
+        parser.print_help()
+        return 0
+    try:
+        return arguments.run(arguments)
+    except (OSError, ValueError) as error:  # what users can mend; anything else is ours, with its traceback
+        print(f"kg-detectron: error: {error}", file=sys.stderr)
+        return 2

@@ -18,7 +18,7 @@ import kg_detectron
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
 # Distributions whose import name is another.
-IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage"}
 
 
 @cache
