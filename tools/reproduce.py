@@ -1,0 +1,293 @@
+"""Train and evaluate every row of the results on DSB2018, over several seeds, and write the tables.
+
+    python tools/reproduce.py gpu --seeds 1 2 3 --num-gpus 4
+    python tools/reproduce.py cpu --seeds 1 2 --minutes 20
+
+``gpu`` is the paper's setting (512x512, ResNet-50, the schedules of the configs); ``cpu`` the small networks, each row
+trained for equal time. Call it again after any interruption: finished rows are kept, a started training resumes. Every
+finished training is one small JSON file in ``results/<plan>/``, and the tables in ``results/<plan>/tables.md`` are
+made from these files alone (``--tables`` makes only them).
+"""
+
+import argparse
+import datetime
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TRIAL_ITERATIONS = 40  # of which the last 20 are timed
+SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", "")
+
+COLUMNS = {
+    "mask_AP@0.5": "mask AP@.5",
+    "mask_AP@0.7": "mask AP@.7",
+    "IOU@0.5": "IOU@.5",
+    "IOU@0.7": "IOU@.7",
+    "box_AP@0.5": "box AP@.5",
+    "box_AP@0.7": "box AP@.7",
+    "COCO_mask_AP": "COCO mask AP",
+    "parameters_M": "parameters (M)",
+    "GMACs": "GMACs",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a config and what differs from it."""
+
+    name: str
+    config: str
+    changes: tuple[str, ...] = ()
+    weights_of: str = ""  # a row whose training serves this one too, which differs in decoding only
+
+
+def _decoding(base: str, config: str) -> list[Row]:
+    """Ablations that need no training of their own."""
+    key = "MODEL.KEYPOINT_GRAPH."
+    return [
+        Row(f"{base}: second hop", config, (key + "HOPS", "2"), base),
+        Row(f"{base}: corner and centre", config, (key + "CORNER_AND_CENTRE", "True"), base),
+    ]
+
+
+PLANS: dict[str, list[Row]] = {
+    "gpu": [
+        Row("kg", "kg_dsb2018"),
+        Row("kg lite", "kg_dsb2018_lite"),
+        Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
+        Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),
+        Row("kg seg s1", "kg_dsb2018_seg_s1"),
+        Row("kg single scale", "kg_dsb2018_single_scale"),
+        *_decoding("kg", "kg_dsb2018"),
+        *_decoding("kg lite", "kg_dsb2018_lite"),
+    ],
+    "cpu": [
+        Row("kg lite", "kg_dsb2018_lite_tiny"),
+        Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
+        Row("kg", "kg_dsb2018_tiny"),
+        Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
+        Row("kg single scale", "kg_dsb2018_tiny", ("MODEL.KEYPOINT_GRAPH.SCALES", "[1]")),
+        *_decoding("kg lite", "kg_dsb2018_lite_tiny"),
+    ],
+}
+
+
+class Reproduction:
+    """The rows of a plan under one output folder.
+
+    Args:
+        plan: a key of `PLANS`.
+        output: folder of the runs; they may be large.
+        results: folder of the small JSON files and the tables.
+        dataset: registered dataset that is evaluated.
+        num_gpus: for each training; 0 trains on the CPU.
+        minutes: of training for each row, instead of the configs' numbers of iterations; None for those.
+        pretrained: start from ImageNet weights, which the configs name, instead of random ones.
+        changes: config keys and values for all rows.
+    """
+
+    def __init__(
+        self,
+        plan: str,
+        output: Path,
+        results: Path,
+        *,
+        dataset: str,
+        num_gpus: int,
+        minutes: float | None,
+        pretrained: bool,
+        changes: Sequence[str],
+    ) -> None:
+        self.rows = PLANS[plan]
+        self.output = output / plan
+        self.results = results / plan
+        self.dataset = dataset
+        self.num_gpus = num_gpus
+        self.minutes = minutes
+        self.pretrained = pretrained
+        self.changes = [*([] if pretrained else SCRATCH), *changes, *([] if num_gpus else ("MODEL.DEVICE", "cpu"))]
+
+    def run(self, row: Row, seed: int) -> None:
+        """Train and evaluate one row, as far as that has not been done, and write its JSON file.
+
+        Raises:
+            subprocess.CalledProcessError: where training or evaluation fails.
+        """
+        result = self._result(row, seed)
+        if result.is_file():
+            return
+        folder = self._folder(row, seed)
+        if row.weights_of:
+            self._borrow(row, seed)
+        elif not (folder / "model_final.pth").is_file():
+            self._train(row, seed, folder, self._iterations(row, folder))
+        comparison = folder / "comparison"
+        device = [] if self.num_gpus else ["--device", "cpu"]
+        _python("compare.py", str(folder), "--dataset", self.dataset, "--output", str(comparison), *device)
+        report = json.loads((comparison / "comparison.json").read_text())
+        figures = report["runs"][0]
+        result.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "row": row.name,
+            "seed": seed,
+            "config": row.config,
+            "changes": [*self.changes, *row.changes],
+            "dataset": report["dataset"],
+            "images": report["images"],
+            "initial_weights": "ImageNet" if self.pretrained else "random",
+            "device": torch.cuda.get_device_name() if self.num_gpus else report["device"],
+            "iterations": yaml.safe_load((folder / "config.yaml").read_text())["SOLVER"]["MAX_ITER"],
+            "date": datetime.date.today().isoformat(),
+            "commit": _commit(),
+            "figures": figures,
+        }
+        part = result.with_suffix(".part")
+        part.write_text(json.dumps(facts, indent=2) + "\n")
+        part.replace(result)
+
+    def _result(self, row: Row, seed: int) -> Path:
+        return self.results / f"{_file_name(row.name)}_seed{seed}.json"
+
+    def _folder(self, row: Row, seed: int) -> Path:
+        return self.output / f"{_file_name(row.name)}_seed{seed}"
+
+    def _train(self, row: Row, seed: int, folder: Path, iterations: int | None) -> None:
+        opts = [*self.changes, *row.changes, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        if iterations is not None:
+            opts += ["SOLVER.MAX_ITER", str(iterations)]
+        config = str(ROOT / "configs" / f"{row.config}.yaml")
+        _python("train_net.py", "--config-file", config, "--num-gpus", str(self.num_gpus), "--resume", *opts)
+
+    def _iterations(self, row: Row, folder: Path) -> int | None:
+        """How many fit into the minutes, by a short trial; the same again for a training that is resumed."""
+        if self.minutes is None:
+            return None
+        noted = folder / "iterations.json"
+        if not noted.is_file():
+            trial = folder / "trial"
+            shutil.rmtree(trial, ignore_errors=True)
+            self._train(row, 0, trial, TRIAL_ITERATIONS)
+            last = json.loads((trial / "metrics.json").read_text().splitlines()[-1])
+            noted.write_text(json.dumps({"iterations": max(1, round(self.minutes * 60 / last["time"]))}))
+            shutil.rmtree(trial)
+        return json.loads(noted.read_text())["iterations"]
+
+    def _borrow(self, row: Row, seed: int) -> None:
+        """Make a run of the other row's weights and this row's config."""
+        owner = next(other for other in self.rows if other.name == row.weights_of)
+        self.run(owner, seed)
+        source, folder = self._folder(owner, seed), self._folder(row, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = yaml.safe_load((source / "config.yaml").read_text())
+        for key, value in zip(row.changes[::2], row.changes[1::2], strict=True):
+            *path, last = key.split(".")
+            node = config
+            for part in path:
+                node = node[part]
+            node[last] = yaml.safe_load(value)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        shutil.copyfile(source / "metrics.json", folder / "metrics.json")
+        best = source / "model_best.pth"
+        shutil.copyfile(best if best.is_file() else source / "model_final.pth", folder / "model_final.pth")
+
+
+def tables(results: Path, rows: Sequence[Row]) -> str:
+    """Markdown: one line a row, mean ± sample standard deviation over the seeds that are there, and how it was made."""
+    lines = ["| model | seeds | " + " | ".join(COLUMNS.values()) + " | s/image |"]
+    lines.append("|---" * 2 + "|---:" * (len(COLUMNS) + 1) + "|")
+    notes = []
+    for row in rows:
+        found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{_file_name(row.name)}_seed*.json"))]
+        if not found:
+            continue
+        cells = [spread([one["figures"][key] for one in found]) for key in (*COLUMNS, "seconds_per_image")]
+        lines.append(f"| {row.name} | {', '.join(str(one['seed']) for one in found)} | " + " | ".join(cells) + " |")
+        minutes = spread([one["figures"]["training_minutes"] for one in found])
+        facts = sorted({(o["config"], o["initial_weights"], o["device"], o["date"], o["commit"]) for o in found})
+        notes += [f"- {row.name}: {minutes} minutes of training; " + ", ".join(fact) + "." for fact in facts]
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean ± sample standard deviation, the mean alone for one value; n/a where one is undefined."""
+    if any(value is None or math.isnan(value) for value in values):
+        return "n/a"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 and len(set(values)) > 1 else mean
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def _python(tool: str, *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
+    print("+", *command, flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "unknown"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("plan", choices=sorted(PLANS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these rows of the plan, by name")
+    parser.add_argument("--minutes", type=float, help="of training a row (default: the iterations of the configs)")
+    parser.add_argument("--num-gpus", type=int, help="default: 1 for gpu, 0 for cpu")
+    parser.add_argument("--pretrained", action="store_true", help="start from ImageNet weights, not from random ones")
+    parser.add_argument("--dataset", default="dsb2018_val", help="registered dataset to evaluate (%(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce", help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the small files")
+    parser.add_argument("--tables", action="store_true", help="train nothing; make the tables of what is there")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="-- KEY VALUE", help="config keys for all rows")
+    options = parser.parse_args(arguments)
+    rows = PLANS[options.plan]
+    unknown = set(options.rows or ()) - {row.name for row in rows}
+    if unknown:
+        parser.error(f"--rows: {sorted(unknown)} not in the plan {options.plan}: {[row.name for row in rows]}")
+    num_gpus = options.num_gpus if options.num_gpus is not None else int(options.plan == "gpu")
+    reproduction = Reproduction(
+        options.plan,
+        options.output,
+        options.results,
+        dataset=options.dataset,
+        num_gpus=num_gpus,
+        minutes=options.minutes,
+        pretrained=options.pretrained,
+        changes=[word for word in options.opts if word != "--"],
+    )
+    failed = []
+    if not options.tables:
+        for seed in options.seeds:
+            for row in rows:
+                if options.rows and row.name not in options.rows:
+                    continue
+                try:
+                    reproduction.run(row, seed)
+                except subprocess.CalledProcessError as error:  # the other rows go on
+                    failed.append(f"{row.name}, seed {seed}: {error}")
+    text = tables(reproduction.results, rows)
+    if reproduction.results.is_dir():
+        (reproduction.results / "tables.md").write_text(text)
+    print(text)
+    for line in failed:
+        print("FAILED", line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
