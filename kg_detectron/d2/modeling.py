@@ -27,7 +27,7 @@ from ..modeling import (
     LiteKeypointBranch,
     ResNetC4,
     SegmentationBranch,
-    keypoint_branch,
+    build_keypoint_branch,
     keypoint_losses,
 )
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
@@ -86,7 +86,7 @@ class KeypointGraph(nn.Module):
         kg = cfg.MODEL.KEYPOINT_GRAPH
         channels = [input_shape[name].channels for name in FEATURES]
         return {
-            "branch": keypoint_branch(kg.BRANCH, channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES, kg.NORM),
+            "branch": build_keypoint_branch(kg.BRANCH, channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES, kg.NORM),
             "decoder": KeypointDecoder(
                 kg.RADIUS, kg.SMOOTH_SIGMA, kg.PEAK_THRESHOLD, kg.HOPS, kg.CORNER_AND_CENTRE, kg.NMS_THRESHOLD
             ),

@@ -31,7 +31,7 @@ def segmentation_branch(
     raise ValueError(f"segmentation: expected 'branch' or 's1', got {segmentation!r}")
 
 
-def keypoint_branch(
+def build_keypoint_branch(
     branch: str, in_channels: Sequence[int], widths: Sequence[int], head_kernel: int, scales: Sequence[int], norm: str
 ) -> KeypointBranch | LiteKeypointBranch:
     """The paper's branch (``"paper"``), or ours of few operations (``"lite"``), whose norm layer is `norm`.
@@ -104,7 +104,7 @@ class KeypointGraphNet(nn.Module):
             name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")
         }
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
-        self.keypoint_branch = keypoint_branch(branch, self.backbone.channels, widths, head_kernel, scales, norm)
+        self.keypoint_branch = build_keypoint_branch(branch, self.backbone.channels, widths, head_kernel, scales, norm)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
         self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, scales)
         self.segmentation = segmentation
