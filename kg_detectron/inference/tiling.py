@@ -7,7 +7,7 @@ the peaks of all tiles and never learn where the seams were; then the masks are 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskCrops
-from ..modeling import KeypointGraphNet
+from ..modeling import KeypointGraphNet, Peaks
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
 from ..modeling.keypoint_branch import UpCombine
 
@@ -25,7 +25,7 @@ GRID = 2 * SIZE_DIVISIBILITY
 
 
 class Window(NamedTuple):
-    """A part of the image on the grid: input pixels, x2 and y2 exclusive."""
+    """A part of the image: input pixels, x2 and y2 exclusive."""
 
     x1: int
     y1: int
@@ -33,13 +33,12 @@ class Window(NamedTuple):
     y2: int
 
     def grown(self, margin: int, whole: "Window") -> "Window":
-        """At least ``margin`` more pixels on every side, but none outside ``whole``."""
-        margin = _on_grid(margin)
+        """At least ``margin`` more pixels on every side, to the grid, but none outside ``whole``."""
         return Window(
-            max(self.x1 - margin, whole.x1),
-            max(self.y1 - margin, whole.y1),
-            min(self.x2 + margin, whole.x2),
-            min(self.y2 + margin, whole.y2),
+            max((self.x1 - margin) // GRID * GRID, whole.x1),
+            max((self.y1 - margin) // GRID * GRID, whole.y1),
+            min(_on_grid(self.x2 + margin), whole.x2),
+            min(_on_grid(self.y2 + margin), whole.y2),
         )
 
     def tiles(self, side: int) -> list["Window"]:
@@ -61,6 +60,14 @@ class Window(NamedTuple):
 def _on_grid(length: int) -> int:
     """The next multiple of `GRID`."""
     return -(-length // GRID) * GRID
+
+
+def _joined(parts: list[Peaks]) -> Peaks:
+    """Peaks of parts of an image, in the order of those of the whole image."""
+    peaks, scores, displacements = map(torch.cat, zip(*parts, strict=True))
+    group, keypoint, y, x = peaks.T.cpu().numpy()
+    order = torch.from_numpy(np.lexsort((x, y, keypoint, -scores.cpu().numpy(), group))).to(peaks.device)
+    return Peaks(peaks[order], scores[order], displacements[order])
 
 
 @torch.no_grad()
@@ -117,13 +124,16 @@ def predict_tiled(
     for core in tiles:
         found.append(network.peaks(core))
         report(len(found))
-    ((boxes, scores),) = assemble(model.decoder, found, [image.shape[:2]])
+    strides = [heads.stride for heads in model.keypoint_branch.heads.values()]
+    ((boxes, scores),) = model.decoder.assemble(_joined(found), [image.shape[:2]], strides)
 
     longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
     fits = longest <= tile + overlap
     if not fits.all():
         left_out = len(fits) - int(fits.sum())
-        warnings.warn(f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2)
+        warnings.warn(
+            f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2
+        )
         boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
 
     crops: list[Tensor | None] = [None] * len(boxes)
@@ -137,7 +147,7 @@ def predict_tiled(
                 masks = network.masks(boxes[together])
                 places[together] = masks.windows
                 for i, crop in zip(together.tolist(), masks.crops, strict=True):
-                    crops[i] = crop >= model.mask_threshold
+                    crops[i] = crop
         report(done)
     return {
         "boxes": boxes,
@@ -166,97 +176,73 @@ class _LocalNetwork:
             int(name[1]): (heads.reach + model.decoder.reach) * heads.stride for name, heads in branch.heads.items()
         }
 
-    def peaks(self, core: Window) -> list[tuple]:
-        """The peaks of each scale in a window."""
-        found = []
-        decoded = self._decoded(core, self.head_margins)
+    def peaks(self, core: Window) -> Peaks:
+        """The peaks in a window, all scales, where they are in the image."""
+        decoded, places = self._decoded(core, self.head_margins)
+        maps, origins = [], []
         for name, heads in self.model.keypoint_branch.heads.items():
             scale = int(name[1])
-            values, place = decoded[scale]
             own = core.grown(self.head_margins[scale], self.whole)
-            maps = heads(own.cut(values, place, heads.stride))
-            found.append(find(self.model.decoder, maps, core, own))
-        return found
+            maps.append(heads(own.cut(decoded[scale - 1], places[scale - 1], heads.stride)))
+            origins.append([own.y1 // heads.stride, own.x1 // heads.stride])
+        peaks, scores, displacements = self.model.decoder.find(maps)
+        stride = peaks.new_tensor([m.stride for m in maps])[peaks[:, 0], None]
+        peaks[:, 2:] += peaks.new_tensor(origins)[peaks[:, 0]]
+        at = peaks[:, 2:] * stride
+        inside = ((at >= at.new_tensor([core.y1, core.x1])) & (at < at.new_tensor([core.y2, core.x2]))).all(1)
+        return Peaks(peaks[inside], scores[inside], displacements[inside])
 
     def masks(self, boxes: Tensor) -> MaskCrops:
         """The masks of boxes (R,4), input pixels, that lie close together."""
-        x1, y1, x2, y2 = (*boxes[:, :2].amin(0).floor().tolist(), *boxes[:, 2:].amax(0).ceil().tolist())
-        around = Window(*(int(v) for v in (x1 // GRID * GRID, y1 // GRID * GRID, -(-x2 // GRID) * GRID, -(-y2 // GRID) * GRID)))
-        around = around.grown(0, self.whole)
+        around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation == "branch":
-            around = around.grown(STRIDES[-1], self.whole)  # edges of crops are rounded to pixels of c4
-            place = around.grown(max(self.model.backbone.reach), self.whole)
-            maps = [around.cut(f, place, s) for f, s in zip(self._features(place), STRIDES, strict=True)]
+            place = around.grown(STRIDES[-1], self.whole)  # the edges of crops are rounded, to pixels of c4 at most
+            maps = self._features([place] * 5)
         else:
-            values, place = self._decoded(around, {1: 1})[1]
-            maps = [around.cut(values, place, 1)]
-        origin = torch.tensor(around[:2] * 2)
-        size = (around.y2 - around.y1, around.x2 - around.x1)
-        (masks,) = self.model.mask_head.predict_masks(maps, [boxes - origin.to(boxes)], [size], self.model.mask_threshold)
-        masks.windows += origin
-        return masks
+            maps, places = self._decoded(around, {1: 1})
+            maps, place = maps[:1], places[0]
+        origin = torch.tensor([place.x1, place.y1] * 2)
+        size = (place.y2 - place.y1, place.x2 - place.x1)
+        threshold = self.model.mask_threshold
+        (masks,) = self.model.mask_head.predict_masks(maps, [boxes - origin.to(boxes)], [size], threshold)
+        return MaskCrops([crop >= threshold for crop in masks.crops], masks.windows + origin, self.image.shape[:2])
 
-    def _features(self, window: Window) -> list[Tensor]:
-        """c0..c4 on a window, as if it were an image."""
-        x1, y1, x2, y2 = window
+    def _features(self, places: list[Window]) -> list[Tensor]:
+        """c0..c4, each on a window of its own; that of c4 holds the others."""
+        reaches = self.model.backbone.reach
+        outer = places[-1].grown(max(reaches), self.whole)
+        x1, y1, x2, y2 = outer
         pixels = np.asarray(self.image[y1:y2, x1:x2], dtype=np.float32)
         pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(self.model.pixel_mean.device)
-        return self.model.backbone(self.model.normalised_batch([pixels]))
+        pixels = self.model.normalised_batch([pixels])
+        # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
+        # computed there.
+        deep = [
+            place.cut(feature, outer, stride).clone()
+            for feature, place, stride in zip(self.model.backbone.resnet(pixels), places[1:], STRIDES[1:], strict=True)
+        ]
+        inner = places[0].grown(reaches[0], self.whole)
+        c0 = self.model.backbone.c0_conv(inner.cut(pixels, outer, 1))
+        return [places[0].cut(c0, inner, 1), *deep]
 
-    def _decoded(self, core: Window, margins: dict[int, int]) -> dict[int, tuple[Tensor, Window]]:
-        """Decoder maps of scales 1..4 and their windows, right in ``core`` and a margin of each scale around it.
+    def _decoded(self, core: Window, margins: dict[int, int]) -> tuple[list[Tensor], list[Window]]:
+        """Decoder maps s1..s4 and their windows, right in ``core`` and a margin of each scale around it.
 
-        The maps of a scale need no more surroundings than what is made of them: that halves the work of the paper's
-        network and saves most of the memory.
+        A map needs no more surroundings than what is made of it, the shallow ones, which cost most, the least.
 
         Args:
             core: the window.
             margins: input pixels, for each scale that is of interest.
         """
-        places, margin = {}, 0
-        for scale in (1, 2, 3, 4):
-            margin = max(margin, margins.get(scale, 0)) + UpCombine.REACH * STRIDES[scale - 1]
-            places[scale] = core.grown(margin, self.whole)
-        place = core.grown(margin + max(self.model.backbone.reach), self.whole)
-        # Copies, so that what lies around them is given back.
-        *shallow, deep = (
-            places[min(scale, 4)].cut(f, place, stride).clone()
-            for scale, (f, stride) in enumerate(zip(self._features(place), STRIDES, strict=True), 1)
-        )
-        decoded, place = {}, places[4]
+        places, margin = [], 0
+        for scale, stride in enumerate(STRIDES[:4], 1):
+            margin = max(margin, margins.get(scale, 0)) + UpCombine.REACH * stride
+            places.append(core.grown(margin, self.whole))
+        features = self._features([*places, places[-1]])
+        decoded, deep, place = [], features.pop(), places[-1]
         for scale in (4, 3, 2, 1):
-            deep = places[scale].cut(deep, place, STRIDES[scale])
-            deep, place = self.model.keypoint_branch.up(scale, deep, shallow[scale - 1]), places[scale]
-            decoded[scale] = deep, place
-        return decoded
-
-
-from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
-from torchvision.ops import nms
-def find(d, maps, core, own):
-    votes = hough_vote(maps.heatmap.float().sigmoid(), maps.single_offset.float(), d.radius)
-    peaks, scores = find_peaks(smooth_votes(votes, d.smooth_sigma), d.peak_threshold)
-    disp = maps.group_offset[0][:, peaks[:,2], peaks[:,3]].T
-    peaks = peaks + torch.tensor([0,0,own.y1,own.x1])//maps.stride
-    ok = ((peaks[:,2]*maps.stride>=core.y1)&(peaks[:,2]*maps.stride<core.y2)&(peaks[:,3]*maps.stride>=core.x1)&(peaks[:,3]*maps.stride<core.x2))
-    return peaks[ok], scores[ok], disp[ok], maps.stride
-def assemble(d, found, sizes):
-    bs, ss = [], []
-    for parts in zip(*found):
-        p, s, o = (torch.cat([q[i] for q in parts]) for i in range(3))
-        st = parts[0][3]
-        order = np.lexsort((p[:,3], p[:,2], p[:,1], -s))
-        p, s, o = p[order], s[order], o[order]
-        h, w = (-(-x//16)*16//st for x in sizes[0])
-        dense = torch.zeros(1, 40, h, w); dense[0][:, p[:,2], p[:,3]] = o.T
-        graphs, image = group_keypoints(p, s, dense, d.radius+1, 2*d.radius, hops=d.hops)
-        corners, scores, graph = graphs_to_boxes(graphs, d.corner_and_centre)
-        b = (corners + 0.5) * st - 0.5
-        b[:, 2:] += 1
-        bs.append(b); ss.append(scores)
-    boxes, scores = torch.cat(bs), torch.cat(ss)
-    h, w = sizes[0]
-    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([w,h,w,h]))
-    own = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    keep = nms(boxes[own], scores[own], d.nms_threshold)
-    return [(boxes[own][keep], scores[own][keep])]
+            deep = places[scale - 1].cut(deep, place, STRIDES[scale])
+            place = places[scale - 1]
+            deep = self.model.keypoint_branch.up(scale, deep, features.pop())
+            decoded.insert(0, deep)
+        return decoded, places

@@ -93,11 +93,14 @@ class ResNetC4(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N,3,H,W), H and W multiples of 16 -> [c0, c1, c2, c3, c4] at strides 1, 2, 4, 8, 16."""
-        c0 = self.c0_conv(image)
+        return [self.c0_conv(image), *self.resnet(image)]
+
+    def resnet(self, image: Tensor) -> list[Tensor]:
+        """As `forward`, without c0, the largest of the maps."""
         c1 = self.relu(self.bn1(self.conv1(image)))
         c2 = self.layer1(self.maxpool(c1))
         c3 = self.layer2(c2)
-        return [c0, c1, c2, c3, self.layer3(c3)]
+        return [c1, c2, c3, self.layer3(c3)]
 
 
 def pad_to_batch(images: list[Tensor]) -> Tensor:
