@@ -1,4 +1,7 @@
-"""How long the parts of kg_detectron take here. ``python tools/benchmark.py ops`` times the keypoint-graph operators.
+"""How long the parts of kg_detectron take here.
+
+``python tools/benchmark.py ops`` times the keypoint-graph operators. ``python tools/benchmark.py large MODEL`` predicts
+the cells of an image that is larger than memory should be, tile by tile, and says how much memory that took.
 
 Every time stands beside that of `torch.clone` of the same maps, measured in turn with it: a copy is what the memory
 allows, and a ratio to it holds from machine to machine. The PyTorch reference is timed too, where it ends in time.
@@ -7,24 +10,33 @@ allows, and a ratio to it holds from machine to machine. The PyTorch reference i
 import argparse
 import itertools
 import math
+import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
+from kg_detectron.inference import load_model
+from kg_detectron.inference.tiling import predict_tiled
 from kg_detectron.layers import ops
 from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
+from kg_detectron.synthetic import nuclei_image
 
 RADIUS = 5.0
 STRIDES = (1, 2, 4, 8)
 # Its time grows with the square of the number.
 LARGEST_REFERENCE_GROUPING = 4000
+PATCH = 256  # side of the pieces of a large image, pixels
 OPERATORS = ("hough_vote", "smooth_votes", "find_peaks", "group_keypoints", "graphs_to_boxes", "render_targets")
 
 
@@ -178,6 +190,49 @@ def render_scales(boxes: list[Tensor], size: int) -> list[tuple[Tensor, Tensor, 
     return [keypoint_targets(boxes, (size, size), stride, RADIUS) for stride in STRIDES]
 
 
+def large_image(path: Path, size: int, cells: int) -> tuple[np.ndarray, int]:
+    """An image (size,size,3) uint8 in a file, mapped into memory: dark noise, and patches with about so many nuclei.
+
+    Returns:
+        The image and the number of nuclei in it.
+    """
+    rng = np.random.default_rng(0)
+    image = np.memmap(path, np.uint8, "w+", shape=(size, size, 3))
+    noise = rng.integers(6, 14, (PATCH, size, 1), dtype=np.uint8)
+    for y in range(0, size, PATCH):
+        image[y : y + PATCH] = noise[: size - y]
+    drawn, columns = 0, size // PATCH
+    for place in rng.permutation(columns**2).tolist():
+        if drawn >= cells:
+            break
+        patch, masks = nuclei_image(rng, PATCH, PATCH, min(25, cells - drawn))
+        y, x = place // columns * PATCH, place % columns * PATCH
+        image[y : y + PATCH, x : x + PATCH] = patch
+        drawn += len(masks)
+    return image, drawn
+
+
+def benchmark_large(arguments: argparse.Namespace) -> None:
+    """Prediction in tiles: time, cells, and the largest memory of the whole process, mapped files included."""
+    model = load_model(arguments.model)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        image, drawn = large_image(Path(folder) / "image", arguments.size, arguments.cells)
+        start = time.perf_counter()
+        with tqdm(unit="step") as bar:
+
+            def show(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = predict_tiled(model, image, tile=arguments.tile, overlap=arguments.overlap, progress=show)
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{arguments.size}x{arguments.size}, tile {arguments.tile}, overlap {arguments.overlap}: {drawn} nuclei drawn, "
+        f"{len(found['boxes'])} cells found in {seconds:.0f} s, peak memory {peak:.2f} GiB"
+    )
+
+
 def main() -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,7 +246,16 @@ def main() -> None:
     command.add_argument("--peaks", type=int, nargs="+", default=peaks, help="to group (%(default)s)")
     command.add_argument("--boxes", type=int, nargs="+", default=[1, 10, 100, 300, 400], help="targets (%(default)s)")
     command.add_argument("--repeats", type=int, default=15, help="of each measurement (%(default)s)")
+    command = commands.add_parser("large", help="prediction in tiles")
+    command.add_argument("model", type=Path, help="model file, as train_net.py or train_core.py writes it")
+    command.add_argument("--size", type=int, default=20000, help="side of the image, pixels (%(default)s)")
+    command.add_argument("--cells", type=int, default=5000, help="about so many in the image (%(default)s)")
+    command.add_argument("--tile", type=int, default=1024, help="pixels (%(default)s)")
+    command.add_argument("--overlap", type=int, default=256, help="pixels (%(default)s)")
+    command.add_argument("--scratch", type=Path, help="folder for the image, 3 bytes a pixel (the system's for such)")
     arguments = parser.parse_args()
+    if arguments.command == "large":
+        return benchmark_large(arguments)
     for device in [arguments.device] if arguments.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         kind = "compiled operators" if device in ops.COMPILED_FOR else "PyTorch reference"

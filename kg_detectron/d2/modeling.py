@@ -24,7 +24,6 @@ from ..masks import MaskCrops
 from ..modeling import (
     KeypointBranch,
     KeypointDecoder,
-    LiteKeypointBranch,
     ResNetC4,
     SegmentationBranch,
     build_keypoint_branch,
@@ -70,7 +69,7 @@ class KeypointGraph(nn.Module):
     def __init__(
         self,
         *,
-        branch: KeypointBranch | LiteKeypointBranch,
+        branch: KeypointBranch,
         decoder: KeypointDecoder,
         loss_weights: dict[str, float],
         in_features: list[str],

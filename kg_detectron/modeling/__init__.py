@@ -3,7 +3,6 @@
 from .backbone import ResNetC4
 from .decoder import KeypointDecoder, Peaks
 from .keypoint_branch import KeypointBranch, KeypointMaps
-from .lite_branch import LiteKeypointBranch
 from .losses import keypoint_losses, mask_loss
 from .mask_head import SegmentationBranch
 from .network import KeypointGraphNet, build_keypoint_branch
@@ -14,7 +13,6 @@ __all__ = [
     "KeypointDecoder",
     "KeypointGraphNet",
     "KeypointMaps",
-    "LiteKeypointBranch",
     "Peaks",
     "ResNetC4",
     "SegmentationBranch",

@@ -1,5 +1,6 @@
 """From the maps of all scales to boxes: vote, smooth, peaks, group, retrieve, NMS (paper, figure 1c)."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,6 +51,15 @@ class KeypointDecoder(nn.Module):
         self.hops = hops
         self.corner_and_centre = corner_and_centre
         self.nms_threshold = nms_threshold
+
+    @property
+    def reach(self) -> int:
+        """How far away, in pixels of a scale to every side, a value of its maps still has a part in a peak.
+
+        Votes that travel further than 2 r are not counted; training asks for at most r.
+        """
+        vote, gaussian, neighbour = math.ceil(2 * self.radius) + 1, int(4 * self.smooth_sigma + 0.5), 1
+        return vote + gaussian + neighbour
 
     def forward(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """Decode a batch.

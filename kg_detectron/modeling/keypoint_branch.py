@@ -1,6 +1,6 @@
 """Keypoint branch: the decoder from c4 up to s1, and three heads at every scale (paper, figure 1a)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,13 +9,7 @@ from torch.nn.functional import interpolate
 
 from ..graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
 
-NUM_SCALES = 4
-
-
-def scale_name(scale: int) -> str:
-    """ "s1" for 1: the name of a scale of stride 2 ** (scale - 1)."""
-    return f"s{scale}"
-
+SCALES = (1, 2, 3, 4)
 
 # Discs cover few pixels: starting from a low probability, here as a logit, spares the first epochs.
 HEATMAP_PRIOR = -3.0
@@ -38,6 +32,11 @@ def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     return layer
 
 
+def reach(module: nn.Module) -> int:
+    """How far away, in pixels to every side, an input of convolutions in a row has a part in their output."""
+    return sum(layer.kernel_size[0] // 2 for layer in module.modules() if isinstance(layer, nn.Conv2d))
+
+
 class UpCombine(nn.Module):
     """One step up: conv3x3 on the up-sampled deep map, concatenation with the shallow one, conv1x1."""
 
@@ -47,7 +46,8 @@ class UpCombine(nn.Module):
         self.combine = nn.Sequential(convolution(width + shallow, width, 1), nn.ReLU(inplace=True))
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
-        """deep (N,deep,h,w) already at the size of shallow (N,shallow,h,w) -> (N,width,h,w)."""
+        """deep (N,deep,h/2,w/2), shallow (N,shallow,h,w) -> (N,width,h,w)."""
+        deep = interpolate(deep, shallow.shape[2:], mode="bilinear", align_corners=False)
         return self.combine(torch.cat((self.up(deep), shallow), dim=1))
 
 
@@ -69,21 +69,14 @@ class KeypointHeads(nn.Module):
         nn.init.zeros_(last.bias)
         return nn.Sequential(convolution(width, width, kernel), nn.ReLU(inplace=True), last)
 
+    @property
+    def reach(self) -> int:
+        """How far away, in pixels of the scale to every side, a value of the decoder map has a part in the maps."""
+        return reach(self.heatmap)
+
     def forward(self, decoded: Tensor) -> KeypointMaps:
         """(N,width,h,w) -> the maps of that scale."""
         return KeypointMaps(self.heatmap(decoded), self.single_offset(decoded), self.group_offset(decoded), self.stride)
-
-
-def check_branch_arguments(
-    in_channels: Sequence[int], widths: Sequence[int], head_kernel: int, scales: Sequence[int]
-) -> None:
-    """Raise a ValueError for arguments that do not fit a keypoint branch."""
-    if len(in_channels) != 5 or len(widths) != 4:
-        raise ValueError(f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}")
-    if head_kernel < 1 or head_kernel % 2 == 0:
-        raise ValueError(f"head_kernel: expected an odd positive number, got {head_kernel}")
-    if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= {1, 2, 3, 4}:
-        raise ValueError(f"scales: expected different ones of 1, 2, 3, 4, got {tuple(scales)}")
 
 
 class KeypointBranch(nn.Module):
@@ -94,6 +87,8 @@ class KeypointBranch(nn.Module):
         widths: channels of the decoder maps s1..s4.
         head_kernel: kernel size of the heads, odd.
         scales: scales with heads, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
+        step: makes one step up, called with the channels of the deep map, of the shallow one, and of the result.
+        heads: makes the heads of a scale, called with their width, kernel and stride.
 
     Raises:
         ValueError: for arguments that do not fit.
@@ -105,24 +100,41 @@ class KeypointBranch(nn.Module):
         widths: Sequence[int] = (64, 64, 256, 512),
         head_kernel: int = 7,
         scales: Sequence[int] = (1, 2, 3, 4),
+        step: Callable[[int, int, int], nn.Module] = UpCombine,
+        heads: Callable[[int, int, int], nn.Module] = KeypointHeads,
     ) -> None:
         super().__init__()
-        check_branch_arguments(in_channels, widths, head_kernel, scales)
-        lowest = min(scales)
+        if len(in_channels) != 5 or len(widths) != 4:
+            raise ValueError(
+                f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}"
+            )
+        if head_kernel < 1 or head_kernel % 2 == 0:
+            raise ValueError(f"head_kernel: expected an odd positive number, got {head_kernel}")
+        if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= set(SCALES):
+            raise ValueError(f"scales: expected different ones of {SCALES}, got {tuple(scales)}")
         deep = (*widths[1:], in_channels[4])
-        self.steps = nn.ModuleList(
-            UpCombine(deep[s - 1], in_channels[s - 1], widths[s - 1]) for s in range(lowest, NUM_SCALES + 1)
-        )
-        self.heads = nn.ModuleDict(
-            {scale_name(s): KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
-        )
+        self.decoded_scales = range(min(scales), len(SCALES) + 1)
+        self.steps = nn.ModuleList(step(deep[s - 1], in_channels[s - 1], widths[s - 1]) for s in self.decoded_scales)
+        self.heads = nn.ModuleDict({f"s{s}": heads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)})
+
+    def up(self, scale: int, deep: Tensor, shallow: Tensor) -> Tensor:
+        """Decoder map of a scale, from the one below (c4 for scale 4) and the feature map beside it."""
+        return self.steps[self.decoded_scales.index(scale)](deep, shallow)
+
+    @property
+    def reaches(self) -> tuple[dict[int, int], dict[int, int]]:
+        """How far away, in pixels of a scale to every side, values of other maps have a part in its own.
+
+        Returns:
+            By scale: of what a step up starts from, in the decoder map; of the decoder map, in the heads' maps.
+        """
+        up = {s: 2 + reach(step) for s, step in zip(self.decoded_scales, self.steps, strict=True)}  # 2: bilinear
+        return up, {int(name[1]): heads.reach for name, heads in self.heads.items()}
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], dict[str, Tensor]]:
         """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps by name."""
         decoded: dict[str, Tensor] = {}
-        current = features[NUM_SCALES]
-        for step, s in zip(reversed(self.steps), range(NUM_SCALES, 0, -1), strict=False):
-            shallow = features[s - 1]
-            current = interpolate(current, shallow.shape[2:], mode="bilinear", align_corners=False)
-            current = decoded[scale_name(s)] = step(current, shallow)
-        return [head(decoded[name]) for name, head in self.heads.items()], decoded
+        deep = features[len(SCALES)]
+        for s in reversed(self.decoded_scales):
+            deep = decoded[f"s{s}"] = self.up(s, deep, features[s - 1])
+        return [heads(decoded[name]) for name, heads in self.heads.items()], decoded

@@ -6,15 +6,13 @@ cross, up to a cell's size from either. Depthwise kernels reach as far for a fra
 heads look at the same cells, so one trunk serves them all.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
 from .backbone import NORMS
-from .keypoint_branch import HEATMAP_PRIOR, NUM_SCALES, KeypointMaps, check_branch_arguments, scale_name
+from .keypoint_branch import HEATMAP_PRIOR, KeypointMaps, reach
 
 
 class LargeKernelBlock(nn.Module):
@@ -63,48 +61,11 @@ class LiteHeads(nn.Module):
         nn.init.zeros_(self.predict.bias)
         nn.init.constant_(self.predict.bias[:HEATMAP_CHANNELS], HEATMAP_PRIOR)
 
+    @property
+    def reach(self) -> int:
+        """As of `KeypointHeads`."""
+        return reach(self.trunk)
+
     def forward(self, decoded: Tensor) -> KeypointMaps:
         """(N,width,h,w) -> the maps of that scale."""
         return KeypointMaps(*self.predict(self.trunk(decoded)).split(self.channels, dim=1), self.stride)
-
-
-class LiteKeypointBranch(nn.Module):
-    """Decoder maps and keypoint maps; arguments and results as in `KeypointBranch`.
-
-    Args:
-        in_channels: channels of c0..c4.
-        widths: channels of the decoder maps s1..s4; those below the lowest scale are not made.
-        head_kernel: kernel size of the depthwise convolutions, odd.
-        scales: scales with heads, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
-        norm: norm layer, a key of `NORMS`.
-
-    Raises:
-        ValueError: for arguments that do not fit.
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        widths: Sequence[int],
-        head_kernel: int = 7,
-        scales: Sequence[int] = (2, 3, 4),
-        norm: str = "BN",
-    ) -> None:
-        super().__init__()
-        check_branch_arguments(in_channels, widths, head_kernel, scales)
-        deep = (*widths[1:], in_channels[4])
-        self.steps = nn.ModuleList(
-            LiteStep(deep[s - 1], in_channels[s - 1], widths[s - 1], head_kernel, norm)
-            for s in range(min(scales), NUM_SCALES + 1)
-        )
-        self.heads = nn.ModuleDict(
-            {scale_name(s): LiteHeads(widths[s - 1], head_kernel, 2 ** (s - 1), norm) for s in sorted(scales)}
-        )
-
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], dict[str, Tensor]]:
-        """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps by name."""
-        decoded: dict[str, Tensor] = {}
-        current = features[NUM_SCALES]
-        for step, s in zip(reversed(self.steps), range(NUM_SCALES, 0, -1), strict=False):
-            current = decoded[scale_name(s)] = step(current, features[s - 1])
-        return [head(decoded[name]) for name, head in self.heads.items()], decoded

@@ -1,6 +1,7 @@
 """The whole model: keypoint graph to boxes, and a mask in each box."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from ..masks import MaskCrops
 from .backbone import ResNetC4, pad_to_batch
 from .decoder import KeypointDecoder
 from .keypoint_branch import KeypointBranch
-from .lite_branch import LiteKeypointBranch
+from .lite_branch import LiteHeads, LiteStep
 from .losses import keypoint_losses
 from .mask_head import SegmentationBranch
 
@@ -33,7 +34,7 @@ def segmentation_branch(
 
 def build_keypoint_branch(
     branch: str, in_channels: Sequence[int], widths: Sequence[int], head_kernel: int, scales: Sequence[int], norm: str
-) -> KeypointBranch | LiteKeypointBranch:
+) -> KeypointBranch:
     """The paper's branch (``"paper"``), or ours of few operations (``"lite"``), whose norm layer is `norm`.
 
     Raises:
@@ -42,7 +43,8 @@ def build_keypoint_branch(
     if branch == "paper":
         return KeypointBranch(in_channels, widths, head_kernel, scales)
     if branch == "lite":
-        return LiteKeypointBranch(in_channels, widths, head_kernel, scales, norm)
+        step, heads = partial(LiteStep, kernel=head_kernel, norm=norm), partial(LiteHeads, norm=norm)
+        return KeypointBranch(in_channels, widths, head_kernel, scales, step, heads)
     raise ValueError(f"branch: expected 'paper' or 'lite', got {branch!r}")
 
 
@@ -138,7 +140,7 @@ class KeypointGraphNet(nn.Module):
             ValueError: for images or targets that do not have these shapes.
         """
         _check_images(images)
-        batch = pad_to_batch([(image.float() - self.pixel_mean) / self.pixel_std for image in images])
+        batch = self.normalised_batch(images)
         features = self.backbone(batch)
         maps, decoded = self.keypoint_branch(features)
         crop_from = features if self.segmentation == "branch" else [decoded["s1"]]
@@ -154,6 +156,10 @@ class KeypointGraphNet(nn.Module):
             {"boxes": boxes, "scores": scores, "labels": torch.ones_like(scores, dtype=torch.long), "masks": mask}
             for (boxes, scores), mask in zip(detections, masks, strict=True)
         ]
+
+    def normalised_batch(self, images: list[Tensor]) -> Tensor:
+        """What the backbone sees of images (3,H,W), 0..255: normalised, padded and stacked, see `pad_to_batch`."""
+        return pad_to_batch([(image.float() - self.pixel_mean) / self.pixel_std for image in images])
 
 
 def _check_images(images: list[Tensor]) -> None:

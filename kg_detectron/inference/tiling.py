@@ -1,0 +1,249 @@
+"""Prediction for images larger than memory, tile by tile, with the result of the whole image.
+
+Up to the peaks, and for each mask, the network looks at a bounded part of the image; between the two there are only
+peaks, few enough to be treated for the whole image at once. So every map is computed on a tile with as much of its
+surroundings as its values depend on, and only the peaks in the tile itself are kept; grouping, retrieval and NMS see
+the peaks of all tiles and never learn where the seams were; then the masks are cut from the features around them.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..masks import MaskCrops
+from ..modeling import KeypointGraphNet, Peaks
+from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
+from ..modeling.keypoint_branch import SCALES
+
+# Parts of the image begin at multiples of it. The largest stride would do for the maps; twice that lets the edges of
+# crops, which are rounded to a pixel of c4 and half to even, come out as in the whole image.
+GRID = 2 * SIZE_DIVISIBILITY
+
+
+class Window(NamedTuple):
+    """A part of the image: input pixels, x2 and y2 exclusive."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+    def grown(self, margin: int, whole: "Window") -> "Window":
+        """At least ``margin`` more pixels on every side, to the grid, but none outside ``whole``."""
+        return Window(
+            max((self.x1 - margin) // GRID * GRID, whole.x1),
+            max((self.y1 - margin) // GRID * GRID, whole.y1),
+            min(_on_grid(self.x2 + margin), whole.x2),
+            min(_on_grid(self.y2 + margin), whole.y2),
+        )
+
+    def tiles(self, side: int) -> list["Window"]:
+        """Windows of about equal size, sides at most ``side``, that cover this one, row by row."""
+        (xs, dx), (ys, dy) = (
+            (range(low, high, step), step)
+            for low, high in ((self.x1, self.x2), (self.y1, self.y2))
+            for step in (_on_grid(-(-(high - low) // -(-(high - low) // side))),)
+        )
+        return [Window(x, y, min(x + dx, self.x2), min(y + dy, self.y2)) for y in ys for x in xs]
+
+    def cut(self, values: Tensor, place: "Window", stride: int) -> Tensor:
+        """The part of a map [N,C,h,w] that lies in this window; ``place`` is the window of the map."""
+        x1, x2 = ((x - place.x1) // stride for x in (self.x1, self.x2))
+        y1, y2 = ((y - place.y1) // stride for y in (self.y1, self.y2))
+        return values[:, :, y1:y2, x1:x2]
+
+
+def _on_grid(length: int) -> int:
+    """The next multiple of `GRID`."""
+    return -(-length // GRID) * GRID
+
+
+def _joined(parts: list[Peaks]) -> Peaks:
+    """Peaks of parts of an image, in the order of those of the whole image."""
+    peaks, scores, displacements = map(torch.cat, zip(*parts, strict=True))
+    group, keypoint, y, x = peaks.T.cpu().numpy()
+    order = torch.from_numpy(np.lexsort((x, y, keypoint, -scores.cpu().numpy(), group))).to(peaks.device)
+    return Peaks(peaks[order], scores[order], displacements[order])
+
+
+@torch.no_grad()
+def predict_tiled(
+    model: KeypointGraphNet,
+    image: np.ndarray,
+    *,
+    tile: int = 1024,
+    overlap: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor | MaskCrops]:
+    """Find the cells of an image of any size, at its own pixels, in memory that the tile bounds.
+
+    The result is that of the whole image, on seams and in corners of tiles too: the same boxes, scores and masks in the
+    same order. Equal means up to the rounding of floats, which may differ with the size of a convolution's input:
+    scores agree to about 1e-5, and two peaks, boxes or mask pixels of equal score to that accuracy may change places. Two
+    things are not local, and make the results approximate: group normalisation (norm "GN"), whose statistics become
+    those of a tile; and votes that travel further than twice the disc radius, which training never asks for.
+
+    Args:
+        model: in evaluation mode.
+        image: (H,W,3) BGR, numbers in 0..255, as `io.read_image` gives it; an array or anything that is sliced like
+            one, such as `numpy.memmap`. Only slices of at most a tile and its surroundings are read.
+        tile: side of a tile, pixels, a multiple of 32. Time per pixel falls and memory grows with it: around a tile of
+            1024 the paper's network sees 384 more pixels on every side.
+        overlap: cells with no side longer than it, pixels, are segmented together with their tile; one that is larger
+            in a window of its own. What no window holds, a box with a side longer than ``tile + overlap``, is
+            left out, with a warning.
+        progress: called after each step with the number of steps done and their total.
+
+    Returns:
+        As `predict`, masks as bool crops.
+
+    Raises:
+        ValueError: for an image of another shape, a tile or overlap that does not fit, or a model in training mode.
+    """
+    if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image: expected shape (H,W,3), got {tuple(image.shape)}")
+    if tile < GRID or tile % GRID:
+        raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {tile}")
+    if overlap < 0:
+        raise ValueError(f"overlap: expected 0 or more pixels, got {overlap}")
+    if model.training:
+        raise ValueError("model: expected evaluation mode, call model.eval() first")
+
+    network = _LocalNetwork(model, image)
+    tiles = network.whole.tiles(tile)
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, 2 * len(tiles))
+
+    found = []
+    for core in tiles:
+        found.append(network.peaks(core))
+        report(len(found))
+    strides = [heads.stride for heads in model.keypoint_branch.heads.values()]
+    ((boxes, scores),) = model.decoder.assemble(_joined(found), [image.shape[:2]], strides)
+
+    longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    fits = longest <= tile + overlap
+    if not fits.all():
+        left_out = len(fits) - int(fits.sum())
+        warnings.warn(
+            f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2
+        )
+        boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
+
+    crops: list[Tensor | None] = [None] * len(boxes)
+    places = torch.zeros(len(boxes), 4, dtype=torch.long)
+    centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
+    for done, core in enumerate(tiles, len(tiles) + 1):
+        own = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1).nonzero()[:, 0]
+        large = longest[own] > overlap
+        for together in (own[~large], *own[large].split(1)):
+            if len(together):
+                masks = network.masks(boxes[together])
+                places[together] = masks.windows
+                for i, crop in zip(together.tolist(), masks.crops, strict=True):
+                    crops[i] = crop
+        report(done)
+    return {
+        "boxes": boxes,
+        "scores": scores,
+        "labels": torch.ones_like(scores, dtype=torch.long),
+        "masks": MaskCrops(crops, places, image.shape[:2], model.mask_threshold),
+    }
+
+
+class _LocalNetwork:
+    """The network on parts of an image, with the values that it has on the whole image.
+
+    Args:
+        model: in evaluation mode.
+        image: (H,W,3), anything that is sliced like an array.
+    """
+
+    def __init__(self, model: KeypointGraphNet, image: np.ndarray) -> None:
+        self.model = model
+        self.image = image
+        # Images are padded on the right and below, in parts as a whole.
+        self.whole = Window(0, 0, *(-(-side // SIZE_DIVISIBILITY) * SIZE_DIVISIBILITY for side in image.shape[1::-1]))
+        self.step_reaches, head_reaches = model.keypoint_branch.reaches
+        # Input pixels around a tile on which each scale's heads need to be computed.
+        self.head_margins = {
+            scale: (reach + model.decoder.reach) * STRIDES[scale - 1] for scale, reach in head_reaches.items()
+        }
+
+    def peaks(self, core: Window) -> Peaks:
+        """The peaks in a window, all scales, where they are in the image."""
+        decoded, places = self._decoded(core, self.head_margins)
+        maps, origins = [], []
+        for name, heads in self.model.keypoint_branch.heads.items():
+            scale = int(name[1])
+            own = core.grown(self.head_margins[scale], self.whole)
+            maps.append(heads(own.cut(decoded[scale], places[scale], heads.stride)))
+            origins.append([own.y1 // heads.stride, own.x1 // heads.stride])
+        peaks, scores, displacements = self.model.decoder.find(maps)
+        stride = peaks.new_tensor([m.stride for m in maps])[peaks[:, 0], None]
+        peaks[:, 2:] += peaks.new_tensor(origins)[peaks[:, 0]]
+        at = peaks[:, 2:] * stride
+        inside = ((at >= at.new_tensor([core.y1, core.x1])) & (at < at.new_tensor([core.y2, core.x2]))).all(1)
+        return Peaks(peaks[inside], scores[inside], displacements[inside])
+
+    def masks(self, boxes: Tensor) -> MaskCrops:
+        """The masks of boxes (R,4), input pixels, that lie close together."""
+        around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
+        if self.model.segmentation == "branch":
+            place = around.grown(STRIDES[-1], self.whole)  # the edges of crops are rounded, to pixels of c4 at most
+            maps = self._features([place] * 5)
+        else:
+            decoded, places = self._decoded(around, {1: 1})
+            maps, place = [decoded[1]], places[1]
+        origin = torch.tensor([place.x1, place.y1] * 2)
+        size = (place.y2 - place.y1, place.x2 - place.x1)
+        threshold = self.model.mask_threshold
+        (masks,) = self.model.mask_head.predict_masks(maps, [boxes - origin.to(boxes)], [size], threshold)
+        return MaskCrops([crop >= threshold for crop in masks.crops], masks.windows + origin, self.image.shape[:2])
+
+    def _features(self, places: list[Window | None]) -> list[Tensor | None]:
+        """c0..c4, each on a window of its own, if any; that of c4 holds the others."""
+        reaches = self.model.backbone.reach
+        outer = places[-1].grown(max(reaches), self.whole)
+        x1, y1, x2, y2 = outer
+        pixels = np.asarray(self.image[y1:y2, x1:x2], dtype=np.float32)
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(self.model.pixel_mean.device)
+        pixels = self.model.normalised_batch([pixels])
+        # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
+        # computed there.
+        deep = [
+            None if place is None else place.cut(feature, outer, stride).clone()
+            for feature, place, stride in zip(self.model.backbone.resnet(pixels), places[1:], STRIDES[1:], strict=True)
+        ]
+        if places[0] is None:
+            return [None, *deep]
+        inner = places[0].grown(reaches[0], self.whole)
+        c0 = self.model.backbone.c0_conv(inner.cut(pixels, outer, 1))
+        return [places[0].cut(c0, inner, 1), *deep]
+
+    def _decoded(self, core: Window, margins: dict[int, int]) -> tuple[dict[int, Tensor], dict[int, Window]]:
+        """Decoder maps and their windows, by scale, right in ``core`` and a margin of each scale around it.
+
+        A map needs no more surroundings than what is made of it, the shallow ones, which cost most, the least.
+
+        Args:
+            core: the window.
+            margins: input pixels, for each scale that is of interest.
+        """
+        places, margin = {}, 0
+        for scale, reach in self.step_reaches.items():
+            margin = max(margin, margins.get(scale, 0)) + reach * STRIDES[scale - 1]
+            places[scale] = core.grown(margin, self.whole)
+        features = self._features([*map(places.get, SCALES), places[max(places)]])
+        decoded, deep, place = {}, features.pop(), places[max(places)]
+        for scale in reversed(places):
+            deep = places[scale].cut(deep, place, STRIDES[scale])
+            place = places[scale]
+            deep = decoded[scale] = self.model.keypoint_branch.up(scale, deep, features.pop())
+        return decoded, places
