@@ -70,6 +70,11 @@ def _joined(parts: list[Peaks]) -> Peaks:
     return Peaks(peaks[order], scores[order], displacements[order])
 
 
+def _binary(masks: MaskCrops) -> MaskCrops:
+    """Without the probabilities, which take four times the memory."""
+    return MaskCrops([crop >= masks.threshold for crop in masks.crops], masks.windows, masks.size, masks.threshold)
+
+
 @torch.no_grad()
 def predict_tiled(
     model: KeypointGraphNet,
@@ -81,32 +86,33 @@ def predict_tiled(
 ) -> dict[str, Tensor | MaskCrops]:
     """Find the cells of an image of any size, at its own pixels, in memory that the tile bounds.
 
-    The result is that of the whole image, on seams and in corners of tiles too: the same boxes, scores and masks in the
-    same order. Equal means up to the rounding of floats, which may differ with the size of a convolution's input:
-    scores agree to about 1e-5, and two peaks, boxes or mask pixels of equal score to that accuracy may change places. Two
-    things are not local, and make the results approximate: group normalisation (norm "GN"), whose statistics become
-    those of a tile; and votes that travel further than twice the disc radius, which training never asks for.
+    The result is that of the whole image: the same boxes, scores and masks in the same order, on seams and in corners
+    of tiles too. "The same" is up to the rounding of floats, which differs with the size of a convolution's input:
+    scores agree to about 1e-6, and what is closer to a tie or to a threshold than that may come out either way. Not
+    local at all are group normalisation (norm "GN"), whose statistics become those of a tile, and votes that travel
+    further than twice the disc radius, which training never asks for; with them the result is an approximation.
 
     Args:
         model: in evaluation mode.
-        image: (H,W,3) BGR, numbers in 0..255, as `io.read_image` gives it; an array or anything that is sliced like
-            one, such as `numpy.memmap`. Only slices of at most a tile and its surroundings are read.
-        tile: side of a tile, pixels, a multiple of 32. Time per pixel falls and memory grows with it: around a tile of
-            1024 the paper's network sees 384 more pixels on every side.
-        overlap: cells with no side longer than it, pixels, are segmented together with their tile; one that is larger
-            in a window of its own. What no window holds, a box with a side longer than ``tile + overlap``, is
-            left out, with a warning.
-        progress: called after each step with the number of steps done and their total.
+        image: (H,W,3) BGR, numbers in 0..255, as `io.read_image` gives it: an array, or anything with a shape that is
+            sliced like one, such as `numpy.memmap`. It is only read in slices of a tile and its surroundings.
+        tile: largest side of a tile, pixels, a multiple of 32. Around it the network sees as much again as its
+            results depend on, for the paper's network 384 pixels on every side; so larger tiles take less time a pixel,
+            and more memory.
+        overlap: largest side of a cell, pixels, that is segmented together with the others of its tile. Where such
+            cells lie across its edges the tile grows by up to as much. Larger cells are segmented alone, up to a
+            side of ``tile + overlap``; those beyond would take more memory than that, and are left out with a warning.
+        progress: called after each step with the number of steps done and of all.
 
     Returns:
-        As `predict`, masks as bool crops.
+        As `predict`, the masks as bool crops.
 
     Raises:
         ValueError: for an image of another shape, a tile or overlap that does not fit, or a model in training mode.
     """
     if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image: expected shape (H,W,3), got {tuple(image.shape)}")
-    if tile < GRID or tile % GRID:
+    if tile <= 0 or tile % GRID:
         raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {tile}")
     if overlap < 0:
         raise ValueError(f"overlap: expected 0 or more pixels, got {overlap}")
@@ -120,6 +126,11 @@ def predict_tiled(
         if progress is not None:
             progress(done, 2 * len(tiles))
 
+    if len(tiles) == 1:
+        (found,) = model([network.pixels(network.whole)])
+        found["masks"] = _binary(found["masks"])
+        report(2)
+        return found
     found = []
     for core in tiles:
         found.append(network.peaks(core))
@@ -146,8 +157,8 @@ def predict_tiled(
             if len(together):
                 masks = network.masks(boxes[together])
                 places[together] = masks.windows
-                for i, crop in zip(together.tolist(), masks.crops, strict=True):
-                    crops[i] = crop
+                for box, crop in zip(together.tolist(), masks.crops, strict=True):
+                    crops[box] = crop
         report(done)
     return {
         "boxes": boxes,
@@ -175,6 +186,11 @@ class _LocalNetwork:
         self.head_margins = {
             scale: (reach + model.decoder.reach) * STRIDES[scale - 1] for scale, reach in head_reaches.items()
         }
+
+    def pixels(self, window: Window) -> Tensor:
+        """(3,h,w) of the image, without padding."""
+        pixels = np.asarray(self.image[window.y1 : window.y2, window.x1 : window.x2], dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(self.model.pixel_mean.device)
 
     def peaks(self, core: Window) -> Peaks:
         """The peaks in a window, all scales, where they are in the image."""
@@ -205,16 +221,13 @@ class _LocalNetwork:
         size = (place.y2 - place.y1, place.x2 - place.x1)
         threshold = self.model.mask_threshold
         (masks,) = self.model.mask_head.predict_masks(maps, [boxes - origin.to(boxes)], [size], threshold)
-        return MaskCrops([crop >= threshold for crop in masks.crops], masks.windows + origin, self.image.shape[:2])
+        return MaskCrops(_binary(masks).crops, masks.windows + origin, self.image.shape[:2], threshold)
 
     def _features(self, places: list[Window | None]) -> list[Tensor | None]:
         """c0..c4, each on a window of its own, if any; that of c4 holds the others."""
         reaches = self.model.backbone.reach
         outer = places[-1].grown(max(reaches), self.whole)
-        x1, y1, x2, y2 = outer
-        pixels = np.asarray(self.image[y1:y2, x1:x2], dtype=np.float32)
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(self.model.pixel_mean.device)
-        pixels = self.model.normalised_batch([pixels])
+        pixels = self.model.normalised_batch([self.pixels(outer)])
         # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
         # computed there.
         deep = [
