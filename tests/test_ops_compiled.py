@@ -21,15 +21,6 @@ from kg_detectron.layers import ops, reference
 from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
 
 ROOT = Path(__file__).parents[1]
-OPERATORS = (
-    "hough_vote",
-    "smooth_votes",
-    "find_peaks",
-    "gather_displacements",
-    "group_peaks",
-    "graphs_to_boxes",
-    "render_targets",
-)
 
 pytestmark = [
     pytest.mark.skipif(not ops.COMPILED_FOR, reason="the operators were not compiled; `make setup` says why"),
@@ -279,7 +270,7 @@ def arguments(device: str) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(device, name):
     torch.library.opcheck(getattr(torch.ops.kg_detectron, name).default, arguments(device)[name])
 

@@ -92,6 +92,8 @@ class KeypointDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
 
+        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image.
+
         Args:
             peaks: of N images and all scales, in the order of `find_peaks`.
             sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
