@@ -23,7 +23,7 @@ PALETTE = np.array(
     ],
     np.uint8,
 )[:, ::-1]  # BGR
-_GAP = 3  # pixels up to which cells count as neighbours, where the palette allows
+_GAP = 3  # pixels up to which cells do not share a colour, where the palette allows
 _BAND = 512  # rows that are worked on at a time, which bounds the memory beyond the picture's own
 _SAMPLE = 1_000_000  # values that tell the range of an image
 
@@ -93,20 +93,25 @@ def colour_indices(labels: np.ndarray) -> np.ndarray:
     """Colours for the cells 1..N of a label image (H,W): (N,) indices into `PALETTE`, the same for the same image.
 
     Cells that touch, corners included, never share a colour where each is one 4-connected piece: such cells can be
-    drawn on paper with each line of touch crossed once at most, so that one of them has at most seven neighbours, and
-    so on when it is taken away; eight colours are enough when the cells are coloured in the opposite order. Cells
-    up to three pixels apart do not share one either where eight colours are enough for that, too.
+    drawn on paper with each line of touch crossed once at most, so that some cell has at most seven neighbours, and so
+    on when it is taken away. Coloured in the opposite order, each finds one of eight colours free. Of the free ones it
+    takes one that no cell within three pixels has, if there is such a one, and then the one least used so far.
     """
-    count = int(labels.max(initial=0))
-    for gap in (_GAP, 1):
-        graph = networkx.Graph()
-        graph.add_nodes_from(range(1, count + 1))
+    ids = range(1, int(labels.max(initial=0)) + 1)
+    touching, near = networkx.Graph(), networkx.Graph()
+    for graph, gap in ((touching, 1), (near, _GAP)):
+        graph.add_nodes_from(ids)
         graph.add_edges_from(_neighbours(labels, gap).tolist())
-        colours = networkx.greedy_color(graph, strategy="smallest_last")
-        indices = np.array([colours[id] for id in range(1, count + 1)], np.int64)
-        if indices.max(initial=0) < len(PALETTE):
-            break
-    return indices % len(PALETTE)
+    colours: dict[int, int] = {}
+    used = [0] * len(PALETTE)
+    used[-1] = len(ids)  # grey is not easily seen: the last resort
+    for id in networkx.coloring.strategy_smallest_last(touching, colours):
+        taken = {colours.get(other) for other in touching[id]}
+        close = {colours.get(other) for other in near[id]}
+        colour = min(range(len(PALETTE)), key=lambda c: (c in taken, c in close, used[c]))  # noqa: B023
+        colours[id] = colour
+        used[colour] += 1
+    return np.array([colours[id] for id in ids], np.int64)
 
 
 def _neighbours(labels: np.ndarray, gap: int) -> np.ndarray:
