@@ -44,12 +44,12 @@ def read_label_image(path: str | Path) -> np.ndarray:
             labels = tifffile.imread(path)
         else:
             labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+        if labels is None or labels.size == 0:
+            raise ValueError("it is neither TIFF nor PNG, or corrupt")
     # Whatever a decoder makes of broken bytes, the user needs the file.
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as a label image: {error}") from error
-    if labels is None:
-        raise ValueError(f"{path}: cannot be read as a label image: it is neither TIFF nor PNG, or corrupt")
-    if labels.ndim != 2 or labels.dtype.kind not in "iu" or labels.size == 0:
+    if labels.ndim != 2 or labels.dtype.kind not in "iu":
         raise ValueError(f"{path}: expected one whole number a pixel, got {labels.dtype} {labels.shape}")
     if labels.dtype.kind == "i" and labels.min() < 0:
         raise ValueError(f"{path}: expected labels from 0, got {labels.min()}")

@@ -5,6 +5,7 @@ through the centres, encloses exactly the cell's pixels: a cell of one pixel has
 pixel's width.
 """
 
+import cv2
 import numpy as np
 
 from ..masks import MaskCrops
@@ -45,6 +46,9 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     Raises:
         ValueError: for a mask that is empty or in several pieces.
     """
+    pieces = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)[0] - 1 if mask.size else 0
+    if pieces != 1:
+        raise ValueError(f"mask: expected one 4-connected component, got {pieces}")
     padded = np.pad(mask, 1).view(np.uint8)
     block = 8 * padded[:-1, :-1] + 4 * padded[:-1, 1:] + 2 * padded[1:, :-1] + padded[1:, 1:]
     y, x = np.nonzero(_TURN_OF[0, :, 0][block])
@@ -58,9 +62,9 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     across = _partners(by_row)
     along = _partners(np.lexsort((down, y, x)))
 
-    rings, is_hole, free = [], [], np.ones(len(x), bool)
-    # The first corner of a ring, row by row, is its top left one: the cell lies below the side that begins there, or,
-    # at a hole, above it.
+    rings, free = [], np.ones(len(x), bool)
+    # The first corner, row by row, is the top left one of the outer ring. From there every ring is walked to the right
+    # first, clockwise.
     for start in by_row.tolist():
         if free[start]:
             ring, corner = [], start
@@ -72,11 +76,7 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
                     break
             free[ring] = False
             points = np.stack((x[ring], y[ring]), axis=1)
-            hole = not mask[points[0, 1], points[0, 0]]
-            rings.append(points[::-1] if hole else points)
-            is_hole.append(hole)
-    if is_hole.count(False) != 1:
-        raise ValueError(f"mask: expected one 4-connected component, got {is_hole.count(False)}")
+            rings.append(points[::-1] if rings else points)
     return rings
 
 
