@@ -60,21 +60,18 @@ def test_masks_come_back_from_a_label_image(seed, dtype):
         np.testing.assert_array_equal(mask.numpy(), labels == id)
 
 
-@pytest.mark.parametrize(
-    "count, dtype", [(0, np.uint16), (65_535, np.uint16), (65_536, np.uint32), (70_000, np.uint32)]
-)
-def test_label_images_count_beyond_16_bits(tmp_path, count, dtype):
+def test_label_images_count_beyond_16_bits(tmp_path):
+    count = 65_536
     place = torch.arange(count)
     window = torch.stack((place % 300, place // 300), dim=1)
     masks = MaskCrops([torch.ones(1, 1, dtype=torch.bool)] * count, torch.cat((window, window + 1), dim=1), (300, 300))
-    labels = masks.label_image()
-    assert labels.dtype == dtype
-    np.testing.assert_array_equal(labels.ravel(), np.r_[1 : count + 1, np.zeros(90_000 - count)])
     out = np.memmap(tmp_path / "labels", np.uint32, "w+", shape=(300, 300))
     out[:] = 5
     assert masks.label_image(out) is out
-    np.testing.assert_array_equal(out, labels)
-    assert len(MaskCrops.from_label_image(out)) == count
+    np.testing.assert_array_equal(out.ravel(), np.r_[1 : count + 1, np.zeros(90_000 - count)])
+    assert masks.label_image().dtype == np.uint32 and masks[1:].label_image().dtype == np.uint16
+    with pytest.raises(ValueError, match="out: .* 65536 ids.*uint16"):
+        masks.label_image(np.zeros((300, 300), np.uint16))
 
 
 def test_what_is_no_encoding_or_label_image_is_named():
