@@ -90,18 +90,7 @@ def save_cells(
     masks = masks.to("cpu")
     Path(folder).mkdir(parents=True, exist_ok=True)
     if "labels" in paths or "overlay" in paths:
-        with _room_for_labels(masks, Path(folder)) as room:
-            labels = masks.label_image(out=room)
-            if np.count_nonzero(labels) != sum(np.count_nonzero(crop) for crop, _ in masks.pixels()):
-                raise ValueError("cells: some overlap; expected the result of separate_cells")
-            if "labels" in paths:
-                write_label_image(paths["labels"], labels)
-            if "overlay" in paths:
-                overlay = draw_cells(image, labels)
-                with replacing(paths["overlay"]) as unfinished:
-                    write_png(unfinished, overlay)
-                del overlay
-            del labels
+        _write_pictures(paths, masks, image)
     if "coco" in paths:
         _write_coco(paths["coco"], cells, PurePath(source).name or stem)
     if "geojson" in paths or "roi" in paths:
@@ -113,6 +102,20 @@ def save_cells(
     if "csv" in paths:
         write_table(paths["csv"], measure(masks, boxes, np.array(scores), image, pixel_size))
     return paths
+
+
+def _write_pictures(paths: dict[str, Path], masks: MaskCrops, image: np.ndarray) -> None:
+    """The label image and the overlay, those of them that are in `paths`."""
+    folder = next(iter(paths.values())).parent
+    with _room_for_labels(masks, folder) as room:
+        labels = masks.label_image(out=room)
+        if np.count_nonzero(labels) != sum(np.count_nonzero(crop) for crop, _ in masks.pixels()):
+            raise ValueError("cells: some overlap; expected the result of separate_cells")
+        if "labels" in paths:
+            write_label_image(paths["labels"], labels)
+        if "overlay" in paths:
+            with replacing(paths["overlay"]) as unfinished:
+                write_png(unfinished, draw_cells(image, labels))
 
 
 @contextmanager
