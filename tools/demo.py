@@ -15,12 +15,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from kg_detectron.drawing import draw_cells
 from kg_detectron.inference import load_model, predict
 from kg_detectron.io.coco import CocoDataset, load_coco
 from kg_detectron.io.images import read_image, write_png
+from kg_detectron.io.resize import resize_image, resize_labels
+from kg_detectron.masks import MaskCrops
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")
@@ -55,13 +57,10 @@ def run(script: str, *arguments: object, log: Path, steps: int | None = None, ti
 
 
 def outlined(image: np.ndarray, masks: list[dict], caption: str) -> np.ndarray:
-    """Three times the size, with the outline of each mask in a colour of its own and a caption above."""
-    canvas = cv2.resize(image, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
-    for i, mask in enumerate(masks):
-        colour = cv2.cvtColor(np.uint8([[[i * 67 % 180, 255, 255]]]), cv2.COLOR_HSV2BGR)[0, 0].tolist()
-        large = cv2.resize(coco_mask.decode(mask), canvas.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        outlines, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outlines, -1, colour, 2)
+    """Three times the size, with the outline of each mask and a caption above."""
+    size = 3 * image.shape[0], 3 * image.shape[1]
+    labels = MaskCrops.from_rle(masks, image.shape[:2]).label_image()
+    canvas = draw_cells(resize_image(image, size), resize_labels(labels, size), width=2)
     canvas = cv2.copyMakeBorder(canvas, 28, 4, 4, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
     cv2.putText(canvas, caption, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
     return canvas

@@ -8,7 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
-from detectron2.structures import BoxMode
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from pycocotools import mask as coco_mask
 
@@ -86,6 +87,25 @@ class PaperEvaluator(DatasetEvaluator):
         return OrderedDict(paper=figures)
 
 
+class CropCOCOEvaluator(COCOEvaluator):
+    """Detectron2's COCO evaluator, which encodes masks that come as crops without making them dense.
+
+    Its own export does that one by one: 0.2 s for each cell of an image of 4096 x 4096 pixels.
+    """
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Keep the detections of the images in `inputs` (dicts with ``image_id``) as COCO results."""
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            fields = instances.get_fields()
+            masks = fields.pop("pred_masks", None)
+            results = instances_to_coco_json(Instances(instances.image_size, **fields), image["image_id"])
+            if masks is not None:
+                for result, rle in zip(results, mask_rles(masks), strict=True):
+                    result["segmentation"] = rle | {"counts": rle["counts"].decode("ascii")}
+            self._predictions.append({"image_id": image["image_id"], "instances": results})
+
+
 class CellEvaluators(DatasetEvaluators):
     """Several evaluators as one, whose `evaluate` takes ``img_ids``; Detectron2's own takes the whole dataset."""
 
@@ -115,7 +135,7 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, output_dir: str | None = N
     return CellEvaluators(
         [
             # Both tasks by name: else a model without any detection has no figures of masks.
-            COCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=output_dir, max_dets_per_image=cap),
+            CropCOCOEvaluator(dataset_name, ("bbox", "segm"), output_dir=output_dir, max_dets_per_image=cap),
             PaperEvaluator(dataset_name, cfg.TEST.PAPER_IOUS),
         ]
     )
