@@ -25,6 +25,7 @@ REQUIRES = [
     "matplotlib",
     "numpy",
     "opencv-python-headless",
+    "pillow",
     "pycocotools",
     "roifile",
     "safetensors",
@@ -40,7 +41,6 @@ EXTRAS = {
     "dev": [
         "hypothesis",
         "packaging",
-        "pillow",
         "pytest>=8",
         "pytest-timeout",
         "pyyaml",
