@@ -74,6 +74,23 @@ class ResNetC4(nn.Module):
         c0 = {name: value for name, value in self.state_dict().items() if name.startswith("c0_conv.")}
         self.load_state_dict(own | c0)
 
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How far away, in input pixels to every side, a pixel still has a part in a value of each of c0..c4.
+
+        Group normalisation, whose statistics are those of the whole image, is not counted.
+        """
+        reaches = [sum(layer.kernel_size[0] // 2 for layer in self.c0_conv[::2])]
+        reach, stride = 0, 1
+        for stage in ([self.conv1], [self.maxpool, self.layer1], [self.layer2], [self.layer3]):
+            for name, layer in nn.ModuleList(stage).named_modules():
+                if isinstance(layer, nn.Conv2d | nn.MaxPool2d) and "downsample" not in name:  # the shortcut: 1x1
+                    kernel, step = (v if isinstance(v, int) else v[0] for v in (layer.kernel_size, layer.stride))
+                    reach += kernel // 2 * stride
+                    stride *= step
+            reaches.append(reach)
+        return tuple(reaches)
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """(N,3,H,W), H and W multiples of 16 -> [c0, c1, c2, c3, c4] at strides 1, 2, 4, 8, 16."""
         c0 = self.c0_conv(image)

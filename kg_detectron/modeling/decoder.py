@@ -1,5 +1,6 @@
 """From the maps of all scales to boxes: vote, smooth, peaks, group, retrieve, NMS (paper, figure 1c)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,15 @@ class KeypointDecoder(nn.Module):
         self.hops = hops
         self.corner_and_centre = corner_and_centre
         self.nms_threshold = nms_threshold
+
+    @property
+    def reach(self) -> int:
+        """How far away, in pixels of a scale to every side, a value of its maps has a part in a peak.
+
+        Votes are counted that travel at most 2 r; training asks for r.
+        """
+        vote = math.ceil(2 * self.radius) + 1
+        return vote + int(4 * self.smooth_sigma + 0.5) + 1
 
     @torch.no_grad()
     def forward(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:

@@ -30,6 +30,9 @@ def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
 class UpCombine(nn.Module):
     """One step up: conv3x3 on the up-sampled deep map, concatenation with the shallow one, conv1x1."""
 
+    # Pixels of the shallow map, to every side, that a value depends on: the convolution, and up-sampling by two.
+    REACH = 1 + 2
+
     def __init__(self, deep: int, shallow: int, width: int) -> None:
         super().__init__()
         self.up = nn.Sequential(convolution(deep, width, 3), nn.ReLU(inplace=True))
@@ -58,6 +61,11 @@ class KeypointHeads(nn.Module):
         nn.init.normal_(last.weight, std=0.1 / kernel / width**0.5)
         nn.init.zeros_(last.bias)
         return nn.Sequential(convolution(width, width, kernel), nn.ReLU(inplace=True), last)
+
+    @property
+    def reach(self) -> int:
+        """How far away, in pixels of the scale to every side, a value of the decoder map has a part in the maps."""
+        return sum(layer.kernel_size[0] // 2 for layer in self.heatmap if isinstance(layer, nn.Conv2d))
 
     def forward(self, decoded: Tensor) -> KeypointMaps:
         """(N,width,h,w) -> the maps of that scale."""
@@ -99,11 +107,15 @@ class KeypointBranch(nn.Module):
             {f"s{s}": KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
         )
 
+    def up(self, scale: int, deep: Tensor, shallow: Tensor) -> Tensor:
+        """Decoder map of a scale 1..4, from the one below (c4 for scale 4) and the feature map beside it."""
+        deep = interpolate(deep, shallow.shape[2:], mode="bilinear", align_corners=False)
+        return self.steps[scale - 1](deep, shallow)
+
     def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], list[Tensor]]:
         """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps [s1, s2, s3, s4]."""
         decoded = [features[4]]
-        for step, shallow in zip(reversed(self.steps), reversed(features[:4]), strict=True):
-            deep = interpolate(decoded[0], shallow.shape[2:], mode="bilinear", align_corners=False)
-            decoded.insert(0, step(deep, shallow))
+        for scale in (4, 3, 2, 1):
+            decoded.insert(0, self.up(scale, decoded[0], features[scale - 1]))
         decoded.pop()
         return [head(decoded[int(name[1]) - 1]) for name, head in self.heads.items()], decoded

@@ -125,7 +125,7 @@ class KeypointGraphNet(nn.Module):
             ValueError: for images or targets that do not have these shapes.
         """
         _check_images(images)
-        batch = pad_to_batch([(image.float() - self.pixel_mean) / self.pixel_std for image in images])
+        batch = self.normalised_batch(images)
         features = self.backbone(batch)
         maps, decoded = self.keypoint_branch(features)
         crop_from = features if self.segmentation == "branch" else decoded[:1]
@@ -141,6 +141,10 @@ class KeypointGraphNet(nn.Module):
             {"boxes": boxes, "scores": scores, "labels": torch.ones_like(scores, dtype=torch.long), "masks": mask}
             for (boxes, scores), mask in zip(detections, masks, strict=True)
         ]
+
+    def normalised_batch(self, images: list[Tensor]) -> Tensor:
+        """What the backbone sees of images (3,H,W), 0..255: normalised, padded and stacked, see `pad_to_batch`."""
+        return pad_to_batch([(image.float() - self.pixel_mean) / self.pixel_std for image in images])
 
 
 def _check_images(images: list[Tensor]) -> None:
