@@ -99,8 +99,8 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--size",
         choices=("auto", "training", "native"),
-        help="training: resize images to the model's training size; native: keep their pixels; auto (default): keep them "
-        "where a side is more than twice the training size's",
+        help="training: resize images to the model's training size; native: keep their pixels; auto (default): keep "
+        "them where a side is more than twice the training size's",
     )
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS", help="side of the tiles in which large images are predicted"
@@ -146,8 +146,8 @@ def _add_rerun(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "rerun",
         help="repeat a prediction from its run.json",
-        description="Repeat a prediction with the same model, images and settings, and get the same labels. Refused where "
-        "the model or an image has changed.",
+        description="Repeat a prediction with the same model, images and settings, and get the same labels. Refused "
+        "where the model or an image has changed.",
     )
     parser.add_argument("manifest", metavar="run.json", help="written by kg-detectron predict")
     parser.add_argument(

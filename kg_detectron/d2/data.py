@@ -307,8 +307,8 @@ def _transform_cells(
 class CellMapper:
     """Record of a dataset -> what the models take.
 
-    ``image``: (3,H,W) tensor, float32, 0..255 by the normalisation, channels in the order of ``image_format``, after the
-    augmentations. ``file_name``, ``image_id``, ``height``, ``width``: the record's, so
+    ``image``: (3,H,W) tensor, float32, 0..255 by the normalisation, channels in the order of ``image_format``, after
+    the augmentations. ``file_name``, ``image_id``, ``height``, ``width``: the record's, so
     that predictions can go back to the frame of the file. ``instances``, where ``with_targets`` is set: `Instances`
     with ``gt_boxes`` (the masks' tight boxes), ``gt_classes`` and ``gt_masks`` (`BitMasks`), possibly of no cell.
 
@@ -345,8 +345,8 @@ class CellMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Map one record, which stays as it is.
 
-        Errors: those of `read_image` and `Normalisation`; a ValueError where the image has another size than the record says, or a cell's
-        mask is not in compressed run lengths, which `register_cells` makes of any.
+        Errors: those of `read_image` and `Normalisation`; a ValueError where the image has another size than the record
+        says, or a cell's mask is not in compressed run lengths, which `register_cells` makes of any.
         """
         image = read_image(record["file_name"])
         size = record["height"], record["width"]

@@ -14,9 +14,9 @@ from ..io.cells import KINDS, save_cells
 from ..io.checksum import file_sha256
 from ..io.images import MAX_PIXELS, read_pages
 from ..io.inputs import Input, find_inputs
-from ..io.normalisation import NormalisedImage, Normalisation
-from ..separation import separate_cells
+from ..io.normalisation import Normalisation, NormalisedImage
 from ..modeling import KeypointGraphNet
+from ..separation import separate_cells
 from .manifest import MANIFEST, FileRecord, Manifest, ManifestFile
 from .model_file import load_model
 from .predictor import predict

@@ -7,7 +7,7 @@ the peaks of all tiles and never learn where the seams were; then the masks are 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -231,8 +231,11 @@ class _LocalNetwork:
         return decoded
 
 
-from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
 from torchvision.ops import nms
+
+from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
+
+
 def find(d, maps, core, own):
     votes = hough_vote(maps.heatmap.float().sigmoid(), maps.single_offset.float(), d.radius)
     peaks, scores = find_peaks(smooth_votes(votes, d.smooth_sigma), d.peak_threshold)

@@ -33,8 +33,8 @@ def read_pages(
     """Read all images of a PNG, JPEG or TIFF file, one of each plane of a stack.
 
     Grey, RGB, palette and multi-channel images are read; alpha is dropped. The content decides the format, not the
-    file name's ending. Every plane along T, Z and other axes of a TIFF is an image of its own, in the order of the file;
-    of a pyramid the largest level is read. Large TIFFs are mapped into memory, not read.
+    file name's ending. Every plane along T, Z and other axes of a TIFF is an image of its own, in the order of the
+    file; of a pyramid the largest level is read. Large uncompressed TIFFs are mapped into memory, not read.
 
     Args:
         path: the file.
@@ -56,6 +56,8 @@ def read_pages(
     if channels is not None and (len(channels) not in (1, 3) or min(channels) < 1):
         raise ValueError(f"channels: expected one or three numbers from 1, got {list(channels)}")
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected an image file")
     with path.open("rb") as file:
         source = path if file.read(4) in _TIFF_SIGNATURES else path.read_bytes()
     return _decode(source, str(path), axes, channels, max_pixels)
