@@ -185,7 +185,8 @@ def _exit_status(summary: "Summary") -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kg-detectron`` on ``argv`` (``sys.argv[1:]`` where None); the result is the exit status.
 
-    0: done; 1: done in part, or the answer is bad news; 2: nothing was done, for the reason that is printed.
+    0: done; 1: done in part, or the answer is bad news; 2: nothing was done, for the reason that is printed; 130:
+    interrupted from the keyboard.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
@@ -198,3 +199,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:  # what users can mend; anything else is ours, with its traceback
         print(f"kg-detectron: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kg-detectron: interrupted", file=sys.stderr)
+        return 130

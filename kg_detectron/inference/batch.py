@@ -1,6 +1,7 @@
 """Prediction for many files: what ``kg-detectron predict`` and ``kg-detectron rerun`` do."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,10 @@ from ..separation import separate_cells
 from .manifest import MANIFEST, FileRecord, Manifest, ManifestFile
 from .model_file import load_model
 from .predictor import predict
-from .tiling import predict_tiled
+from .tiling import GRID, predict_tiled
+
+# Pixels of an image above which its cells are separated on disk, not in memory.
+_LARGE = 8192 * 8192
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,14 @@ class Settings:
         if self.keep_overlaps and set(self.save) != {"coco"}:
             refused = ", ".join(kind for kind in self.save if kind != "coco")
             raise ValueError(f"keep_overlaps: only coco can hold cells that overlap, not {refused} (use --save coco)")
+        if self.channels is not None and (len(self.channels) not in (1, 3) or min(self.channels) < 1):
+            raise ValueError(f"channels: expected one or three numbers from 1, got {list(self.channels)}")
+        if self.tile < GRID or self.tile % GRID:
+            raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {self.tile}")
+        if self.overlap < 0:
+            raise ValueError(f"overlap: expected 0 or more pixels, got {self.overlap}")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels: expected 1 or more, got {self.max_pixels}")
         if self.size not in ("auto", "training", "native"):
             raise ValueError(f"size: expected 'auto', 'training' or 'native', got {self.size!r}")
         if self.normalise not in (None, "fixed", "percentile"):
@@ -76,10 +88,14 @@ class Summary:
     skipped: list[FileRecord]
     failed: list[FileRecord]
 
+    @property
+    def cells(self) -> int:
+        """In all files that did not fail."""
+        return sum(record.cells for record in (*self.done, *self.skipped))
+
     def __str__(self) -> str:
-        cells = sum(record.cells for record in (*self.done, *self.skipped))
         counts = f"{len(self.done)} done, {len(self.skipped)} done before, {len(self.failed)} failed"
-        return f"{len(self.done) + len(self.skipped) + len(self.failed)} files: {counts}; {cells} cells"
+        return f"{len(self.done) + len(self.skipped) + len(self.failed)} files: {counts}; {self.cells} cells"
 
 
 def predict_files(
@@ -207,8 +223,8 @@ def _predict_all(
     file = ManifestFile(manifest, output)
     file.write()
     try:
-        with tqdm(found, unit="image", disable=say is None) as progress:
-            for item in progress:
+        with tqdm(found, unit="image", disable=say is None) as bar:
+            for item in bar:
                 record = FileRecord(str(item.path), item.name)
                 start = time.perf_counter()
                 try:
@@ -216,7 +232,7 @@ def _predict_all(
                     if item.name in known and known[item.name].is_done(output, item.path, record.sha256):
                         summary.skipped.append(known[item.name])
                         continue
-                    _predict_file(network, item, settings, output, names, record)
+                    _predict_file(network, item, settings, output, names, record, bar)
                 # Any failure is this file's alone: broken bytes, memory, a full disk.
                 except Exception as error:
                     named = isinstance(error, (OSError, ValueError))
@@ -224,7 +240,7 @@ def _predict_all(
                 record.seconds = round(time.perf_counter() - start, 3)
                 (summary.done if record.error is None else summary.failed).append(record)
                 file.add(record)
-                progress.set_postfix(cells=sum(r.cells for r in (*summary.done, *summary.skipped)), refresh=False)
+                bar.set_postfix(cells=summary.cells, refresh=False)
                 if say is not None:
                     say(_line(record))
     finally:
@@ -233,16 +249,28 @@ def _predict_all(
 
 
 def _predict_file(
-    network: KeypointGraphNet, item: Input, settings: Settings, output: Path, names: set[str], record: FileRecord
+    network: KeypointGraphNet,
+    item: Input,
+    settings: Settings,
+    output: Path,
+    names: set[str],
+    record: FileRecord,
+    bar: tqdm,
 ) -> None:
     """Predict and save all pages of a file, noting in its record what is done."""
+
+    def show(tile: int, tiles: int) -> None:
+        bar.set_postfix_str(f"{item.path.name}: {tile} of {tiles}")
+
     pages = read_pages(item.path, axes=settings.axes, channels=settings.channels, max_pixels=settings.max_pixels)
     record.pages, record.size = len(pages), pages[0].shape[:2]
     for number, page in enumerate(pages, 1):
         name = item.name if len(pages) == 1 else f"{item.name}_page{number:04d}"
         if len(pages) > 1 and name in names:
             raise ValueError(f"page {number} would have the same names of results as another file, {name}")
-        cells, record.network_input = _predict_page(network, page, settings)
+        cells, record.network_input = _predict_page(network, page, settings, show)
+        if not settings.keep_overlaps:
+            cells = _separate(cells, output)
         stem = output / name
         saved = save_cells(
             cells,
@@ -257,17 +285,25 @@ def _predict_file(
         record.outputs += [path.relative_to(output).as_posix() for path in saved.values()]
 
 
-def _predict_page(network: KeypointGraphNet, page: np.ndarray, settings: Settings) -> tuple[dict, str]:
+def _predict_page(
+    network: KeypointGraphNet, page: np.ndarray, settings: Settings, show: Callable[[int, int], None]
+) -> tuple[dict, str]:
     """The cells of an image (H,W,3), and what the network saw of it, see `FileRecord.network_input`."""
     (height, width), trained = page.shape[:2], network.input_size
     is_large = height > 2 * trained[0] or width > 2 * trained[1]
     if settings.size == "native" or (settings.size == "auto" and is_large):
         normalised = NormalisedImage(page, Normalisation(network.normalisation, network.percentiles))
-        cells = predict_tiled(network, normalised, tile=settings.tile, overlap=settings.overlap)
-        seen = f"tiles of {settings.tile}" if max(height, width) > settings.tile else "own pixels"
-    else:
-        cells, seen = predict(network, page), f"{trained[0]} x {trained[1]}"
-    return cells if settings.keep_overlaps else separate_cells(cells), seen
+        cells = predict_tiled(network, normalised, tile=settings.tile, overlap=settings.overlap, progress=show)
+        return cells, f"tiles of {settings.tile}" if max(height, width) > settings.tile else "own pixels"
+    return predict(network, page), f"{trained[0]} x {trained[1]}"
+
+
+def _separate(cells: dict, folder: Path) -> dict:
+    height, width = cells["masks"].size
+    if height * width <= _LARGE:
+        return separate_cells(cells)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)))
 
 
 def _header(manifest: Manifest) -> list[str]:

@@ -123,7 +123,9 @@ def predict_tiled(
     fits = longest <= tile + overlap
     if not fits.all():
         left_out = len(fits) - int(fits.sum())
-        warnings.warn(f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2)
+        warnings.warn(
+            f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2
+        )
         boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
 
     crops: list[Tensor | None] = [None] * len(boxes)
@@ -181,7 +183,9 @@ class _LocalNetwork:
     def masks(self, boxes: Tensor) -> MaskCrops:
         """The masks of boxes (R,4), input pixels, that lie close together."""
         x1, y1, x2, y2 = (*boxes[:, :2].amin(0).floor().tolist(), *boxes[:, 2:].amax(0).ceil().tolist())
-        around = Window(*(int(v) for v in (x1 // GRID * GRID, y1 // GRID * GRID, -(-x2 // GRID) * GRID, -(-y2 // GRID) * GRID)))
+        around = Window(
+            *(int(v) for v in (x1 // GRID * GRID, y1 // GRID * GRID, -(-x2 // GRID) * GRID, -(-y2 // GRID) * GRID))
+        )
         around = around.grown(0, self.whole)
         if self.model.segmentation == "branch":
             around = around.grown(STRIDES[-1], self.whole)  # edges of crops are rounded to pixels of c4
@@ -192,7 +196,9 @@ class _LocalNetwork:
             maps = [around.cut(values, place, 1)]
         origin = torch.tensor(around[:2] * 2)
         size = (around.y2 - around.y1, around.x2 - around.x1)
-        (masks,) = self.model.mask_head.predict_masks(maps, [boxes - origin.to(boxes)], [size], self.model.mask_threshold)
+        (masks,) = self.model.mask_head.predict_masks(
+            maps, [boxes - origin.to(boxes)], [size], self.model.mask_threshold
+        )
         masks.windows += origin
         return masks
 
@@ -239,27 +245,36 @@ from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, s
 def find(d, maps, core, own):
     votes = hough_vote(maps.heatmap.float().sigmoid(), maps.single_offset.float(), d.radius)
     peaks, scores = find_peaks(smooth_votes(votes, d.smooth_sigma), d.peak_threshold)
-    disp = maps.group_offset[0][:, peaks[:,2], peaks[:,3]].T
-    peaks = peaks + torch.tensor([0,0,own.y1,own.x1])//maps.stride
-    ok = ((peaks[:,2]*maps.stride>=core.y1)&(peaks[:,2]*maps.stride<core.y2)&(peaks[:,3]*maps.stride>=core.x1)&(peaks[:,3]*maps.stride<core.x2))
+    disp = maps.group_offset[0][:, peaks[:, 2], peaks[:, 3]].T
+    peaks = peaks + torch.tensor([0, 0, own.y1, own.x1]) // maps.stride
+    ok = (
+        (peaks[:, 2] * maps.stride >= core.y1)
+        & (peaks[:, 2] * maps.stride < core.y2)
+        & (peaks[:, 3] * maps.stride >= core.x1)
+        & (peaks[:, 3] * maps.stride < core.x2)
+    )
     return peaks[ok], scores[ok], disp[ok], maps.stride
+
+
 def assemble(d, found, sizes):
     bs, ss = [], []
     for parts in zip(*found):
         p, s, o = (torch.cat([q[i] for q in parts]) for i in range(3))
         st = parts[0][3]
-        order = np.lexsort((p[:,3], p[:,2], p[:,1], -s))
+        order = np.lexsort((p[:, 3], p[:, 2], p[:, 1], -s))
         p, s, o = p[order], s[order], o[order]
-        h, w = (-(-x//16)*16//st for x in sizes[0])
-        dense = torch.zeros(1, 40, h, w); dense[0][:, p[:,2], p[:,3]] = o.T
-        graphs, image = group_keypoints(p, s, dense, d.radius+1, 2*d.radius, hops=d.hops)
+        h, w = (-(-x // 16) * 16 // st for x in sizes[0])
+        dense = torch.zeros(1, 40, h, w)
+        dense[0][:, p[:, 2], p[:, 3]] = o.T
+        graphs, image = group_keypoints(p, s, dense, d.radius + 1, 2 * d.radius, hops=d.hops)
         corners, scores, graph = graphs_to_boxes(graphs, d.corner_and_centre)
         b = (corners + 0.5) * st - 0.5
         b[:, 2:] += 1
-        bs.append(b); ss.append(scores)
+        bs.append(b)
+        ss.append(scores)
     boxes, scores = torch.cat(bs), torch.cat(ss)
     h, w = sizes[0]
-    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([w,h,w,h]))
+    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([w, h, w, h]))
     own = (boxes[:, 2:] > boxes[:, :2]).all(1)
     keep = nms(boxes[own], scores[own], d.nms_threshold)
     return [(boxes[own][keep], scores[own][keep])]
