@@ -26,7 +26,7 @@ class Levels:
         """Scale any part (h,w,C) of the image to float32 in 0..255; NaN becomes 0."""
         if part.dtype in (np.uint8, np.uint16) and part.size > 2**16:
             table = self._scaled(np.arange(np.iinfo(part.dtype).max + 1)[:, None]).astype(np.float32)
-            return np.stack([table[part[..., c], c] for c in range(part.shape[2])], axis=2)
+            return np.stack([np.take(table[:, c], part[..., c]) for c in range(part.shape[2])], axis=2)
         scaled = np.empty(part.shape, np.float32)
         rows = max(1, _BLOCK // max(1, part[0].size))
         for start in range(0, len(part), rows):
