@@ -26,6 +26,7 @@ REQUIRES = [
     "networkx",
     "numpy",
     "opencv-python-headless",
+    "pillow",
     "pycocotools",
     "roifile",
     "safetensors",
@@ -41,7 +42,6 @@ EXTRAS = {
     "dev": [
         "hypothesis",
         "packaging",
-        "pillow",
         "pytest>=8",
         "pytest-timeout",
         "pyyaml",

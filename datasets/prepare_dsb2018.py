@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kg_detectron.io.coco import checked_relative_path, write_split
 from kg_detectron.io.images import decode_image
+from kg_detectron.io.normalisation import Normalisation
 
 SPLITS = ("train", "val", "test")
 
@@ -88,7 +89,7 @@ def read_sample(name: str, sample: Sample, read: Callable[[str], bytes]) -> tupl
         raise ValueError(f"{name}: expected one image in {name}/images, got {len(sample.images)}")
     if not sample.masks:
         raise ValueError(f"{name}: there are no masks in {name}/masks")
-    image = decode_image(read(sample.images[0]), sample.images[0])
+    image = Normalisation()(decode_image(read(sample.images[0]), sample.images[0]))
     masks = []
     for mask_name in sample.masks:
         mask = decode_image(read(mask_name), mask_name).any(axis=2)

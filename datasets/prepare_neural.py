@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from kg_detectron.io.coco import write_split
 from kg_detectron.io.images import read_image
+from kg_detectron.io.normalisation import Normalisation
 
 SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -62,7 +63,7 @@ def read_pair(image_path: Path, mask_path: Path) -> tuple[np.ndarray, list[np.nd
         raise ValueError(f"{mask_path}: a colour mask must have 8 bits a channel")
     if picture.shape != image.shape:
         raise ValueError(f"{mask_path}: the mask is {picture.shape[:2]}, its image {image.shape[:2]} (height, width)")
-    return image, colour_masks(picture)
+    return Normalisation()(image), colour_masks(picture)
 
 
 def prepare(source: Path, output: Path) -> dict[str, list[int]]:

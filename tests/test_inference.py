@@ -11,7 +11,7 @@ from kg_detectron.modeling import KeypointGraphNet
 def network() -> KeypointGraphNet:
     torch.manual_seed(0)
     arguments = {"depth": 18, "norm": "GN", "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3}
-    return KeypointGraphNet(**arguments, segmentation="s1", peak_threshold=0.0, input_size=(64, 96)).eval()
+    return KeypointGraphNet(**arguments, segmentation="s1", peak_threshold=0.0, input_size=(32, 48)).eval()
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -26,6 +26,25 @@ def test_a_saved_model_predicts_the_same(tmp_path):
     assert len(found["boxes"]) > 0
     assert torch.equal(found["boxes"], expected["boxes"]) and found["masks"].rle() == expected["masks"].rle()
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_a_model_keeps_its_normalisation(tmp_path):
+    """Files from before there was a choice have the fixed one."""
+    model = network()
+    save_model(model, tmp_path / "fixed.pth")
+    content = torch.load(tmp_path / "fixed.pth", weights_only=True)
+    content["kg_detectron"]["model"] |= {"normalisation": "percentile", "percentiles": [5.0, 95.0]}
+    torch.save(content, tmp_path / "percentile.pth")
+    for name in ("normalisation", "percentiles"):
+        del content["kg_detectron"]["model"][name]
+    torch.save(content, tmp_path / "old.pth")
+    fixed, old, percentile = (load_model(tmp_path / f"{name}.pth") for name in ("fixed", "old", "percentile"))
+    assert (old.normalisation, percentile.percentiles) == ("fixed", (5.0, 95.0))
+    expected = predict(percentile, IMAGE)
+    assert torch.equal(predict(old, IMAGE)["scores"], predict(fixed, IMAGE)["scores"])
+    assert not torch.equal(expected["scores"], predict(fixed, IMAGE)["scores"])
+    other_range = predict(percentile, (IMAGE.astype(np.float32) - 1000) * 8)
+    assert torch.equal(other_range["scores"], expected["scores"])
 
 
 def test_results_are_in_the_frame_of_the_image():
@@ -55,6 +74,10 @@ def test_bad_files_and_images_are_named(tmp_path):
     torch.save({"model": {}, "kg_detectron": {"model": {"colour": 1}}}, tmp_path / "arguments.pth")
     with pytest.raises(ValueError, match="arguments.pth.*colour"):
         load_model(tmp_path / "arguments.pth")
+    described = {"model": model.state_dict(), "kg_detectron": {"model": model.arguments | {"normalisation": "none"}}}
+    torch.save(described, tmp_path / "levels.pth")
+    with pytest.raises(ValueError, match="levels.pth.*normalisation.*'none'"):
+        load_model(tmp_path / "levels.pth")
     with pytest.raises(ValueError, match="image"):
         predict(model, IMAGE[..., 0])
     with pytest.raises(ValueError, match="eval"):

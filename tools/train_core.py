@@ -16,6 +16,7 @@ from tqdm import trange
 from kg_detectron.inference import predict, save_model
 from kg_detectron.io.coco import CocoDataset, decode_mask, load_coco
 from kg_detectron.io.images import read_image
+from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import KeypointGraphNet
@@ -34,7 +35,7 @@ TINY = {
 
 def load_example(record: dict, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
     """Image (3,H,W) and target of a record of `load_coco`, resized; cells that vanish are left out."""
-    image = resize_image(read_image(record["file_name"]), size)
+    image = resize_image(Normalisation()(read_image(record["file_name"])), size)
     boxes, masks = [], []
     for annotation in record["annotations"]:
         mask = decode_mask(annotation["segmentation"], record["height"], record["width"])

@@ -57,6 +57,11 @@ def add_kg_config(cfg: CN) -> None:
 
     # Network input, pixels (height, width): every image is resized to it, in training and in testing.
     cfg.INPUT.SIZE = (512, 512)
+    # How grey levels become 0..255, in training, testing and wherever the model goes: "fixed" takes 8-bit images as
+    # they are, 16-bit ones / 257 and float ones * 255; "percentile" maps the values of each channel at two PERCENTILES
+    # of the whole image to 0 and 255 and clips beyond, for images of any range. PIXEL_MEAN and PIXEL_STD apply after.
+    cfg.INPUT.NORMALISATION = "fixed"
+    cfg.INPUT.PERCENTILES = (1.0, 99.8)
     # Training augmentations (paper, section 3), each applied with probability 1/2 or 0 where it is off.
     aug = cfg.INPUT.AUGMENTATION = CN()
     # Random expansion: the image on a canvas up to this many times as large; 1 is off.

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
@@ -26,6 +25,7 @@ from scipy import ndimage
 
 from kg_detectron.io.coco import decode_runs, load_coco
 from kg_detectron.io.images import read_image
+from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.resize import resize_image, resize_labels
 
 logger = logging.getLogger(__name__)
@@ -218,10 +218,7 @@ class RandomWindow(T.Augmentation):
 
 
 def scale_intensity(image: np.ndarray, gain: float, shift: float) -> np.ndarray:
-    """``gain * image + shift``, clipped to 0..255 and, for uint8, rounded. The type stays."""
-    if image.dtype == np.uint8:
-        table = np.clip(np.rint(np.arange(256) * gain + shift), 0, 255).astype(np.uint8)
-        return cv2.LUT(np.ascontiguousarray(image), table)
+    """``gain * image + shift``, clipped to 0..255, of an image of floats. The type stays."""
     return np.clip(image * gain + shift, 0, 255).astype(image.dtype)
 
 
@@ -344,8 +341,8 @@ def _transform_cells(
 class CellMapper:
     """Record of a dataset -> what the models take.
 
-    ``image``: (3,H,W) tensor, uint8 (or float32 for files of more than 8 bits), 0..255, channels in the order
-    of ``image_format``, after the augmentations. ``file_name``, ``image_id``, ``height``, ``width``: the record's, so
+    ``image``: (3,H,W) tensor, float32, 0..255 by the normalisation, channels in the order of ``image_format``, after
+    the augmentations. ``file_name``, ``image_id``, ``height``, ``width``: the record's, so
     that predictions can go back to the frame of the file. ``instances``, where ``with_targets`` is set: `Instances`
     with ``gt_boxes`` (the masks' tight boxes), ``gt_classes`` and ``gt_masks`` (`BitMasks`), possibly of no cell.
 
@@ -355,11 +352,17 @@ class CellMapper:
 
     @configurable
     def __init__(
-        self, *, augmentations: Sequence[T.Augmentation], image_format: str = "BGR", with_targets: bool = True
+        self,
+        *,
+        augmentations: Sequence[T.Augmentation],
+        normalisation: Normalisation,
+        image_format: str = "BGR",
+        with_targets: bool = True,
     ):
         if image_format not in ("BGR", "RGB"):
             raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {image_format!r}")
         self.augmentations = T.AugmentationList(augmentations)
+        self.normalisation = normalisation
         self.image_format = image_format
         self.with_targets = with_targets
         logger.info("Augmentations: %s", self.augmentations)
@@ -368,6 +371,7 @@ class CellMapper:
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         return {
             "augmentations": build_augmentations(cfg, is_train),
+            "normalisation": Normalisation(cfg.INPUT.NORMALISATION, tuple(cfg.INPUT.PERCENTILES)),
             "image_format": cfg.INPUT.FORMAT,
             "with_targets": is_train,
         }
@@ -375,13 +379,17 @@ class CellMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Map one record, which stays as it is.
 
-        Errors: those of `read_image`; a ValueError where the image has another size than the record says, or a cell's
-        mask is not in compressed run lengths, which `register_cells` makes of any.
+        Errors: those of `read_image` and `Normalisation`; a ValueError where the image has another size than the record
+        says, or a cell's mask is not in compressed run lengths, which `register_cells` makes of any.
         """
         image = read_image(record["file_name"])
         size = record["height"], record["width"]
         if image.shape[:2] != size:
             raise ValueError(f"{record['file_name']}: expected {size} pixels (height, width), found {image.shape[:2]}")
+        try:
+            image = self.normalisation(image)
+        except ValueError as error:
+            raise ValueError(f"{record['file_name']}: {error}") from None
         if self.image_format == "RGB":
             image = image[:, :, ::-1]
         cells = [cell for cell in record.get("annotations", ()) if not cell.get("iscrowd", 0)]

@@ -296,6 +296,8 @@ class ModelDescription:
                 "mask_threshold": kg.MASK_THRESHOLD,
                 "pixel_mean": list(model.PIXEL_MEAN),
                 "pixel_std": list(model.PIXEL_STD),
+                "normalisation": cfg.INPUT.NORMALISATION,
+                "percentiles": list(cfg.INPUT.PERCENTILES),
                 "input_size": list(cfg.INPUT.SIZE),
             }
         )

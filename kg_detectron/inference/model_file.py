@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from ..io.files import replacing
+from ..io.normalisation import Normalisation
 from ..modeling import KeypointGraphNet
 
 # The entry of a checkpoint, Detectron2's included, that holds the arguments of `KeypointGraphNet`.
@@ -80,8 +81,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
         raise ValueError(f"{path} does not describe a keypoint-graph network (no entry {DESCRIPTION_KEY!r})")
     try:
         model = KeypointGraphNet(**checkpoint[DESCRIPTION_KEY]["model"])
+        Normalisation(model.normalisation, model.percentiles)  # as a check
         model.load_state_dict(_own_names(checkpoint["model"]))
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
     return model.eval().to(device)
 

@@ -1,36 +1,75 @@
-"""Reading and writing images. H, W: height and width in pixels; channels are BGR, as everywhere in this package."""
+"""Reading and writing images. H, W: height and width in pixels; channels are BGR, as everywhere in this package.
+
+Images come with the levels of their files, whatever the type; `kg_detectron.io.normalisation` makes them comparable.
+"""
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import imageio.v3 as iio
 import numpy as np
 import tifffile
+from PIL import Image
+
+# Height x width above which a header is not believed: a file of a few bytes can claim any size.
+MAX_PIXELS = 1_000_000_000
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
+_COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.PALETTE)
+_MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a PNG, JPEG or TIFF file as a BGR image.
+def read_pages(
+    path: str | Path,
+    *,
+    axes: str | None = None,
+    channels: Sequence[int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> list[np.ndarray]:
+    """Read all images of a PNG, JPEG or TIFF file, one of each plane of a stack.
 
-    Grey, RGB and palette images are read, with or without alpha, which is dropped. The content decides the format, not
-    the file name's ending.
+    Grey, RGB, palette and multi-channel images are read; alpha is dropped. The content decides the format, not the
+    file name's ending. Every plane along T, Z and other axes of a TIFF is an image of its own, in the order of the
+    file; of a pyramid the largest level is read. Large uncompressed TIFFs are mapped into memory, not read.
 
     Args:
         path: the file.
+        axes: axis order of TIFF stacks, overriding what the file declares, such as "CYX" or "TZYX": Y and X, C for
+            channels, any other letter for planes. Plain grey and RGB images keep their own.
+        channels: the channels to take, counted from 1: one makes a grey image, three are red, green and blue. Needed
+            where a file has several channels that are not declared to be colours.
+        max_pixels: height x width (of compressed stacks: x planes) above which a file is refused.
 
     Returns:
-        (H, W, 3) BGR: uint8 for 8-bit and 1-bit files; float32 in 0..255 for 16-bit files (value / 257, so that
-        an image and its 16-bit version x 257 are equal) and for float files (value x 255).
+        (H,W,3) BGR images of the file's type and levels; those of 1 bit are uint8, 0 and 255. They may be read-only
+        views of one array or of the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not an image, corrupt, of several pages or channels that are not colours, or of a type or range
-            that is not understood. The message names the file.
+        OSError: the file is missing or cannot be opened.
+        ValueError: not an image, corrupt, too large, or of an ambiguous axis order or choice of channels. The message
+            names the file.
     """
-    return decode_image(Path(path).read_bytes(), str(path))
+    if channels is not None and (len(channels) not in (1, 3) or min(channels) < 1):
+        raise ValueError(f"channels: expected one or three numbers from 1, got {list(channels)}")
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected an image file")
+    with path.open("rb") as file:
+        source = path if file.read(4) in _TIFF_SIGNATURES else path.read_bytes()
+    return _decode(source, str(path), axes, channels, max_pixels)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a file that holds one image: `read_pages` where there are no pages and channels to choose from.
+
+    Returns:
+        (H,W,3) BGR, contiguous, of the file's type and levels.
+    """
+    return _only_page(read_pages(path), str(path))
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -40,12 +79,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         data: the encoded file.
         name: what error messages call it.
     """
-    try:
-        image = _decode_tiff(data) if data.startswith(_TIFF_SIGNATURES) else _decode_other(data)
-        return _to_8_bit_range(image)
-    # Whatever a decoder makes of broken bytes (struct.error, IndexError, SyntaxError, ...), the user needs the file.
-    except Exception as error:
-        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+    return _only_page(_decode(data, name, None, None, MAX_PIXELS), name)
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
@@ -65,75 +99,160 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
     Path(path).write_bytes(cv2.imencode(".png", blue if is_grey else image)[1].tobytes())
 
 
-def _decode_other(data: bytes) -> np.ndarray:
-    """PNG, JPEG and whatever else Pillow reads -> (H, W) or (H, W, 3) BGR."""
-    if data.startswith(b"\x89PNG") and data[24:25] == b"\x10" and data[25:26] != b"\0":
-        # Pillow cuts PNGs of 16 bits and several channels to 8 bits; OpenCV keeps them.
-        return _decode_with_opencv(data)
-    with iio.imopen(data, "r", plugin="pillow") as file:
+def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
+    if len(pages) != 1:
+        raise ValueError(f"{name}: it has {len(pages)} pages, expected one image")
+    return np.ascontiguousarray(pages[0])
+
+
+def _decode(
+    source: Path | bytes, name: str, axes: str | None, channels: Sequence[int] | None, max_pixels: int
+) -> list[np.ndarray]:
+    """A TIFF file, or the content of any."""
+    try:
+        if isinstance(source, Path) or source.startswith(_TIFF_SIGNATURES):
+            with tifffile.TiffFile(source if isinstance(source, Path) else io.BytesIO(source)) as tiff:
+                planes = _tiff_planes(tiff, axes, max_pixels)
+        else:
+            planes = [_decode_other(source, max_pixels)]
+        return [_to_bgr(plane, is_colour, channels) for plane, is_colour in planes]
+    # Whatever a decoder makes of broken bytes (struct.error, IndexError, SyntaxError, ...), the user needs the file.
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+
+
+def _to_bgr(plane: np.ndarray, is_colour: bool, channels: Sequence[int] | None) -> np.ndarray:
+    """(H,W,C), red first where C are colours -> (H,W,3) BGR, a view where it can be one."""
+    count = plane.shape[2]
+    if channels is None and count > 1 and not is_colour:
+        raise ValueError(f"it has {count} channels: choose one, or three as red, green and blue (--channels)")
+    if channels is not None and max(channels) > count:
+        raise ValueError(f"it has {count} channels, and no channel {max(channels)}")
+    if plane.dtype == bool:
+        plane = plane.astype(np.uint8) * 255
+    if plane.dtype.kind not in "uif":
+        raise ValueError(f"its values are of type {plane.dtype}, expected integers or real numbers")
+    order = [channel - 1 for channel in channels] if channels is not None else list(range(count))
+    if len(order) == 1:
+        return np.broadcast_to(plane[..., order], (*plane.shape[:2], 3))
+    return plane[..., 2::-1] if order == [0, 1, 2] else plane[..., order[::-1]]
+
+
+def _check_size(height: int, width: int, planes: int, max_pixels: int) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"its header says {width} x {height} pixels")
+    if height * width * planes > max_pixels:
+        pages = f" on {planes} pages" if planes > 1 else ""
+        raise ValueError(
+            f"its header says {width} x {height} pixels{pages}, more than the limit of {max_pixels} (--max-pixels)"
+        )
+
+
+def _decode_other(data: bytes, max_pixels: int) -> tuple[np.ndarray, bool]:
+    """PNG, JPEG and whatever else Pillow reads -> (H,W,C), RGB or grey, and whether it is RGB."""
+    with _no_limit_of_pillow(), iio.imopen(data, "r", plugin="pillow") as file:
+        properties = file.properties()
+        if properties.n_images is not None:
+            raise ValueError(f"it holds {properties.n_images} frames, expected one image")
+        _check_size(*properties.shape[:2], 1, max_pixels)
+        if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] != 0:
+            # Pillow cuts PNGs of 16 bits and several channels to 8 bits; OpenCV keeps them.
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            if image is None:
+                raise ValueError("it is corrupt")
+            return image[..., 2::-1], True
         image = file.read()
         mode = file.metadata(exclude_applied=False)["mode"]
-        frames = file.properties().n_images
-    if frames is not None:
-        raise ValueError(f"it holds {frames} frames, expected one image")
-    if mode == "LA":
-        return image[..., 0]
-    if image.ndim == 2:
-        return image
+    if mode == "LA" or image.ndim == 2:
+        return image.reshape(*image.shape[:2], -1)[..., :1], False
     if mode not in ("RGB", "RGBA", "P", "PA"):
         raise ValueError(f"its colours are {mode}, expected grey, RGB or a palette")
-    return image[..., 2::-1]
+    return image[..., :3], True
 
 
-def _decode_tiff(data: bytes) -> np.ndarray:
-    """TIFF of one page -> (H, W) or (H, W, 3) BGR."""
-    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-        if len(tiff.pages) == 0:
-            raise ValueError("it is corrupt: it has no page")
-        page = tiff.pages[0]
-        # ImageJ writes large stacks as one page whose series is longer.
-        if len(tiff.pages) > 1 or tiff.series[0].size != page.size:
-            raise ValueError(f"it has axes {tiff.series[0].axes} of {tiff.series[0].shape}, expected one page")
-        is_colour = page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
-        alphas = sum(sample in _ALPHA for sample in page.extrasamples)
-        if page.axes not in ("YX", "YXS", "SYX") or page.samplesperpixel != alphas + (3 if is_colour else 1):
-            raise ValueError(
-                f"it has axes {page.axes} of {page.shape} and photometric interpretation {page.photometric.name}, "
-                "expected grey, RGB or a palette"
-            )
+@contextmanager
+def _no_limit_of_pillow() -> Iterator[None]:
+    """Pillow's limit on sizes is a constant of the process; ours is checked instead, on the header alone."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _tiff_planes(tiff: tifffile.TiffFile, axes: str | None, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
+    """Every plane (H,W,C) of a TIFF, and whether its channels are RGB."""
+    if not tiff.series:
+        raise ValueError("it is corrupt: it has no page")
+    # Slides hold a thumbnail and a label beside the pyramid, as series of their own.
+    chosen = tiff.series[:1] if tiff.series[0].is_pyramidal else tiff.series
+    return [plane for series in chosen for plane in _series_planes(tiff, series, axes, max_pixels)]
+
+
+def _series_planes(
+    tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, axes: str | None, max_pixels: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    page = series.keyframe
+    order = _checked_axes(series, axes)
+    size = dict(zip(order, series.shape, strict=True))
+    mapped = series.dataoffset is not None and not series.is_multifile
+    planes = 1 if mapped else int(np.prod([n for axis, n in size.items() if axis not in "YXSC"]))
+    _check_size(size["Y"], size["X"], planes, max_pixels)
+
+    alphas = sum(sample in _ALPHA for sample in page.extrasamples)
+    if page.compression not in tifffile.TIFF.DECOMPRESSORS and not alphas and page.samplesperpixel in (1, 3):
         # Without the package imagecodecs, tifffile lacks LZW and JPEG; OpenCV has them but multiplies by alpha.
-        if page.compression not in tifffile.TIFF.DECOMPRESSORS and not alphas:
-            return _decode_with_opencv(data)
-        array = page.asarray()
+        array = _decode_with_opencv(tiff, series)
+        if array.ndim > series.ndim:  # a palette, applied
+            order += "S"
+    else:
+        on_disk = mapped and tiff.filehandle.is_file and series.nbytes >= _MAP_FROM
+        array = series.asarray(out="memmap" if on_disk else None)
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             # The 16-bit table holds 8-bit colours, as v * 256 or v * 257.
-            return np.moveaxis(page.colormap[::-1, array] >> 8, 0, -1).astype(np.uint8)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            array = np.moveaxis(page.colormap[:, array] >> 8, 0, -1).astype(np.uint8)
+            order += "S"
+        elif page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
             array = np.invert(array)
-        if page.axes == "SYX":
-            array = np.moveaxis(array, 0, -1)
-        return array if array.ndim == 2 else array[..., 2::-1] if is_colour else array[..., 0]
+
+    channel = order[-1] if order[-1] in "SC" else next((axis for axis in order if axis in "SC"), "")
+    lead = [axis for axis in order if axis not in ("Y", "X", channel)]
+    array = array.transpose([order.index(axis) for axis in (*lead, "Y", "X", *channel)])
+    if not channel:
+        array = array[..., None]
+    elif channel == "S" and alphas:
+        array = array[..., :-alphas]
+    is_colour = channel == "S" and page.photometric in _COLOURS and array.shape[-1] == 3
+    for place in np.ndindex(array.shape[: len(lead)]):
+        yield array[place], is_colour
 
 
-def _decode_with_opencv(data: bytes) -> np.ndarray:
-    """-> (H, W) or (H, W, 3) BGR, at the depth of the file."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise ValueError("it is corrupt or of an unknown kind")
-    return image if image.ndim == 2 else image[..., :3]
+def _checked_axes(series: tifffile.TiffPageSeries, axes: str | None) -> str:
+    """The axis order of a series: the file's, or the caller's for a stack."""
+    own = series.axes
+    what = f"it has axes {own} of {series.shape}"
+    is_stack = any(axis not in "YXS" for axis in own)
+    if is_stack and axes is not None:
+        if len(axes) != series.ndim or len(set(axes)) != len(axes) or not {"Y", "X"} <= set(axes):
+            raise ValueError(f"{what}, which --axes {axes} does not fit: expected {series.ndim} letters, Y and X once")
+        return axes
+    if not {"Y", "X"} <= set(own) or len(set(own)) != len(own) or "Q" in own:
+        example = "TZCYX"[-series.ndim :] if series.ndim > 2 else "YX"
+        raise ValueError(f"{what}, an ambiguous order: name it with --axes, such as --axes {example}")
+    if {"C", "S"} <= set(own):
+        raise ValueError(f"{what}: channels of several samples each; name the one to take as planes with --axes")
+    return own
 
 
-def _to_8_bit_range(image: np.ndarray) -> np.ndarray:
-    """(H, W) or (H, W, 3) of any type -> (H, W, 3), uint8 or float32 in 0..255."""
-    if image.dtype == bool:
-        image = image.astype(np.uint8) * 255
-    elif image.dtype == np.uint16:
-        image = image.astype(np.float32) / 257
-    elif image.dtype.kind == "f":
-        low, high = image.min(), image.max()
-        if not (low >= 0 and high <= 1):  # also true of NaN
-            raise ValueError(f"its values are in {low:g}..{high:g}, expected 0..1 for an image of type {image.dtype}")
-        image = image.astype(np.float32) * 255
-    elif image.dtype != np.uint8:
-        raise ValueError(f"its values are of type {image.dtype}, expected 1, 8 or 16 bits unsigned, or float")
-    return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else np.ascontiguousarray(image)
+def _decode_with_opencv(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> np.ndarray:
+    """A series of pages -> its shape, with an axis of RGB behind where a palette was applied."""
+    tiff.filehandle.seek(0)
+    data = np.frombuffer(tiff.filehandle.read(), np.uint8)
+    decoded, pages = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
+    if not decoded or len(pages) != len(tiff.pages):
+        raise ValueError(f"it is corrupt, or its compression {series.keyframe.compression.name} needs imagecodecs")
+    array = np.stack([pages[page.index] for page in series.pages])
+    lead = series.shape[: series.ndim - series.keyframe.ndim]
+    if array.ndim == 4:
+        array = array[..., ::-1]
+    return array.reshape(*lead, *array.shape[1:])

@@ -69,6 +69,9 @@ class KeypointGraphNet(nn.Module):
         smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
         mask_threshold: probability from which a pixel belongs to the cell.
         pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
+        normalisation, percentiles: how the levels of images become 0..255 before the network sees them, "fixed" or
+            "percentile"; see `kg_detectron.io.normalisation`. The network itself only keeps them, as its users
+            must normalise as was done in training.
         input_size: height and width to which images are resized for prediction, as they were in training. The network
             itself takes any size.
     """
@@ -98,6 +101,8 @@ class KeypointGraphNet(nn.Module):
         mask_threshold: float = 0.5,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
         pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
+        normalisation: str = "fixed",
+        percentiles: Sequence[float] = (1.0, 99.8),
         input_size: Sequence[int] = (512, 512),
     ) -> None:
         super().__init__()
@@ -117,6 +122,8 @@ class KeypointGraphNet(nn.Module):
         }
         self.mask_weight = mask_weight
         self.mask_threshold = mask_threshold
+        self.normalisation = normalisation
+        self.percentiles = tuple(percentiles)
         self.input_size = tuple(input_size)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).reshape(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).reshape(-1, 1, 1), persistent=False)

@@ -159,10 +159,10 @@ def test_mapper_equals_slow_warping(dataset, index, seed):
     boxes = np.array([cell["bbox"] for cell in cells], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     np.random.seed(seed)
-    frame = T.AugInput(cv2.imread(dataset[index]["file_name"]), boxes=boxes)
+    frame = T.AugInput(cv2.imread(dataset[index]["file_name"]).astype(np.float32), boxes=boxes)
     transforms = T.AugmentationList(data.build_augmentations(cfg, is_train=True))(frame)
     assert torch.equal(mapped["image"], torch.from_numpy(frame.image.transpose(2, 0, 1).copy()))
-    assert mapped["image"].dtype == torch.uint8
+    assert mapped["image"].dtype == torch.float32
 
     # The transforms are x -> a x + b on each axis: find the pixel of the file below each pixel centre of the output.
     (x0, y0), (x1, y1) = transforms.apply_coords(np.array([[0.0, 0.0], [1.0, 1.0]]))
@@ -231,6 +231,32 @@ def test_sixteen_bits_survive(dataset, tmp_path):
         image = mapper(record)["image"]
         assert image.dtype == torch.float32
         assert image.min() >= 0 and image.max() <= 255 and len(image.unique()) > 256
+
+
+def test_an_image_of_16_bits_trains_and_tests_as_its_8_bits(dataset, tmp_path):
+    """Whatever the normalisation; without it, images of another range are refused with the file's name."""
+    image = cv2.imread(dataset[1]["file_name"])
+    deep = {**dataset[1], "file_name": str(tmp_path / "deep.png")}
+    cv2.imwrite(deep["file_name"], image.astype(np.uint16) * 257)
+    highest = {}
+    for kind in ("fixed", "percentile"):
+        cfg = make_cfg()
+        cfg.INPUT.NORMALISATION, cfg.INPUT.PERCENTILES = kind, (5.0, 90.0)
+        for is_train in (False, True):
+            mapped = []
+            for record in (dataset[1], deep):
+                np.random.seed(3)
+                mapped.append(data.CellMapper(cfg, is_train=is_train)(record)["image"])
+            assert torch.equal(*mapped)
+            highest[kind, is_train] = mapped[0].max()
+    assert highest["percentile", False] > highest["fixed", False]
+    cv2.imwrite(deep["file_name"], image.astype(np.uint16))
+    assert data.CellMapper(cfg, is_train=False)(deep)["image"].max() == highest["percentile", False]
+    with pytest.raises(ValueError, match=r"deep\.png.*12 bits"):
+        data.CellMapper(make_cfg(), is_train=False)(deep)
+    cfg.INPUT.NORMALISATION = "none"
+    with pytest.raises(ValueError, match="normalisation.*none"):
+        data.CellMapper(cfg, is_train=False)
 
 
 def test_records_are_not_changed(dataset):
@@ -363,10 +389,10 @@ def test_switched_off_augmentations_are_absent():
 
 
 def test_intensities():
-    image = np.array([[[0, 100, 250]]], np.uint8)
+    image = np.array([[[0, 100, 250]]], np.float32)
     assert data.scale_intensity(image, 1.5, 0.0).tolist() == [[[0, 150, 255]]]
-    assert data.scale_intensity(image, 1.0, -30.4).tolist() == [[[0, 70, 220]]]
-    floats = data.scale_intensity(image.astype(np.float32), 0.5, 0.25)
+    assert data.scale_intensity(image, 1.0, -30.5).tolist() == [[[0, 69.5, 219.5]]]
+    floats = data.scale_intensity(image, 0.5, 0.25)
     assert floats.dtype == np.float32 and floats.tolist() == [[[0.25, 50.25, 125.25]]]
     np.random.seed(0)
     image = np.full((4, 4, 3), 100, np.uint8)

@@ -60,10 +60,12 @@ def core_of(cfg: CfgNode, model: torch.nn.Module, folder) -> KeypointGraphNet:
 def test_core_and_detectron2_agree(tmp_path, head, scales):
     torch.manual_seed(0)
     changes = ["MODEL.ROI_MASK_HEAD.NAME", head, "MODEL.KEYPOINT_GRAPH.SCALES", scales]
+    changes += ["INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0)]
     cfg = small_config(*changes)
     model, inputs = build_model(cfg), scene()
     core = core_of(cfg, model, tmp_path)
     assert core.input_size == (64, 96)
+    assert (core.normalisation, core.percentiles) == ("percentile", (2.0, 99.0))
 
     targets = [{"boxes": i["instances"].gt_boxes.tensor, "masks": i["instances"].gt_masks.tensor} for i in inputs]
     losses = model(inputs)

@@ -1,0 +1,187 @@
+"""The grey levels of images of any type, brought to 0..255: one rule for training, evaluation and prediction.
+
+H, W: height and width in pixels; C: channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_BLOCK = 2**22  # values looked at together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of an image that become 0 and 255.
+
+    Attributes:
+        low, high: (C,) float64; where they are equal, all above becomes 255.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+
+    def __call__(self, part: np.ndarray) -> np.ndarray:
+        """Scale any part (h,w,C) of the image to float32 in 0..255; NaN becomes 0."""
+        if part.dtype in (np.uint8, np.uint16) and part.size > 2**16:
+            table = self._scaled(np.arange(np.iinfo(part.dtype).max + 1)[:, None]).astype(np.float32)
+            return np.stack([np.take(table[:, c], part[..., c]) for c in range(part.shape[2])], axis=2)
+        scaled = np.empty(part.shape, np.float32)
+        rows = max(1, _BLOCK // max(1, part[0].size))
+        for start in range(0, len(part), rows):
+            scaled[start : start + rows] = self._scaled(part[start : start + rows])
+        return scaled
+
+    def _scaled(self, values: np.ndarray) -> np.ndarray:
+        """(...,C) -> float64. In double precision the levels of 8 bits and of 16 bits x 257 come out equal."""
+        span = np.where(self.high > self.low, self.high - self.low, np.finfo(np.float64).tiny)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = ((values - self.low) / span * 255).clip(0, 255)
+        return np.nan_to_num(scaled, copy=False, nan=0)
+
+
+class NormalisedImage:
+    """A normalised image whose parts are computed when they are read: for images that do not fit into memory.
+
+    Args:
+        image: (H,W,C), may be a `numpy.memmap`.
+        normalisation: see `Normalisation`; its errors.
+    """
+
+    def __init__(self, image: np.ndarray, normalisation: "Normalisation") -> None:
+        self.image = image
+        self.levels = normalisation.levels(image)
+        self.shape = image.shape
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        """Rows and columns -> (h,w,C) float32 in 0..255."""
+        return self.levels(self.image[part])
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How the levels of an image become 0..255, which the network then takes less its mean, by its deviation.
+
+    An image of 8 bits and the same image x 257 in 16 bits come out equal.
+
+    Args:
+        kind: "fixed": 0 and the largest value of the type become 0 and 255; for float images the largest is 1.
+            "percentile": for each channel, the values at the two percentiles of the whole image do, and what lies
+            beyond them is clipped. It suits any type and range.
+        percentiles: the two, of 0..100.
+
+    Raises:
+        ValueError: another kind, or percentiles that are not in rising order within 0..100.
+    """
+
+    kind: str = "fixed"
+    percentiles: tuple[float, float] = (1.0, 99.8)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("fixed", "percentile"):
+            raise ValueError(f"normalisation: expected 'fixed' or 'percentile', got {self.kind!r}")
+        if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles: expected two in rising order within 0..100, got {self.percentiles}")
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Normalise an image (H,W,C) of any real type -> (H,W,C) float32 in 0..255; errors as in `levels`."""
+        return self.levels(image)(image)
+
+    def levels(self, image: np.ndarray) -> Levels:
+        """The levels of a whole image, by which any part of it can be normalised later.
+
+        Percentiles are values of the image, exact for every type, and found in bounded memory, block by block. NaN and
+        infinite values do not count.
+
+        Args:
+            image: (H,W,C), integer, bool or float; may be a `numpy.memmap`.
+
+        Raises:
+            ValueError: another shape or type, or a "fixed" normalisation of an image whose type does not tell what is
+                white: integers other than 8 and 16 bits unsigned, float values outside 0..1, 12 bits stored in 16.
+        """
+        if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
+            raise ValueError(f"image: expected shape (H,W,C) of real numbers, got {image.shape} of type {image.dtype}")
+        channels = image.shape[2]
+        if self.kind == "fixed":
+            return Levels(np.zeros(channels), np.full(channels, _white(image)))
+        # A grey image as three channels is often one in memory.
+        distinct = image[..., :1] if image.strides[2] == 0 else image
+        found = np.array([_percentiles(distinct[..., c], self.percentiles) for c in range(distinct.shape[2])])
+        low, high = np.broadcast_to(found.astype(np.float64), (channels, 2)).T
+        return Levels(low, high)
+
+
+def _white(image: np.ndarray) -> float:
+    """The level that is white in an image of its type."""
+    advice = "a model of fixed normalisation cannot know what is white in it; percentiles do (--normalise percentile)"
+    if image.dtype == bool:
+        return 1
+    if image.dtype == np.uint8:
+        return 255
+    if image.dtype == np.uint16:
+        # What 8-bit images x 257 cannot be: all below 4096, and no multiples of 257.
+        if all(block.max() < 4096 for block in _blocks(image)) and any((b % 257).any() for b in _blocks(image)):
+            raise ValueError(f"it seems to hold 12 bits or less in 16, the largest value is {image.max()}: {advice}")
+        return 65535
+    if image.dtype.kind == "f":
+        low = np.fmin.reduce([np.fmin.reduce(block, axis=None) for block in _blocks(image)])
+        high = np.fmax.reduce([np.fmax.reduce(block, axis=None) for block in _blocks(image)])
+        if low < 0 or high > 1:  # not so where all is NaN
+            raise ValueError(f"its values are in {low:g}..{high:g}, expected 0..1: {advice}")
+        return 1
+    raise ValueError(f"its values are of type {image.dtype}: {advice}")
+
+
+def _blocks(image: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(1, _BLOCK // max(1, image[0].size))
+    return (image[start : start + rows] for start in range(0, len(image), rows))
+
+
+def _percentiles(channel: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """The values of a channel (H,W) at two percentiles: of n in rising order, number ceil(n * percentile / 100)."""
+    count = sum(int(np.isfinite(block).sum()) for block in _blocks(channel))
+    if count == 0:
+        return 0, 0
+    ranks = [max(0, int(np.ceil(count * percentile / 100)) - 1) for percentile in percentiles]
+    return tuple(_value_of_rank(channel, rank) for rank in ranks)
+
+
+def _value_of_rank(channel: np.ndarray, rank: int) -> float:
+    """The finite value of a channel before which ``rank`` others come, found 16 bits at a time by histograms."""
+    bits = 8 * channel.dtype.itemsize
+    found = 0
+    for shift in range(max(bits, 16) - 16, -1, -16):
+        counts = np.zeros(2**16, np.int64)
+        for block in _blocks(channel):
+            keys = _keys(block[np.isfinite(block)])
+            if shift + 16 < bits:
+                keys = keys[keys >> (shift + 16) == found]
+            counts += np.bincount((keys >> shift & 0xFFFF).astype(np.int64), minlength=2**16)
+        until = np.cumsum(counts)
+        digit = int(np.searchsorted(until, rank, side="right"))
+        rank -= int(until[digit] - counts[digit])
+        found = found << 16 | digit
+    return _value_of_key(found, channel.dtype)
+
+
+def _keys(values: np.ndarray) -> np.ndarray:
+    """Unsigned integers of the same size and in the same order as the values (N,)."""
+    values = values.astype(values.dtype.newbyteorder("="))
+    keys = values.view(f"u{values.itemsize}").astype(np.uint64)
+    sign = np.uint64(1 << (8 * values.itemsize - 1))
+    if values.dtype.kind == "i":
+        keys ^= sign
+    elif values.dtype.kind == "f":
+        keys = np.where(keys & sign, sign - 1 - (keys ^ sign), keys | sign)
+    return keys
+
+
+def _value_of_key(key: int, dtype: np.dtype) -> float:
+    sign = 1 << (8 * dtype.itemsize - 1)
+    if dtype.kind == "i":
+        key ^= sign
+    elif dtype.kind == "f":
+        key = key ^ sign if key & sign else (sign - 1 - key) ^ sign
+    return float(np.array(key, f"u{dtype.itemsize}").view(dtype.newbyteorder("=")))
