@@ -121,9 +121,16 @@ class MaskHead(SegmentationBranch):
 
     @configurable
     def __init__(
-        self, *, in_features: list[str], in_channels: list[int], widths: list[int], loss_weight: float, threshold: float
+        self,
+        *,
+        in_features: list[str],
+        in_channels: list[int],
+        widths: list[int],
+        pixels_in_flight: int,
+        loss_weight: float,
+        threshold: float,
     ) -> None:
-        super().__init__(in_channels, widths)
+        super().__init__(in_channels, widths, pixels_in_flight)
         self.in_features = in_features
         self.loss_weight = loss_weight
         self.threshold = threshold
@@ -151,6 +158,7 @@ def _mask_head_arguments(cfg: CfgNode, in_features: Sequence[str], in_channels: 
         "in_features": list(in_features),
         "in_channels": in_channels,
         "widths": widths,
+        "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
         "loss_weight": kg.MASK_WEIGHT,
         "threshold": kg.MASK_THRESHOLD,
     }
@@ -283,6 +291,7 @@ class ModelDescription:
                 "hops": kg.HOPS,
                 "corner_and_centre": kg.CORNER_AND_CENTRE,
                 "nms_threshold": kg.NMS_THRESHOLD,
+                "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
                 "mask_threshold": kg.MASK_THRESHOLD,
                 "pixel_mean": list(model.PIXEL_MEAN),
                 "pixel_std": list(model.PIXEL_STD),

@@ -14,7 +14,7 @@ from .mask_head import SegmentationBranch
 
 
 def segmentation_branch(
-    segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int]
+    segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int], pixels_in_flight: int
 ) -> SegmentationBranch:
     """The branch on c0..c4 (``"branch"``), or on the decoder map s1 alone (``"s1"``, the paper's `seg s1`).
 
@@ -22,9 +22,9 @@ def segmentation_branch(
         ValueError: for another name.
     """
     if segmentation == "branch":
-        return SegmentationBranch(backbone_channels, widths)
+        return SegmentationBranch(backbone_channels, widths, pixels_in_flight)
     if segmentation == "s1":
-        return SegmentationBranch(widths[:1], widths[:1])
+        return SegmentationBranch(widths[:1], widths[:1], pixels_in_flight)
     raise ValueError(f"segmentation: expected 'branch' or 's1', got {segmentation!r}")
 
 
@@ -46,6 +46,7 @@ class KeypointGraphNet(nn.Module):
         radius: disc radius r, pixels of each scale.
         heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
         smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
+        pixels_in_flight: see `SegmentationBranch`.
         mask_threshold: probability from which a pixel belongs to the cell.
         pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
         input_size: height and width to which images are resized for prediction, as they were in training. The network
@@ -73,6 +74,7 @@ class KeypointGraphNet(nn.Module):
         hops: int = 1,
         corner_and_centre: bool = False,
         nms_threshold: float = 0.5,
+        pixels_in_flight: int = 2**19,
         mask_threshold: float = 0.5,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
         pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
@@ -86,7 +88,7 @@ class KeypointGraphNet(nn.Module):
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
         self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
-        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths)
+        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, pixels_in_flight)
         self.segmentation = segmentation
         self.loss_weights = {
             "heatmap_weight": heatmap_weight,
