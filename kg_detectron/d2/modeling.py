@@ -23,6 +23,7 @@ from ..inference.model_file import DESCRIPTION_KEY
 from ..masks import MaskCrops
 from ..modeling import KeypointBranch, KeypointDecoder, ResNetC4, SegmentationBranch, keypoint_losses
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
+from ..modeling.precision import autocast, check_precision, full_precision
 
 FEATURES = ("c0", "c1", "c2", "c3", "c4")
 SCALES = ("s1", "s2", "s3", "s4")
@@ -101,7 +102,8 @@ class KeypointGraph(nn.Module):
         maps, decoded = self.branch([features[name] for name in self.in_features])
         features.update(zip(SCALES, decoded, strict=True))
         if not self.training:
-            found = self.decoder(maps, images.image_sizes)
+            with full_precision(images.tensor.device):
+                found = self.decoder(maps, images.image_sizes)
             return [_proposals(size, *f) for size, f in zip(images.image_sizes, found, strict=True)], {}
         boxes = [g.gt_boxes.tensor for g in gt_instances]
         size = images.tensor.shape[2:]
@@ -225,7 +227,27 @@ def _detections(proposals: Instances) -> Instances:
 
 @META_ARCH_REGISTRY.register()
 class KGInstanceSegmentation(GeneralizedRCNN):
-    """Generalised R-CNN whose masks may be crops of any size."""
+    """Generalised R-CNN whose masks may be crops of any size.
+
+    Args:
+        precision: of the convolutions in evaluation: "float32", "bfloat16" or "float16".
+        compiled: let `torch.compile` compile the backbone and the keypoint branch.
+        **parts: those of `GeneralizedRCNN`.
+    """
+
+    @configurable
+    def __init__(self, *, precision: str = "float32", compiled: bool = False, **parts: object) -> None:
+        super().__init__(**parts)
+        self.precision = check_precision(precision)
+        if compiled:
+            for part in (self.backbone, getattr(self.proposal_generator, "branch", None)):
+                if part is not None:
+                    part.compile()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        kg = cfg.MODEL.KEYPOINT_GRAPH
+        return super().from_config(cfg) | {"precision": kg.PRECISION, "compiled": kg.COMPILED}
 
     def inference(
         self,
@@ -234,7 +256,8 @@ class KGInstanceSegmentation(GeneralizedRCNN):
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
         """As in `GeneralizedRCNN`; ``pred_masks`` are `MaskCrops` in the frame of each output image."""
-        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        with autocast(self.precision, self.device):
+            results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
         processed = []
