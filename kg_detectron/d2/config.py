@@ -19,9 +19,11 @@ def add_kg_config(cfg: CN) -> None:
     kg.BACKBONE_WEIGHTS = ""
     # Channels of c0, the two convolutions on the image itself.
     kg.C0_CHANNELS = 64
+    # Keypoint branch: "paper", or "lite", ours, of few operations (its norm layer is NORM too).
+    kg.BRANCH = "paper"
     # Channels of the decoder maps s1, s2, s3, s4; the segmentation branch has the same.
     kg.WIDTHS = [64, 64, 256, 512]
-    # Kernel size of the keypoint heads, pixels of their scale, odd.
+    # Kernel size of the keypoint heads, in the lite branch of all its depthwise convolutions; pixels of a scale, odd.
     kg.HEAD_KERNEL = 7
     # Scales with keypoint heads, a subset of 1, 2, 3, 4 (strides 1, 2, 4, 8).
     kg.SCALES = [1, 2, 3, 4]
@@ -69,6 +71,9 @@ def add_kg_config(cfg: CN) -> None:
     aug.EXPAND = 2.0
     # Random crop that keeps cells: smallest side, fraction of the image's; 1 is off.
     aug.CROP = 0.5
+    # Random window of the resized image, pixels (height, width), always cut; (0, 0) is off. Training on windows sees
+    # cells as large as in testing, for less.
+    aug.WINDOW = (0, 0)
     # Horizontal and vertical flip.
     aug.FLIP = True
     # Contrast factor, lowest and highest; (1, 1) is off.

@@ -185,6 +185,22 @@ class ExactResize(T.Augmentation):
         return ExactResizeTransform(*image.shape[:2], *self.size)
 
 
+class RandomWindow(T.Augmentation):
+    """Cut a window of ``size`` (height, width) at a random place, of the whole image where it is smaller.
+
+    Cells at the window's edge are cut; what is left of them are cells too, as at the edge of an image.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be a positive height and width, got {size}")
+        self.size = tuple(size)
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        (h, w), (height, width) = image.shape[:2], np.minimum(self.size, image.shape[:2]).tolist()
+        return T.CropTransform(np.random.randint(w - width + 1), np.random.randint(h - height + 1), width, height, w, h)
+
+
 def scale_intensity(image: np.ndarray, gain: float, shift: float) -> np.ndarray:
     """``gain * image + shift``, clipped to 0..255 and, for uint8, rounded. The type stays."""
     if image.dtype == np.uint8:
@@ -245,6 +261,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     if aug.CROP != 1:
         steps.append(T.RandomApply(RandomCellCrop(aug.CROP)))
     steps.append(resize)
+    if tuple(aug.WINDOW) != (0, 0):
+        steps.append(RandomWindow(aug.WINDOW))
     if aug.FLIP:
         steps += [T.RandomFlip(horizontal=True), T.RandomFlip(horizontal=False, vertical=True)]
     if tuple(aug.CONTRAST) != (1, 1):

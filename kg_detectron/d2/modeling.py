@@ -21,12 +21,19 @@ from torch import Tensor, nn
 
 from ..inference.model_file import DESCRIPTION_KEY
 from ..masks import MaskCrops
-from ..modeling import KeypointBranch, KeypointDecoder, ResNetC4, SegmentationBranch, keypoint_losses
+from ..modeling import (
+    KeypointBranch,
+    KeypointDecoder,
+    LiteKeypointBranch,
+    ResNetC4,
+    SegmentationBranch,
+    keypoint_branch,
+    keypoint_losses,
+)
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
 from ..modeling.precision import autocast, check_precision, full_precision
 
 FEATURES = ("c0", "c1", "c2", "c3", "c4")
-SCALES = ("s1", "s2", "s3", "s4")
 
 
 class KGBackbone(ResNetC4, Backbone):
@@ -56,15 +63,15 @@ def build_kg_resnet_c4_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> KGBackb
 class KeypointGraph(nn.Module):
     """Keypoint branch and decoder as a proposal generator.
 
-    It adds the decoder maps s1..s4 to the dict of features, where heads behind it find them. In training its proposals
-    are the ground-truth boxes, on which the paper trains the segmentation branch.
+    It adds the decoder maps, from the lowest scale with heads up to s4, to the dict of features, where heads behind it
+    find them. In training its proposals are the ground-truth boxes, on which the paper trains the segmentation branch.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        branch: KeypointBranch,
+        branch: KeypointBranch | LiteKeypointBranch,
         decoder: KeypointDecoder,
         loss_weights: dict[str, float],
         in_features: list[str],
@@ -80,7 +87,7 @@ class KeypointGraph(nn.Module):
         kg = cfg.MODEL.KEYPOINT_GRAPH
         channels = [input_shape[name].channels for name in FEATURES]
         return {
-            "branch": KeypointBranch(channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES),
+            "branch": keypoint_branch(kg.BRANCH, channels, kg.WIDTHS, kg.HEAD_KERNEL, kg.SCALES, kg.NORM),
             "decoder": KeypointDecoder(
                 kg.RADIUS, kg.SMOOTH_SIGMA, kg.PEAK_THRESHOLD, kg.HOPS, kg.CORNER_AND_CENTRE, kg.NMS_THRESHOLD
             ),
@@ -100,7 +107,7 @@ class KeypointGraph(nn.Module):
         Proposals have ``proposal_boxes`` and ``objectness_logits``, in testing ``scores`` too.
         """
         maps, decoded = self.branch([features[name] for name in self.in_features])
-        features.update(zip(SCALES, decoded, strict=True))
+        features.update(decoded)
         if not self.training:
             with full_precision(images.tensor.device):
                 found = self.decoder(maps, images.image_sizes)
@@ -182,8 +189,11 @@ class SegS1MaskHead(MaskHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        width = cfg.MODEL.KEYPOINT_GRAPH.WIDTHS[:1]
-        return _mask_head_arguments(cfg, SCALES[:1], width, width)
+        kg = cfg.MODEL.KEYPOINT_GRAPH
+        if 1 not in kg.SCALES:
+            raise ValueError(f"SegS1MaskHead needs scale 1, but MODEL.KEYPOINT_GRAPH.SCALES are {kg.SCALES}")
+        width = kg.WIDTHS[:1]
+        return _mask_head_arguments(cfg, ("s1",), width, width)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -300,6 +310,7 @@ class ModelDescription:
                 "depth": kg.DEPTH,
                 "norm": kg.NORM,
                 "c0_channels": kg.C0_CHANNELS,
+                "branch": kg.BRANCH,
                 "widths": list(kg.WIDTHS),
                 "head_kernel": kg.HEAD_KERNEL,
                 "scales": list(kg.SCALES),

@@ -9,6 +9,17 @@ from torch.nn.functional import interpolate
 
 from ..graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
 
+NUM_SCALES = 4
+
+
+def scale_name(scale: int) -> str:
+    """ "s1" for 1: the name of a scale of stride 2 ** (scale - 1)."""
+    return f"s{scale}"
+
+
+# Discs cover few pixels: starting from a low probability, here as a logit, spares the first epochs.
+HEATMAP_PRIOR = -3.0
+
 
 class KeypointMaps(NamedTuple):
     """The maps of one scale."""
@@ -49,8 +60,7 @@ class KeypointHeads(nn.Module):
         self.heatmap = self._head(width, HEATMAP_CHANNELS, kernel)
         self.single_offset = self._head(width, SINGLE_OFFSET_CHANNELS, kernel)
         self.group_offset = self._head(width, GROUP_OFFSET_CHANNELS, kernel)
-        # Discs cover few pixels: starting from a low probability spares the first epochs.
-        nn.init.constant_(self.heatmap[-1].bias, -3.0)
+        nn.init.constant_(self.heatmap[-1].bias, HEATMAP_PRIOR)
 
     @staticmethod
     def _head(width: int, channels: int, kernel: int) -> nn.Sequential:
@@ -64,8 +74,20 @@ class KeypointHeads(nn.Module):
         return KeypointMaps(self.heatmap(decoded), self.single_offset(decoded), self.group_offset(decoded), self.stride)
 
 
+def check_branch_arguments(
+    in_channels: Sequence[int], widths: Sequence[int], head_kernel: int, scales: Sequence[int]
+) -> None:
+    """Raise a ValueError for arguments that do not fit a keypoint branch."""
+    if len(in_channels) != 5 or len(widths) != 4:
+        raise ValueError(f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}")
+    if head_kernel < 1 or head_kernel % 2 == 0:
+        raise ValueError(f"head_kernel: expected an odd positive number, got {head_kernel}")
+    if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= {1, 2, 3, 4}:
+        raise ValueError(f"scales: expected different ones of 1, 2, 3, 4, got {tuple(scales)}")
+
+
 class KeypointBranch(nn.Module):
-    """Decoder maps and keypoint maps.
+    """Decoder maps, down to the lowest scale with heads, and keypoint maps.
 
     Args:
         in_channels: channels of c0..c4.
@@ -85,25 +107,22 @@ class KeypointBranch(nn.Module):
         scales: Sequence[int] = (1, 2, 3, 4),
     ) -> None:
         super().__init__()
-        if len(in_channels) != 5 or len(widths) != 4:
-            raise ValueError(
-                f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}"
-            )
-        if head_kernel < 1 or head_kernel % 2 == 0:
-            raise ValueError(f"head_kernel: expected an odd positive number, got {head_kernel}")
-        if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= {1, 2, 3, 4}:
-            raise ValueError(f"scales: expected different ones of 1, 2, 3, 4, got {tuple(scales)}")
+        check_branch_arguments(in_channels, widths, head_kernel, scales)
+        lowest = min(scales)
         deep = (*widths[1:], in_channels[4])
-        self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels, widths, strict=False))
+        self.steps = nn.ModuleList(
+            UpCombine(deep[s - 1], in_channels[s - 1], widths[s - 1]) for s in range(lowest, NUM_SCALES + 1)
+        )
         self.heads = nn.ModuleDict(
-            {f"s{s}": KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
+            {scale_name(s): KeypointHeads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
         )
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], list[Tensor]]:
-        """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps [s1, s2, s3, s4]."""
-        decoded = [features[4]]
-        for step, shallow in zip(reversed(self.steps), reversed(features[:4]), strict=True):
-            deep = interpolate(decoded[0], shallow.shape[2:], mode="bilinear", align_corners=False)
-            decoded.insert(0, step(deep, shallow))
-        decoded.pop()
-        return [head(decoded[int(name[1]) - 1]) for name, head in self.heads.items()], decoded
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], dict[str, Tensor]]:
+        """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps by name."""
+        decoded: dict[str, Tensor] = {}
+        current = features[NUM_SCALES]
+        for step, s in zip(reversed(self.steps), range(NUM_SCALES, 0, -1), strict=False):
+            shallow = features[s - 1]
+            current = interpolate(current, shallow.shape[2:], mode="bilinear", align_corners=False)
+            current = decoded[scale_name(s)] = step(current, shallow)
+        return [head(decoded[name]) for name, head in self.heads.items()], decoded

@@ -9,24 +9,46 @@ from ..masks import MaskCrops
 from .backbone import ResNetC4, pad_to_batch
 from .decoder import KeypointDecoder
 from .keypoint_branch import KeypointBranch, KeypointMaps
+from .lite_branch import LiteKeypointBranch
 from .losses import keypoint_losses
 from .mask_head import SegmentationBranch
 from .precision import autocast, check_precision, full_precision
 
 
 def segmentation_branch(
-    segmentation: str, backbone_channels: Sequence[int], widths: Sequence[int], pixels_in_flight: int
+    segmentation: str,
+    backbone_channels: Sequence[int],
+    widths: Sequence[int],
+    scales: Sequence[int],
+    pixels_in_flight: int,
 ) -> SegmentationBranch:
     """The branch on c0..c4 (``"branch"``), or on the decoder map s1 alone (``"s1"``, the paper's `seg s1`).
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or ``"s1"`` where s1 is not among the scales, for then there is no such map.
     """
     if segmentation == "branch":
         return SegmentationBranch(backbone_channels, widths, pixels_in_flight)
     if segmentation == "s1":
+        if 1 not in scales:
+            raise ValueError(f"segmentation: 's1' needs scale 1, but the scales are {tuple(scales)}")
         return SegmentationBranch(widths[:1], widths[:1], pixels_in_flight)
     raise ValueError(f"segmentation: expected 'branch' or 's1', got {segmentation!r}")
+
+
+def keypoint_branch(
+    branch: str, in_channels: Sequence[int], widths: Sequence[int], head_kernel: int, scales: Sequence[int], norm: str
+) -> KeypointBranch | LiteKeypointBranch:
+    """The paper's branch (``"paper"``), or ours of few operations (``"lite"``), whose norm layer is `norm`.
+
+    Raises:
+        ValueError: for another name, or arguments that do not fit.
+    """
+    if branch == "paper":
+        return KeypointBranch(in_channels, widths, head_kernel, scales)
+    if branch == "lite":
+        return LiteKeypointBranch(in_channels, widths, head_kernel, scales, norm)
+    raise ValueError(f"branch: expected 'paper' or 'lite', got {branch!r}")
 
 
 class KeypointGraphNet(nn.Module):
@@ -40,6 +62,7 @@ class KeypointGraphNet(nn.Module):
         norm: norm layer of the ResNet: BN, FrozenBN, SyncBN or GN.
         weights: initial weights of the ResNet, a member of torchvision's weight enum, or None for random ones.
         c0_channels: channels of c0.
+        branch: keypoint branch, "paper" or "lite".
         widths: channels of the decoder maps s1..s4, and of the segmentation branch.
         head_kernel: kernel size of the keypoint heads.
         scales: scales with keypoint heads, of 1, 2, 3, 4.
@@ -61,6 +84,7 @@ class KeypointGraphNet(nn.Module):
         norm: str = "BN",
         weights: str | None = None,
         c0_channels: int = 64,
+        branch: str = "paper",
         widths: Sequence[int] = (64, 64, 256, 512),
         head_kernel: int = 7,
         scales: Sequence[int] = (1, 2, 3, 4),
@@ -87,9 +111,9 @@ class KeypointGraphNet(nn.Module):
             name: value for name, value in locals().items() if name not in ("self", "weights", "__class__")
         }
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
-        self.keypoint_branch = KeypointBranch(self.backbone.channels, widths, head_kernel, scales)
+        self.keypoint_branch = keypoint_branch(branch, self.backbone.channels, widths, head_kernel, scales, norm)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
-        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, pixels_in_flight)
+        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, scales, pixels_in_flight)
         self.segmentation = segmentation
         self.loss_weights = {
             "heatmap_weight": heatmap_weight,
@@ -166,7 +190,7 @@ class KeypointGraphNet(nn.Module):
         """Images (N,3,H,W), normalised -> the keypoint maps of each scale, and the maps that masks are cut from."""
         features = self.backbone(batch)
         maps, decoded = self.keypoint_branch(features)
-        return maps, features if self.segmentation == "branch" else decoded[:1]
+        return maps, features if self.segmentation == "branch" else [decoded["s1"]]
 
 
 def _check_images(images: list[Tensor]) -> None:
