@@ -1,42 +1,32 @@
-"""How long the parts of kg_detectron take here. ``python tools/benchmark.py ops`` times the keypoint-graph operators.
+"""What kg_detectron costs here: ``ops``, its operators; ``model``, whole models stage by stage, beside Mask R-CNN.
 
-Every time stands beside that of `torch.clone` of the same maps, measured in turn with it: a copy is what the memory
-allows, and a ratio to it holds from machine to machine. The PyTorch reference is timed too, where it ends in time.
+The time of an operator stands beside that of `torch.clone` of the same maps, measured in turn with it: a copy is what
+the memory allows, and a ratio to it holds from machine to machine. The PyTorch reference is timed too, where it ends in
+time.
 """
 
 import argparse
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
+import benchmark_model
 import torch
+from measure import milliseconds
+from scenes import RADIUS, STRIDES, cells, network_maps
 from torch import Tensor
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
 from kg_detectron.layers import ops
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
+from kg_detectron.modeling import KeypointDecoder, keypoint_targets
 
-RADIUS = 5.0
-STRIDES = (1, 2, 4, 8)
 # Its time grows with the square of the number.
 LARGEST_REFERENCE_GROUPING = 4000
 OPERATORS = ("hough_vote", "smooth_votes", "find_peaks", "group_keypoints", "graphs_to_boxes", "render_targets")
-
-
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Time of one call, on the device too."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
 
 
 def with_reference(call: Callable[[], object]) -> None:
@@ -76,30 +66,6 @@ class Table:
             beside = f"{milliseconds(partial(with_reference, call), self.device) / own:.1f}"
         print(f"| {case:<44} | {own:9.3f} | {clone:9.3f} | {own / clone:12.2f} | {beside:>16} |", flush=True)
         return own
-
-
-def cells(count: int, size: int, seed: int) -> Tensor:
-    """Boxes of cells (count,4) xyxy: sides from 14 pixels to an eighth of the image, anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    side = 14 + torch.rand(count, 2, generator=generator) ** 2 * max(size / 8 - 14, 0)
-    corner = torch.rand(count, 2, generator=generator) * (size - side)
-    return torch.cat((corner, corner + side), dim=1).round()
-
-
-def network_maps(count: int, batch: int, size: int, device: str) -> list[KeypointMaps]:
-    """What a good network gives for images of so many cells: the targets of all scales, and noise."""
-    generator = torch.Generator().manual_seed(0)
-    boxes = [cells(count, size, seed=i) for i in range(batch)]
-    maps = []
-    for stride in STRIDES:
-        heatmap, single, group = keypoint_targets(boxes, (size, size), stride, RADIUS)
-        noisy = (
-            heatmap * 10 - 6 + torch.randn(heatmap.shape, generator=generator),
-            single + torch.randn(single.shape, generator=generator),
-            group + torch.randn(group.shape, generator=generator),
-        )
-        maps.append(KeypointMaps(*(m.to(device) for m in noisy), stride))
-    return maps
 
 
 def queue_of_peaks(count: int, largest: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,12 +157,14 @@ def main() -> None:
     command.add_argument("--peaks", type=int, nargs="+", default=peaks, help="to group (%(default)s)")
     command.add_argument("--boxes", type=int, nargs="+", default=[1, 10, 100, 300, 400], help="targets (%(default)s)")
     command.add_argument("--repeats", type=int, default=15, help="of each measurement (%(default)s)")
+    command.set_defaults(benchmark=benchmark_operators)
+    benchmark_model.add_command(commands)
     arguments = parser.parse_args()
     for device in [arguments.device] if arguments.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         kind = "compiled operators" if device in ops.COMPILED_FOR else "PyTorch reference"
         print(f"\n{device} ({name}), PyTorch {torch.__version__}, {kind}")
-        benchmark_operators(arguments, device)
+        arguments.benchmark(arguments, device)
 
 
 if __name__ == "__main__":
