@@ -229,7 +229,7 @@ def test_arguments_that_do_not_fit_are_named():
 
 
 def test_a_training_step_runs_in_mixed_precision():
-    """As Detectron2's SOLVER.AMP does it: autocast round the forward pass. The losses are float32, and about the same."""
+    """As Detectron2's SOLVER.AMP does it: autocast round the forward pass. Losses are float32, and about the same."""
     images, targets = zip(example(64, 96, [[4, 5, 40, 50], [50, 10, 58, 12]]), example(60, 80, []), strict=True)
     model = small()
     expected = model(list(images), list(targets))

@@ -252,18 +252,22 @@ class SegmentationBranch(nn.Module):
             linear(pixels, layer.weight[:, :, dy].permute(2, 0, 1).reshape(3 * channels, -1)).split(counts)
             for dy in range(3)
         ]
-        results = []
-        for g, (group, _, windows) in enumerate(groups):
+        # The matrices of all groups at once, in the size of the largest.
+        before, after = (window_sizes(torch.cat([w[l] for _, _, w in groups])) for l in (level + 1, level))
+        rows, columns = (max(max(group.shapes[l]) for group, _, _ in groups) for l in (level, level + 1))
+        vertical, horizontal = (
+            _shifted(_interpolation(before[:, axis], after[:, axis], columns, rows).to(pixels)) for axis in (0, 1)
+        )
+        results, first = [], 0
+        for g, (group, _, _) in enumerate(groups):
             b, (h, w), (height, width) = len(group.members), group.shapes[level + 1], group.shapes[level]
-            before, after = window_sizes(windows[level + 1]), window_sizes(windows[level])
-            vertical = _interpolation(before[:, 0], after[:, 0], h, height).to(pixels)
-            horizontal = _interpolation(before[:, 1], after[:, 1], w, width).to(pixels)
-            first, second, third = (tap[g].view(b, h, w * 3 * channels) for tap in taps)
-            above, at, below = _shifted(vertical)
-            tall = torch.baddbmm(torch.baddbmm(torch.bmm(above, first), at, second), below, third)
-            across = torch.stack(_shifted(horizontal), dim=3).view(b, 1, width, w * 3)
-            wide = torch.matmul(across, tall.view(b, height, w * 3, channels))
-            results.append(wide.view(-1, channels))
+            own = slice(first, first + b)
+            first += b
+            up, at, down = (tap[g].view(b, h, w * 3 * channels) for tap in taps)
+            above, level_with, below = (matrix[own, :height, :h] for matrix in vertical.unbind(3))
+            tall = torch.baddbmm(torch.baddbmm(torch.bmm(above, up), level_with, at), below, down)
+            across = horizontal[own, :width, :w].reshape(b, 1, width, w * 3)
+            results.append(torch.matmul(across, tall.view(b, height, w * 3, channels)).view(-1, channels))
         return torch.cat(results).add_(layer.bias).relu_()
 
 
@@ -346,7 +350,6 @@ def _interpolation(before: Tensor, after: Tensor, columns: int, rows: int) -> Te
     return matrix * (place < after[:, None])[..., None]
 
 
-def _shifted(matrix: Tensor) -> list[Tensor]:
-    """Matrices [B,rows,columns] with row i - 1, i and i + 1 in the place of row i; 0 where there is none."""
-    padded = pad(matrix, (0, 0, 1, 1))
-    return [padded[:, shift : shift + matrix.shape[1]] for shift in range(3)]
+def _shifted(matrix: Tensor) -> Tensor:
+    """[B,rows,columns,3] from matrices [B,rows,columns]: rows i - 1, i and i + 1 in the place of row i, 0 beyond."""
+    return pad(matrix, (0, 0, 1, 1)).unfold(1, matrix.shape[1], 1).permute(0, 3, 2, 1).contiguous()
