@@ -47,6 +47,15 @@ def test_a_model_keeps_its_normalisation(tmp_path):
     assert torch.equal(other_range["scores"], expected["scores"])
 
 
+def test_a_model_is_loaded_in_the_mode_that_was_asked_for(tmp_path):
+    save_model(network(), tmp_path / "model.pth")
+    model = load_model(tmp_path / "model.pth", precision="bfloat16", channels_last=True)
+    assert model.precision == "bfloat16" and len(predict(model, IMAGE)["boxes"]) > 0
+    assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="precision"):
+        load_model(tmp_path / "model.pth", precision="int8")
+
+
 def test_results_are_in_the_frame_of_the_image():
     found = predict(network(), IMAGE)
     assert (found["boxes"] >= 0).all()

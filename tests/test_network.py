@@ -228,6 +228,57 @@ def test_arguments_that_do_not_fit_are_named():
         model([image], [{"boxes": target["boxes"], "masks": target["masks"][:, :20]}])
 
 
+def test_a_training_step_runs_in_mixed_precision():
+    """As Detectron2's SOLVER.AMP does it: autocast round the forward pass. Losses are float32, and about the same."""
+    images, targets = zip(example(64, 96, [[4, 5, 40, 50], [50, 10, 58, 12]]), example(60, 80, []), strict=True)
+    model = small()
+    expected = model(list(images), list(targets))
+    for pixels in (2**19, 300):  # one flight of crops, and several
+        model = small(pixels_in_flight=pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model(list(images), list(targets))
+        for name, loss in losses.items():
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, expected[name], rtol=0.02, atol=0.01)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_evaluation_in_half_precision_decodes_in_float32(precision, channels_last, monkeypatch):
+    model, image = small(peak_threshold=0.0).eval(), example(64, 96, [])[0]
+    seen = []
+    decode = type(model.decoder).forward
+
+    def forward(decoder, maps, sizes):
+        seen.append((torch.is_autocast_enabled("cpu"), {m.heatmap.dtype for m in maps}))
+        return decode(decoder, maps, sizes)
+
+    monkeypatch.setattr(type(model.decoder), "forward", forward)
+    with torch.no_grad():
+        model([image])
+        found = model.accelerate(precision, channels_last)([image])[0]
+    assert seen == [(False, {torch.float32}), (False, {getattr(torch, precision)})]
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert all(crop.dtype == torch.float32 for crop in found["masks"].crops)
+    assert model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16, float16, got 'half'"):
+        model.accelerate("half")
+
+
+def test_half_precision_changes_the_maps_little():
+    model = small().eval()
+    image = torch.rand(1, 3, 64, 96) - 0.5
+    with torch.no_grad():
+        exact, _ = model.keypoint_branch(model.backbone(image))
+        with torch.autocast("cpu", torch.bfloat16):
+            half, _ = model.keypoint_branch(model.backbone(image))
+    for scale, other in zip(exact, half, strict=True):
+        for a, b in zip(scale[:3], other[:3], strict=True):
+            assert (a - b).abs().max() < 0.05 * a.abs().max()
+
+
 def test_missing_weights_are_an_error():
     with pytest.raises(RuntimeError, match="conv1.weight"):
         ResNetC4(18).load_resnet_weights({k: v for k, v in resnet18().state_dict().items() if k != "conv1.weight"})

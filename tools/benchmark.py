@@ -1,54 +1,34 @@
-"""How long the parts of kg_detectron take here.
+"""What kg_detectron costs here: ``ops``, its operators; ``model``, whole models stage by stage, beside Mask R-CNN;
+``large``, prediction in tiles.
 
-``python tools/benchmark.py ops`` times the keypoint-graph operators. ``python tools/benchmark.py large MODEL`` predicts
-the cells of an image that is larger than memory should be, tile by tile, and says how much memory that took.
-
-Every time stands beside that of `torch.clone` of the same maps, measured in turn with it: a copy is what the memory
-allows, and a ratio to it holds from machine to machine. The PyTorch reference is timed too, where it ends in time.
+The time of an operator stands beside that of `torch.clone` of the same maps, measured in turn with it: a copy is what
+the memory allows, and a ratio to it holds from machine to machine. The PyTorch reference is timed too, where it ends in
+time.
 """
 
 import argparse
 import itertools
 import math
-import resource
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-import numpy as np
+import benchmark_large
+import benchmark_model
 import torch
+from measure import milliseconds
+from scenes import RADIUS, STRIDES, cells, network_maps
 from torch import Tensor
-from tqdm import tqdm
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.inference import load_model
-from kg_detectron.inference.tiling import predict_tiled
 from kg_detectron.layers import ops
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
-from kg_detectron.synthetic import nuclei_image
+from kg_detectron.modeling import KeypointDecoder, keypoint_targets
 
-RADIUS = 5.0
-STRIDES = (1, 2, 4, 8)
 # Its time grows with the square of the number.
 LARGEST_REFERENCE_GROUPING = 4000
-PATCH = 256  # side of the pieces of a large image, pixels
 OPERATORS = ("hough_vote", "smooth_votes", "find_peaks", "group_keypoints", "graphs_to_boxes", "render_targets")
-
-
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """Time of one call, on the device too."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
 
 
 def with_reference(call: Callable[[], object]) -> None:
@@ -88,30 +68,6 @@ class Table:
             beside = f"{milliseconds(partial(with_reference, call), self.device) / own:.1f}"
         print(f"| {case:<44} | {own:9.3f} | {clone:9.3f} | {own / clone:12.2f} | {beside:>16} |", flush=True)
         return own
-
-
-def cells(count: int, size: int, seed: int) -> Tensor:
-    """Boxes of cells (count,4) xyxy: sides from 14 pixels to an eighth of the image, anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    side = 14 + torch.rand(count, 2, generator=generator) ** 2 * max(size / 8 - 14, 0)
-    corner = torch.rand(count, 2, generator=generator) * (size - side)
-    return torch.cat((corner, corner + side), dim=1).round()
-
-
-def network_maps(count: int, batch: int, size: int, device: str) -> list[KeypointMaps]:
-    """What a good network gives for images of so many cells: the targets of all scales, and noise."""
-    generator = torch.Generator().manual_seed(0)
-    boxes = [cells(count, size, seed=i) for i in range(batch)]
-    maps = []
-    for stride in STRIDES:
-        heatmap, single, group = keypoint_targets(boxes, (size, size), stride, RADIUS)
-        noisy = (
-            heatmap * 10 - 6 + torch.randn(heatmap.shape, generator=generator),
-            single + torch.randn(single.shape, generator=generator),
-            group + torch.randn(group.shape, generator=generator),
-        )
-        maps.append(KeypointMaps(*(m.to(device) for m in noisy), stride))
-    return maps
 
 
 def queue_of_peaks(count: int, largest: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,49 +146,6 @@ def render_scales(boxes: list[Tensor], size: int) -> list[tuple[Tensor, Tensor, 
     return [keypoint_targets(boxes, (size, size), stride, RADIUS) for stride in STRIDES]
 
 
-def large_image(path: Path, size: int, cells: int) -> tuple[np.ndarray, int]:
-    """An image (size,size,3) uint8 in a file, mapped into memory: dark noise, and patches with about so many nuclei.
-
-    Returns:
-        The image and the number of nuclei in it.
-    """
-    rng = np.random.default_rng(0)
-    image = np.memmap(path, np.uint8, "w+", shape=(size, size, 3))
-    noise = rng.integers(6, 14, (PATCH, size, 1), dtype=np.uint8)
-    for y in range(0, size, PATCH):
-        image[y : y + PATCH] = noise[: size - y]
-    drawn, columns = 0, size // PATCH
-    for place in rng.permutation(columns**2).tolist():
-        if drawn >= cells:
-            break
-        patch, masks = nuclei_image(rng, PATCH, PATCH, min(25, cells - drawn))
-        y, x = place // columns * PATCH, place % columns * PATCH
-        image[y : y + PATCH, x : x + PATCH] = patch
-        drawn += len(masks)
-    return image, drawn
-
-
-def benchmark_large(arguments: argparse.Namespace) -> None:
-    """Prediction in tiles: time, cells, and the largest memory of the whole process, mapped files included."""
-    model = load_model(arguments.model)
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        image, drawn = large_image(Path(folder) / "image", arguments.size, arguments.cells)
-        start = time.perf_counter()
-        with tqdm(unit="step") as bar:
-
-            def show(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            found = predict_tiled(model, image, tile=arguments.tile, overlap=arguments.overlap, progress=show)
-        seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{arguments.size}x{arguments.size}, tile {arguments.tile}, overlap {arguments.overlap}: {drawn} nuclei drawn, "
-        f"{len(found['boxes'])} cells found in {seconds:.0f} s, peak memory {peak:.2f} GiB"
-    )
-
-
 def main() -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,21 +159,15 @@ def main() -> None:
     command.add_argument("--peaks", type=int, nargs="+", default=peaks, help="to group (%(default)s)")
     command.add_argument("--boxes", type=int, nargs="+", default=[1, 10, 100, 300, 400], help="targets (%(default)s)")
     command.add_argument("--repeats", type=int, default=15, help="of each measurement (%(default)s)")
-    command = commands.add_parser("large", help="prediction in tiles")
-    command.add_argument("model", type=Path, help="model file, as train_net.py or train_core.py writes it")
-    command.add_argument("--size", type=int, default=20000, help="side of the image, pixels (%(default)s)")
-    command.add_argument("--cells", type=int, default=5000, help="about so many in the image (%(default)s)")
-    command.add_argument("--tile", type=int, default=1024, help="pixels (%(default)s)")
-    command.add_argument("--overlap", type=int, default=256, help="pixels (%(default)s)")
-    command.add_argument("--scratch", type=Path, help="folder for the image, 3 bytes a pixel (the system's for such)")
+    command.set_defaults(benchmark=benchmark_operators)
+    benchmark_model.add_command(commands)
+    benchmark_large.add_command(commands)
     arguments = parser.parse_args()
-    if arguments.command == "large":
-        return benchmark_large(arguments)
     for device in [arguments.device] if arguments.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
         kind = "compiled operators" if device in ops.COMPILED_FOR else "PyTorch reference"
         print(f"\n{device} ({name}), PyTorch {torch.__version__}, {kind}")
-        benchmark_operators(arguments, device)
+        arguments.benchmark(arguments, device)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,18 @@ def add_kg_config(cfg: CN) -> None:
     kg.CORNER_AND_CENTRE = False
     # Intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
     kg.NMS_THRESHOLD = 0.5
+    # Pixels of mask crops that go through the segmentation branch together; bounds its memory, in training too.
+    kg.PIXELS_IN_FLIGHT = 2**19
     # Mask probability from which a pixel belongs to the cell.
     kg.MASK_THRESHOLD = 0.5
 
-    # Train with channels-last tensors: a fifth faster on CPUs, with the same results up to rounding.
+    # Floating-point type of the convolutions in evaluation: float32, bfloat16 or float16; decoding always runs in
+    # float32. For training there is SOLVER.AMP.
+    kg.PRECISION = "float32"
+    # Compile backbone and keypoint branch with torch.compile: a minute at the first image, and a C++ compiler at hand.
+    kg.COMPILED = False
+
+    # Channels-last tensors, in training and evaluation: a fifth faster on CPUs, the same results up to rounding.
     cfg.MODEL.CHANNELS_LAST = False
 
     # Datasets of the validation loss, which early stopping watches; empty computes none (the figures use TEST).

@@ -30,6 +30,7 @@ from ..modeling import (
     keypoint_losses,
 )
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
+from ..modeling.precision import autocast, check_precision, full_precision
 
 FEATURES = ("c0", "c1", "c2", "c3", "c4")
 
@@ -107,7 +108,8 @@ class KeypointGraph(nn.Module):
         maps, decoded = self.branch([features[name] for name in self.in_features])
         features.update(decoded)
         if not self.training:
-            found = self.decoder(maps, images.image_sizes)
+            with full_precision(images.tensor.device):
+                found = self.decoder(maps, images.image_sizes)
             return [_proposals(size, *f) for size, f in zip(images.image_sizes, found, strict=True)], {}
         boxes = [g.gt_boxes.tensor for g in gt_instances]
         size = images.tensor.shape[2:]
@@ -127,9 +129,16 @@ class MaskHead(SegmentationBranch):
 
     @configurable
     def __init__(
-        self, *, in_features: list[str], in_channels: list[int], widths: list[int], loss_weight: float, threshold: float
+        self,
+        *,
+        in_features: list[str],
+        in_channels: list[int],
+        widths: list[int],
+        pixels_in_flight: int,
+        loss_weight: float,
+        threshold: float,
     ) -> None:
-        super().__init__(in_channels, widths)
+        super().__init__(in_channels, widths, pixels_in_flight)
         self.in_features = in_features
         self.loss_weight = loss_weight
         self.threshold = threshold
@@ -157,6 +166,7 @@ def _mask_head_arguments(cfg: CfgNode, in_features: Sequence[str], in_channels: 
         "in_features": list(in_features),
         "in_channels": in_channels,
         "widths": widths,
+        "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
         "loss_weight": kg.MASK_WEIGHT,
         "threshold": kg.MASK_THRESHOLD,
     }
@@ -226,7 +236,27 @@ def _detections(proposals: Instances) -> Instances:
 
 @META_ARCH_REGISTRY.register()
 class KGInstanceSegmentation(GeneralizedRCNN):
-    """Generalised R-CNN whose masks may be crops of any size."""
+    """Generalised R-CNN whose masks may be crops of any size.
+
+    Args:
+        precision: of the convolutions in evaluation: "float32", "bfloat16" or "float16".
+        compiled: let `torch.compile` compile the backbone and the keypoint branch.
+        **parts: those of `GeneralizedRCNN`.
+    """
+
+    @configurable
+    def __init__(self, *, precision: str = "float32", compiled: bool = False, **parts: object) -> None:
+        super().__init__(**parts)
+        self.precision = check_precision(precision)
+        if compiled:
+            for part in (self.backbone, getattr(self.proposal_generator, "branch", None)):
+                if part is not None:
+                    part.compile()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        kg = cfg.MODEL.KEYPOINT_GRAPH
+        return super().from_config(cfg) | {"precision": kg.PRECISION, "compiled": kg.COMPILED}
 
     def inference(
         self,
@@ -235,7 +265,8 @@ class KGInstanceSegmentation(GeneralizedRCNN):
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
         """As in `GeneralizedRCNN`; ``pred_masks`` are `MaskCrops` in the frame of each output image."""
-        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        with autocast(self.precision, self.device):
+            results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
         processed = []
@@ -293,6 +324,7 @@ class ModelDescription:
                 "hops": kg.HOPS,
                 "corner_and_centre": kg.CORNER_AND_CENTRE,
                 "nms_threshold": kg.NMS_THRESHOLD,
+                "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
                 "mask_threshold": kg.MASK_THRESHOLD,
                 "pixel_mean": list(model.PIXEL_MEAN),
                 "pixel_std": list(model.PIXEL_STD),

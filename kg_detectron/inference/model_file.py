@@ -53,12 +53,20 @@ def save_model(model: KeypointGraphNet, path: str | Path, *, half: bool = False)
             torch.save({"model": state, DESCRIPTION_KEY: description}, unfinished)
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> KeypointGraphNet:
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    precision: str = "float32",
+    channels_last: bool = False,
+    compiled: bool = False,
+) -> KeypointGraphNet:
     """Load a model for prediction, from `save_model` or from a checkpoint that `tools/train_net.py` wrote.
 
     Args:
         path: the file; it is read as data only (``.safetensors``, or else ``weights_only``).
         device: where the model goes.
+        precision, channels_last, compiled: how it runs, see `KeypointGraphNet.accelerate`.
 
     Returns:
         The network, in evaluation mode.
@@ -66,7 +74,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
     Raises:
         FileNotFoundError: where there is no file.
         ValueError: for a file that is no checkpoint, that describes no keypoint-graph network, or whose weights do not
-            fit its description.
+            fit its description; for another precision.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no model file {path}")
@@ -85,7 +93,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
         model.load_state_dict(_own_names(checkpoint["model"]))
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
-    return model.eval().to(device)
+    return model.eval().to(device).accelerate(precision, channels_last, compiled)
 
 
 def _read_safetensors(path: str | Path) -> dict:

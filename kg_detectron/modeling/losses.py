@@ -1,6 +1,5 @@
 """Losses of the keypoint branch and of the masks."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -55,14 +54,14 @@ def keypoint_losses(
     }
 
 
-def mask_loss(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
+def mask_loss(logits: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
     """Binary cross entropy of mask crops: mean over the pixels of a crop, then over the crops.
 
     Args:
-        logits: M tensors (h,w), each of its own size; must be connected to the network for M = 0 by the caller.
-        targets: M tensors (h,w), bool or 0..1.
+        logits: (P,), the pixels of M crops, one crop after another.
+        targets: (P,), bool or 0..1.
+        areas: (M,) int64, pixels of each crop, M > 0.
     """
-    pixels = torch.cat([crop.flatten() for crop in logits]).float()
-    truth = torch.cat([crop.flatten() for crop in targets]).to(pixels)
-    weight = torch.cat([pixels.new_full((crop.numel(),), 1 / crop.numel()) for crop in logits])
-    return binary_cross_entropy_with_logits(pixels, truth, weight, reduction="sum") / len(logits)
+    areas = areas.to(logits.device)
+    weight = (1 / areas).repeat_interleave(areas, output_size=len(logits))
+    return binary_cross_entropy_with_logits(logits.float(), targets.float(), weight, reduction="sum") / len(areas)

@@ -1,18 +1,36 @@
 """Segmentation branch: cut every cell out of the feature maps and segment it there (paper, figure 1b, section 2.2).
 
-Crops have the box's own size, so a batch holds crops of different sizes: each is padded to the largest of its group,
-and what lies outside a crop is kept at zero wherever a convolution could see it. The result equals that of each alone.
+Crops have the box's own size, so a batch holds crops of different sizes: those of like size are padded to one, and what
+lies outside a crop is kept at zero wherever a convolution could see it. The result equals that of each crop alone.
+
+Letters: N images, L maps, R boxes, C channels; B crops of one group; P pixels, those of many crops one after another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch.nn.functional import interpolate, linear, pad
+from torch.utils.checkpoint import checkpoint
 
 from ..masks import MaskCrops
 from .keypoint_branch import UpCombine, convolution
 from .losses import mask_loss
+
+# A crop with a longer side goes alone: the matrices that resize many at once grow with the square of the side.
+LARGEST_IN_COMPANY = 128
+
+
+class Group(NamedTuple):
+    """Crops of like size, padded to one size."""
+
+    members: Tensor  # [B] int64 on the CPU, which of the boxes
+    shapes: list[tuple[int, int]]  # (h, w) at strides 1, 2, ..., as deep as these crops reach
+
+    def pixels(self, level: int = 0) -> int:
+        height, width = self.shapes[level]
+        return len(self.members) * height * width
 
 
 class SegmentationBranch(nn.Module):
@@ -23,19 +41,25 @@ class SegmentationBranch(nn.Module):
     Args:
         in_channels: channels of the L maps.
         widths: channels of the results at the first L - 1 maps (one number where L is 1).
-        pixels_in_flight: pixels of padded crops that go through the branch together; bounds the memory.
+        pixels_in_flight: pixels of padded crops that go through the branch together. It bounds the memory, in training
+            too: where there are several flights, each is computed again for its gradients. A larger crop goes alone.
+
+    Raises:
+        ValueError: for widths that do not fit, or a number of pixels that is not positive.
     """
 
     def __init__(
         self,
         in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
         widths: Sequence[int] = (64, 64, 256, 512),
-        pixels_in_flight: int = 2**21,
+        pixels_in_flight: int = 2**19,
     ) -> None:
         super().__init__()
         expected = max(1, len(in_channels) - 1)
         if len(widths) != expected:
             raise ValueError(f"widths: expected {expected} for {len(in_channels)} maps, got {tuple(widths)}")
+        if pixels_in_flight < 1:
+            raise ValueError(f"pixels_in_flight: expected a positive number, got {pixels_in_flight}")
         self.pixels_in_flight = pixels_in_flight
         deep = (*widths[1:], in_channels[-1])
         self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels[:-1], widths, strict=False))
@@ -60,27 +84,10 @@ class SegmentationBranch(nn.Module):
             The mask logits of all boxes, image after image: tensors (h,w) of the box's own size; and the places of
             these crops, (R,4) int64 xyxy on the CPU.
         """
-        image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
-        windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
-        tables = [f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features]
-        logits: list[Tensor | None] = [None] * len(image)
-        for flight in self._flights(windows):
-            # One look-up per map for all groups: its gradient is as large as the map.
-            crops: list[list[Tensor]] = [[] for _ in flight]
-            for level, (table, feature) in enumerate(zip(tables, features, strict=True)):
-                deep = [g for g, (_, depth) in enumerate(flight) if depth > level]
-                index = [
-                    _crop_index(image[m], windows[level, m], feature.shape[2:]) for m in (flight[g][0] for g in deep)
-                ]
-                for g, crop in zip(deep, _look_up(table, index), strict=True):
-                    crops[g].append(crop)
-            for (members, depth), own in zip(flight, crops, strict=True):
-                sizes = window_sizes(windows[:depth, members])
-                for m, (height, width), crop in zip(
-                    members.tolist(), sizes[0].tolist(), self._segment(own, sizes), strict=True
-                ):
-                    logits[m] = crop[:height, :width]
-        return logits, windows[0]
+        logits, windows = self._flat_logits(features, boxes)
+        sizes = window_sizes(windows)
+        crops = logits.split(sizes.prod(1).tolist()) if len(sizes) else []
+        return [crop.view(size) for crop, size in zip(crops, sizes.tolist(), strict=True)], windows
 
     def predict_masks(
         self, features: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
@@ -112,47 +119,156 @@ class SegmentationBranch(nn.Module):
         # training needs, and a batch without cells has a loss.
         sides = 2 ** torch.arange(1, len(features) + 1)
         everywhere = torch.stack((sides * 0, sides * 0, sides, sides), dim=1).to(boxes[0])
-        logits, windows = self(features, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
-        zero = 0 * sum(crop.float().mean() for crop in logits[: len(sides)])
-        logits, places = logits[len(sides) :], windows[len(sides) :].tolist()
-        if not logits:
+        logits, windows = self._flat_logits(features, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
+        skipped = int(window_sizes(windows[: len(sides)]).prod(1).sum())
+        zero = 0 * logits[:skipped].float().sum()
+        windows, logits = windows[len(sides) :], logits[skipped:]
+        if not len(windows):
             return zero
-        targets = [
-            mask[y1:y2, x1:x2] for mask, (x1, y1, x2, y2) in zip((m for ms in masks for m in ms), places, strict=True)
-        ]
-        return mask_loss(logits, targets) + zero
+        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1)) + zero
 
-    def _flights(self, windows: Tensor) -> Iterator[list[tuple[Tensor, int]]]:
-        """Groups of crops of like size, and how many maps each uses; a flight has at most `pixels_in_flight` pixels."""
-        sizes = window_sizes(windows)  # [L,R,2]
+    def _flat_logits(self, features: Sequence[Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mask logits of all boxes, the pixels of one after those of another [P]; their places, (R,4) on the CPU."""
+        device = features[0].device
+        image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
+        windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
+        if not len(image):
+            return features[0].new_zeros(0), windows[0]
+        flights = self._flights(window_sizes(windows))
+        several = torch.is_grad_enabled() and len(flights) > 1
+        tables = [f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features]
+        parts, first, width, pixels = [], torch.zeros_like(image), torch.zeros_like(image), 0
+        for flight in flights:
+            members = torch.cat([group.members for group in flight])
+            if _goes_alone(flight[0]):
+                own, segment = int(image[members]), self._segment_alone
+                arguments = [f[own : own + 1] for f in features], windows[:, members[0]], flight[0]
+            else:
+                segment = self._segment_together
+                places = [(image[g.members].to(device), windows[:, g.members].to(device)) for g in flight]
+                arguments = tables, [f.shape[2:] for f in features], flight, places
+            parts.append(checkpoint(segment, *arguments, use_reentrant=False) if several else segment(*arguments))
+            for group in flight:
+                height, width[group.members] = group.shapes[0]
+                first[group.members] = pixels + torch.arange(len(group.members)) * height * group.shapes[0][1]
+                pixels += group.pixels()
+        crop, y, x = crop_pixels(window_sizes(windows[0]), device)
+        return torch.cat(parts)[first.to(device)[crop] + y * width.to(device)[crop] + x], windows[0]
+
+    def _flights(self, sizes: Tensor) -> list[list[Group]]:
+        """Groups of crops of like size [L,R,2], those that reach deepest first.
+
+        A flight has at most `pixels_in_flight` pixels, or is one crop.
+        """
         depth = (sizes >= 2).all(2).cumprod(0).sum(0).clamp(min=1)
+        alone = sizes[0].amax(1) > LARGEST_IN_COMPANY
         bucket = (sizes[0].double().log2() * 2).ceil().long()  # sides within a factor of 1.41
-        keys, group = torch.cat((depth[:, None], bucket), dim=1).unique(dim=0, return_inverse=True)
-        flight, pixels = [], 0
-        for g, key in enumerate(keys):
+        bucket[alone, 0] = -1 - torch.arange(int(alone.sum()))
+        keys, group = torch.cat((-depth[:, None], bucket), dim=1).unique(dim=0, return_inverse=True)
+        flights: list[list[Group]] = []
+        room = 0
+        for g, (negative_depth, *_) in enumerate(keys.tolist()):
             members = (group == g).nonzero()[:, 0]
             largest = int(sizes[0, members].amax(0).prod())
             for part in members.split(max(1, self.pixels_in_flight // largest)):
-                if flight and pixels + len(part) * largest > self.pixels_in_flight:
-                    yield flight
-                    flight, pixels = [], 0
-                flight.append((part, int(key[0])))
-                pixels += len(part) * largest
-        if flight:
-            yield flight
+                shapes = [tuple(shape) for shape in sizes[:-negative_depth, part].amax(1).tolist()]
+                new = Group(part, shapes)
+                if new.pixels() > room or _goes_alone(new):
+                    flights.append([])
+                    room = 0 if _goes_alone(new) else self.pixels_in_flight
+                flights[-1].append(new)
+                room -= new.pixels()
+        return flights
 
-    def _segment(self, crops: list[Tensor], sizes: Tensor) -> Tensor:
-        """Padded crops [B,C,h,w] of each level and their sizes [L,B,2] -> logits [B,h,w]."""
-        deepest = len(crops) - 1
-        result = crops[deepest]
-        if deepest < len(self.starts):
-            result = self.starts[deepest](result)
-        for l in reversed(range(deepest)):
-            deep = _resize_crops(result, sizes[l + 1], sizes[l], crops[l].shape[2:])
-            result = self.steps[l](deep, crops[l])
-        rows, columns = (torch.arange(side) < sizes[0, :, axis, None] for axis, side in enumerate(result.shape[2:]))
-        inside = (rows[:, None, :, None] & columns[:, None, None]).to(result)
-        return self.predict(self.hidden(result * inside) * inside)[:, 0]
+    def _segment_alone(self, features: list[Tensor], windows: Tensor, group: Group) -> Tensor:
+        """One crop [L,4] of maps [1,C,h,w], by the definition -> logits [P]."""
+        crops = [f[:, :, y1:y2, x1:x2] for f, (x1, y1, x2, y2) in zip(features, windows.tolist(), strict=True)][
+            : len(group.shapes)
+        ]
+        result = crops[-1]
+        if len(crops) <= len(self.starts):
+            result = self.starts[len(crops) - 1](result)
+        for step, crop in zip(reversed(self.steps[: len(crops) - 1]), reversed(crops[:-1]), strict=True):
+            result = step(interpolate(result, crop.shape[2:], mode="bilinear", align_corners=False), crop)
+        return self.predict(self.hidden(result)).flatten()
+
+    def _segment_together(
+        self,
+        tables: list[Tensor],
+        shapes: list[tuple[int, int]],
+        flight: list[Group],
+        places: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """The crops of a flight -> logits [P], padding included.
+
+        What works pixel by pixel runs once for the whole flight; resizing and the last convolutions, group by group.
+
+        Args:
+            tables: the L maps, [N*h*w,C].
+            shapes: (h, w) of each map.
+            flight: groups, those that reach deepest first.
+            places: for each group its images [B] and windows [L,B,4], on the device.
+        """
+        pixels = tables[0].new_zeros(0)
+        for level in reversed(range(len(flight[0].shapes))):
+            here = [(g, *place) for g, place in zip(flight, places, strict=True) if len(g.shapes) > level]
+            index = [_crop_index(image, windows[level], g.shapes[level], shapes[level]) for g, image, windows in here]
+            shallow = tables[level].index_select(0, torch.cat(index))
+            rising = [group for group in here if len(group[0].shapes) > level + 1]
+            count = sum(group.pixels(level) for group, _, _ in rising)
+            parts = []
+            if count < len(shallow):
+                parts.append(self._start(level, shallow[count:]))
+            if rising:
+                deep, layer = self._up(level, pixels, rising), self.steps[level].combine[0]
+                of_deep, of_shallow = layer.weight[:, :, 0, 0].split((deep.shape[1], shallow.shape[1]), dim=1)
+                combined = torch.addmm(linear(deep, of_deep, layer.bias), shallow[:count], of_shallow.T)
+                parts.insert(0, combined.relu_())
+            pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
+        logits = []
+        for group, own, (_, windows) in zip(flight, pixels.split([g.pixels() for g in flight]), places, strict=True):
+            inside = _inside(windows[0], group.shapes[0])[:, None].to(own.dtype)
+            crops = own.view(len(group.members), *group.shapes[0], -1).permute(0, 3, 1, 2)
+            logits.append(self.predict(self.hidden(crops * inside) * inside).flatten())
+        return torch.cat(logits)
+
+    def _start(self, level: int, pixels: Tensor) -> Tensor:
+        """Pixels [P,C] of crops whose deepest level this is."""
+        if level == len(self.starts) or isinstance(self.starts[level], nn.Identity):
+            return pixels
+        layer = self.starts[level][0]
+        return linear(pixels, layer.weight[:, :, 0, 0], layer.bias).relu_()
+
+    def _up(self, level: int, pixels: Tensor, groups: list[tuple[Group, Tensor, Tensor]]) -> Tensor:
+        """Crops [P,C] of the next deeper level, resized to this one, conv3x3, ReLU -> [P,C].
+
+        Resizing is linear, and so is the convolution: each of its nine weight matrices is applied before resizing, to a
+        quarter of the pixels, and the resized results are added up, each shifted by its place in the kernel.
+        """
+        layer = self.steps[level].up[0]
+        channels = layer.out_channels
+        counts = [group.pixels(level + 1) for group, _, _ in groups]
+        taps = [
+            linear(pixels, layer.weight[:, :, dy].permute(2, 0, 1).reshape(3 * channels, -1)).split(counts)
+            for dy in range(3)
+        ]
+        # The matrices of all groups at once, in the size of the largest.
+        before, after = (window_sizes(torch.cat([w[l] for _, _, w in groups])) for l in (level + 1, level))
+        rows, columns = (max(max(group.shapes[l]) for group, _, _ in groups) for l in (level, level + 1))
+        vertical, horizontal = (
+            _shifted(_interpolation(before[:, axis], after[:, axis], columns, rows).to(pixels)) for axis in (0, 1)
+        )
+        results, first = [], 0
+        for g, (group, _, _) in enumerate(groups):
+            b, (h, w), (height, width) = len(group.members), group.shapes[level + 1], group.shapes[level]
+            own = slice(first, first + b)
+            first += b
+            up, at, down = (tap[g].view(b, h, w * 3 * channels) for tap in taps)
+            above, level_with, below = (matrix[own, :height, :h] for matrix in vertical.unbind(3))
+            tall = torch.baddbmm(torch.baddbmm(torch.bmm(above, up), level_with, at), below, down)
+            across = horizontal[own, :width, :w].reshape(b, 1, width, w * 3)
+            results.append(torch.matmul(across, tall.view(b, height, w * 3, channels)).view(-1, channels))
+        return torch.cat(results).add_(layer.bias).relu_()
 
 
 def crop_windows(boxes: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -179,45 +295,61 @@ def window_sizes(windows: Tensor) -> Tensor:
     return (windows[..., 2:] - windows[..., :2]).flip(-1)
 
 
-def _crop_index(image: Tensor, windows: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows of the table [N*h*w,C] that padded crops hold, [B,H,W], -1 outside the crop."""
-    height, width = window_sizes(windows).amax(0).tolist()
-    y = windows[:, 1, None] + torch.arange(height)
-    x = windows[:, 0, None] + torch.arange(width)
-    inside = (y < windows[:, 3, None])[:, :, None] & (x < windows[:, 2, None])[:, None]
-    index = (image[:, None, None] * shape[0] + y[:, :, None]) * shape[1] + x[:, None]
-    return torch.where(inside, index, -1)
+def crop_pixels(sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All pixels of crops of sizes [R,2], row by row, one crop after another: crop, y, x [P] int64."""
+    areas = sizes.prod(1)
+    first = (areas.cumsum(0) - areas).to(device)
+    crop = torch.repeat_interleave(torch.arange(len(sizes), device=device), areas.to(device), output_size=areas.sum())
+    place = torch.arange(len(crop), device=device) - first[crop]
+    width = sizes[:, 1].to(device)[crop]
+    return crop, place // width, place % width
 
 
-def _look_up(table: Tensor, index: list[Tensor]) -> list[Tensor]:
-    """Rows of the table [.,C] for each index [B,H,W], as [B,C,H,W]; zero where the index is -1."""
-    if not index:
-        return []
-    flat = torch.cat([i.flatten() for i in index]).to(table.device)
-    rows = embedding(flat.clamp(min=0), table) * (flat >= 0)[:, None]
-    parts = rows.split([i.numel() for i in index])
-    return [part.reshape(*i.shape, -1).permute(0, 3, 1, 2) for part, i in zip(parts, index, strict=True)]
+def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:
+    """Masks, N tensors (M,H,W), inside the windows [R,4] of all cells -> [P]."""
+    pixels = torch.cat([m.flatten() for m in masks])
+    counts = torch.tensor([len(m) for m in masks])
+    height, width = torch.tensor([m.shape[1:] for m in masks]).repeat_interleave(counts, dim=0).unbind(1)
+    first = (height * width).cumsum(0) - height * width + windows[:, 1] * width + windows[:, 0]
+    crop, y, x = crop_pixels(window_sizes(windows), pixels.device)
+    return pixels[first.to(pixels.device)[crop] + y * width.to(pixels.device)[crop] + x]
+
+
+def _goes_alone(group: Group) -> bool:
+    return max(group.shapes[0]) > LARGEST_IN_COMPANY
+
+
+def _crop_index(image: Tensor, windows: Tensor, padded: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Rows of the table [N*h*w,C] that padded crops hold, [B*H*W]; in the padding, some row of the crop."""
+    y, x = (
+        torch.minimum(windows[:, 1 - a, None] + torch.arange(side, device=image.device), windows[:, 3 - a, None] - 1)
+        for a, side in enumerate(padded)
+    )
+    return ((image[:, None, None] * shape[0] + y[:, :, None]) * shape[1] + x[:, None]).flatten()
+
+
+def _inside(windows: Tensor, padded: tuple[int, int]) -> Tensor:
+    """Which pixels of padded crops belong to the crop, [B,H,W] bool."""
+    rows, columns = (
+        torch.arange(side, device=windows.device) < window_sizes(windows)[:, a, None] for a, side in enumerate(padded)
+    )
+    return rows[:, :, None] & columns[:, None]
 
 
 def _interpolation(before: Tensor, after: Tensor, columns: int, rows: int) -> Tensor:
     """Matrices [B,rows,columns] of bilinear resizing (align_corners False) from `before` to `after`; 0 beyond."""
-    source = (torch.arange(rows) + 0.5) * (before / after)[:, None] - 0.5
+    place = torch.arange(rows, device=before.device)
     last = (before - 1)[:, None]
-    source = torch.minimum(source.clamp(min=0), last)
+    source = torch.minimum(((place + 0.5) * (before / after)[:, None] - 0.5).clamp(min=0), last)
     low = source.floor()
     weight = source - low
     low = low.long()
-    matrix = torch.zeros(len(before), rows, columns)
+    matrix = weight.new_zeros(len(before), rows, columns)
     matrix.scatter_add_(2, low[..., None], (1 - weight)[..., None])
     matrix.scatter_add_(2, torch.minimum(low + 1, last)[..., None], weight[..., None])
-    return matrix * (torch.arange(rows) < after[:, None])[..., None]
+    return matrix * (place < after[:, None])[..., None]
 
 
-def _resize_crops(crops: Tensor, before: Tensor, after: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Resize each padded crop [B,C,h,w] bilinearly from its size `before` [B,2] to its size `after`; zero beyond."""
-    b, c, h, w = crops.shape
-    rows = _interpolation(before[:, 0], after[:, 0], h, shape[0]).to(crops)
-    columns = _interpolation(before[:, 1], after[:, 1], w, shape[1]).to(crops)
-    tall = torch.bmm(rows, crops.permute(0, 2, 3, 1).reshape(b, h, w * c))
-    wide = torch.bmm(columns, tall.reshape(b, shape[0], w, c).transpose(1, 2).reshape(b, w, -1))
-    return wide.reshape(b, shape[1], shape[0], c).permute(0, 3, 2, 1)
+def _shifted(matrix: Tensor) -> Tensor:
+    """[B,rows,columns,3] from matrices [B,rows,columns]: rows i - 1, i and i + 1 in the place of row i, 0 beyond."""
+    return pad(matrix, (0, 0, 1, 1)).unfold(1, matrix.shape[1], 1).permute(0, 3, 2, 1).contiguous()

@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from kg_detectron.d2 import add_kg_config
 from kg_detectron.d2.modeling import ModelDescription
 from kg_detectron.inference import load_model
+from kg_detectron.inference.model_file import _own_names
 from kg_detectron.masks import MaskCrops
 from kg_detectron.modeling import KeypointGraphNet
 
@@ -139,6 +140,21 @@ def test_ground_truth_that_is_no_target_still_trains_the_masks():
     assert losses["loss_group_offset"] == 0 and losses["loss_mask"] > 0
     losses = model([inputs[1]])
     assert losses["loss_mask"] == 0 and all(torch.isfinite(v) for v in losses.values())
+
+
+def test_precision_is_that_of_the_core():
+    torch.manual_seed(0)
+    model = build_model(small_config("MODEL.KEYPOINT_GRAPH.PRECISION", "bfloat16")).eval()
+    core = KeypointGraphNet(**ModelDescription.of(small_config()).arguments).eval().accelerate("bfloat16")
+    core.load_state_dict(_own_names(model.state_dict()))
+    inputs = scene()
+    with torch.no_grad():
+        found = model(inputs)[0]["instances"]
+        expected = core([inputs[0]["image"]])[0]
+    scale = torch.tensor([120 / 96, 100 / 64, 120 / 96, 100 / 64])
+    torch.testing.assert_close(found.pred_boxes.tensor, expected["boxes"] * scale)
+    with pytest.raises(ValueError, match="precision"):
+        build_model(small_config("MODEL.KEYPOINT_GRAPH.PRECISION", "half"))
 
 
 def test_unknown_parts_and_keys_are_named():
