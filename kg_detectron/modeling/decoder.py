@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
 
-from ..layers import find_peaks, gather_displacements, graphs_to_boxes, group_peaks, hough_vote, smooth_votes
+from ..layers import find_peaks, gather_displacements, graphs_to_boxes, group_peaks, hough_vote, nms, smooth_votes
 from .keypoint_branch import KeypointMaps
 
 
@@ -93,6 +92,8 @@ class KeypointDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
 
+        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image.
+
         Args:
             peaks: of N images and all scales, in the order of `find_peaks`.
             sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
@@ -104,15 +105,16 @@ class KeypointDecoder(nn.Module):
         graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
         corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
         group = group[graph]
-        scale, image = group // len(sizes), group % len(sizes)
-        boxes = (corners + 0.5) * corners.new_tensor(strides)[scale, None] - 0.5
-        boxes[:, 2:] += 1
-        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([[w, h, w, h] for h, w in sizes])[image])
+        # What depends on the group travels to the device as one table.
+        table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
+        stride, limit = table.to(corners.device, non_blocking=True)[group].split((1, 4), dim=1)
+        first, last = ((corners + 0.5) * stride - 0.5).split(2, dim=1)
+        boxes = torch.cat((first, last + 1), dim=1).clamp(min=0).minimum(limit)
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # corners may cross where a graph mixes two cells
         # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
         found = []
         for i in range(len(sizes)):
-            own = real & (image == i)
-            keep = nms(boxes[own], scores[own], self.nms_threshold)
-            found.append((boxes[own][keep], scores[own][keep]))
+            own = (real & (group % len(sizes) == i)).nonzero()[:, 0]
+            own = own[nms(boxes[own], scores[own], self.nms_threshold)]
+            found.append((boxes[own], scores[own]))
         return found
