@@ -2,5 +2,6 @@
 
 from .model_file import load_model, save_model
 from .predictor import predict
+from .tiling import predict_tiled
 
-__all__ = ["load_model", "predict", "save_model"]
+__all__ = ["load_model", "predict", "predict_tiled", "save_model"]
