@@ -138,7 +138,7 @@ def predict_tiled(
     strides = [heads.stride for heads in model.keypoint_branch.heads.values()]
     ((boxes, scores),) = model.decoder.assemble(_joined(found), [image.shape[:2]], strides)
 
-    longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    longest = (boxes[:, 2:] - boxes[:, :2]).amax(1).cpu()
     fits = longest <= tile + overlap
     if not fits.all():
         left_out = len(fits) - int(fits.sum())
