@@ -169,7 +169,7 @@ def test_after_an_error_the_lost_stretch_is_done_again_and_logged_once(uninterru
 
 
 def test_killed_and_resumed_is_the_whole_run(uninterrupted, tmp_path):
-    cfg = config("kg_synthetic", tmp_path / "run", "SOLVER.CHECKPOINT_PERIOD", 1)
+    cfg = config("kg_synthetic", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
         "t.register_cells('resume_train', *sys.argv[2:4]); t.register_cells('resume_val', *sys.argv[4:6]);"
@@ -184,7 +184,7 @@ def test_killed_and_resumed_is_the_whole_run(uninterrupted, tmp_path):
         process.kill()
     assert process.returncode == -signal.SIGKILL
     train(cfg, resume=True)
-    assert_same(checkpoint(uninterrupted["kg_synthetic"]), checkpoint(tmp_path / "run"))
+    assert_same(checkpoint(uninterrupted["kg_synthetic"]), checkpoint(tmp_path))
 
 
 def test_a_new_run_in_the_folder_of_another_is_not_mixed_with_it(tmp_path):
