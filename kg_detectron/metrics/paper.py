@@ -1,42 +1,11 @@
-"""Scores of instance segmentation, from boxes and run-length encoded masks. NumPy and pycocotools only.
-
-Letters: M ground truths and D detections of one image, T thresholds. A box is four numbers (x1, y1, x2, y2) of area
-(x2 - x1) * (y2 - y1), in any frame, as long as ground truths and detections share it; y before x does as well. A mask
-is a compressed COCO run-length encoding: ``{"size": [height, width], "counts": str or bytes}``.
-
-Here AP is the area under a precision-recall curve. Others give the name to TP / (TP + FP + FN), another figure.
-"""
+"""Average precision and mean IoU as the paper defines them (section 3). Letters as in the package."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pycocotools import mask as coco_mask
 
-RLE = dict  # {"size": [height, width], "counts": str or bytes}
-
-
-def box_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union of every box with every other, (D,4) and (M,4) -> (D,M); 0 where both have no area."""
-    boxes, others = _as_boxes("boxes", boxes), _as_boxes("others", others)
-    intersection = _box_intersection(boxes, others)
-    union = _box_area(boxes)[:, None] + _box_area(others)[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
-def mask_iou(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]:
-    """Intersection over union of every mask with every other, D and M masks -> (D,M); 0 where both are empty.
-
-    Raises ValueError for a mask that is not a compressed encoding, and for masks of different sizes.
-    """
-    _check_masks("masks", masks)
-    _check_masks("others", others)
-    sizes = {tuple(mask["size"]) for mask in (*masks, *others)}
-    if len(sizes) > 1:
-        raise ValueError(f"masks of one image must have one size (height, width), got {sorted(sizes)}")
-    if not masks or not others:  # pycocotools answers with a list here
-        return np.zeros((len(masks), len(others)))
-    return coco_mask.iou(list(masks), list(others), [0] * len(others))
+from .overlap import RLE, box_intersection, box_iou, checked_image, mask_iou
 
 
 def average_precision(scores: ArrayLike, hits: ArrayLike, positives: int) -> float:
@@ -100,22 +69,10 @@ class PaperMetrics:
             ValueError: wrong shapes, different lengths, boxes that are not finite or end before they begin, scores that
                 are negative or not finite, masks of different sizes. Nothing is added then.
         """
-        gt_boxes, boxes = _as_boxes("gt_boxes", gt_boxes), _as_boxes("boxes", boxes)
-        scores = _as_scores(scores)
-        for name, values, of, count in (
-            ("gt_masks", gt_masks, "gt_boxes", len(gt_boxes)),
-            ("scores", scores, "boxes", len(boxes)),
-            ("masks", masks, "boxes", len(boxes)),
-        ):
-            if len(values) != count:
-                raise ValueError(f"{name} and {of} must have one length, got {len(values)} and {count}")
-
-        _check_masks("gt_masks", gt_masks)
-        _check_masks("masks", masks)
-
+        gt_boxes, boxes, scores = checked_image(gt_boxes, gt_masks, boxes, scores, masks)
         order = np.argsort(-scores, kind="stable")
         boxes, scores, masks = boxes[order], scores[order], [masks[i] for i in order]
-        mask_overlap = np.where(_box_intersection(boxes, gt_boxes) > 0, mask_iou(masks, gt_masks), 0.0)
+        mask_overlap = np.where(box_intersection(boxes, gt_boxes) > 0, mask_iou(masks, gt_masks), 0.0)
 
         self._positives += len(gt_boxes)
         self._scores.append(scores)
@@ -153,50 +110,3 @@ class PaperMetrics:
             _, first = np.unique(best[candidates], return_index=True)  # the highest score that claims a ground truth
             hits[t, candidates[first]] = True
         return hits
-
-
-def _as_boxes(name: str, boxes: ArrayLike) -> NDArray[np.float64]:
-    boxes = np.asarray(boxes, dtype=np.float64)
-    if boxes.size == 0:
-        return np.zeros((0, 4))
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"{name} must have the shape (number, 4), got {boxes.shape}")
-    wrong = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(
-            f"{name} must be finite, with x2 >= x1 and y2 >= y1; number {first} is {boxes[first].tolist()}"
-        )
-    return boxes
-
-
-def _as_scores(scores: ArrayLike) -> NDArray[np.float64]:
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 1:
-        raise ValueError(f"scores must have the shape (number,), got {scores.shape}")
-    wrong = ~(np.isfinite(scores) & (scores >= 0))
-    if wrong.any():
-        first = int(wrong.argmax())
-        raise ValueError(f"scores must be finite and at least 0; number {first} is {scores[first]}")
-    return scores
-
-
-def _check_masks(name: str, masks: Sequence[RLE]) -> None:
-    for i, mask in enumerate(masks):
-        encoded = isinstance(mask, dict) and isinstance(mask.get("counts"), str | bytes)
-        if not encoded or len(mask.get("size", ())) != 2:
-            raise ValueError(
-                f"{name} must be compressed run-length encodings, dicts of size (height, width) and counts (str or"
-                f" bytes); number {i} is {str(mask)[:80]}"
-            )
-
-
-def _box_area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def _box_intersection(boxes: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Area shared by every box with every other, (D,4) and (M,4) -> (D,M)."""
-    upper = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    lower = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    return np.clip(upper - lower, 0, None).prod(axis=2)

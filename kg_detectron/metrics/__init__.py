@@ -1,0 +1,31 @@
+"""Scores of instance segmentation, from boxes and run-length encoded masks. NumPy, SciPy and pycocotools only.
+
+Letters: M ground truths and D detections of one image, T thresholds. A box is four numbers (x1, y1, x2, y2) of area
+(x2 - x1) * (y2 - y1), in any frame, as long as ground truths and detections share it; y before x does as well. A mask
+is a compressed COCO run-length encoding: ``{"size": [height, width], "counts": str or bytes}``.
+
+Here AP is the area under a precision-recall curve. Others give the name to TP / (TP + FP + FN), which is ``accuracy``
+here for all images together, and the DSB score as a mean over images.
+
+Every class of metrics takes one image at a time by ``update`` and gives the figures of all of them by ``compute``:
+fractions of 0..1, nan where a figure is not defined.
+"""
+
+from .area import AreaMetrics
+from .coco import CocoMetrics
+from .matching import DSB_IOUS, MatchingMetrics, match
+from .overlap import RLE, box_iou, mask_iou
+from .paper import PaperMetrics, average_precision
+
+__all__ = [
+    "DSB_IOUS",
+    "RLE",
+    "AreaMetrics",
+    "CocoMetrics",
+    "MatchingMetrics",
+    "PaperMetrics",
+    "average_precision",
+    "box_iou",
+    "mask_iou",
+    "match",
+]
