@@ -8,12 +8,14 @@ Runs the keypoint-graph model and Mask R-CNN alike, on one or several GPUs or ma
 A run depends on its config and `SEED` alone (on the CPU; GPUs round differently from run to run). Without one, a seed
 is drawn and written to `OUTPUT_DIR/config.yaml`. Interrupted in any way and resumed, a run ends as it would have
 without. SIGINT and SIGTERM end the iteration, save and exit with 130 and 143; a second one ends at once.
+
+All datasets are checked before the training, and every fault is named; `--skip-bad` goes on without what is bad.
 """
 
 import contextlib
 import os
 import weakref
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from kg_detectron.d2.evaluation import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
 from kg_detectron.d2.modeling import ModelDescription
 from kg_detectron.d2.solver import build_lr_scheduler
+from kg_detectron.d2.soundness import check_datasets
 from kg_detectron.d2.writers import build_writers
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
@@ -166,6 +169,8 @@ def setup(args: Namespace) -> CfgNode:
 def main(args: Namespace) -> None:
     cfg = setup(args)
     if not args.eval_only:
+        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION, *cfg.DATASETS.TEST]
+        check_datasets(names, args.skip_bad, Path(cfg.OUTPUT_DIR, "without_bad"))
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
@@ -178,8 +183,16 @@ def main(args: Namespace) -> None:
     comm.synchronize()
 
 
+def build_parser() -> ArgumentParser:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="train without the images and cells that the check finds faulty"
+    )
+    return parser
+
+
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    arguments = build_parser().parse_args()
     launch(
         main,
         arguments.num_gpus,

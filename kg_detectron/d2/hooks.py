@@ -24,6 +24,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
 
 from .sampler import EndlessSampler
 from .seeds import seed_iteration
@@ -75,11 +76,18 @@ class FiniteLosses(HookBase):
     The FloatingPointError names the iteration, the losses and the images (``file_name``) of this process's batch.
     """
 
+    def __init__(self) -> None:
+        self._handle: RemovableHandle | None = None
+
     def before_step(self) -> None:
         self._handle = self.trainer.model.register_forward_hook(self._check)
 
     def after_step(self) -> None:
         self._handle.remove()
+
+    def after_train(self) -> None:
+        if self._handle is not None:  # of an iteration that did not come to its end
+            self._handle.remove()
 
     def _check(self, model: nn.Module, inputs: tuple[list[dict[str, Any]]], losses: dict[str, torch.Tensor]) -> None:
         # Together, so that a GPU is waited for once.

@@ -1,10 +1,11 @@
 """What a training writes about itself: the terminal, metrics.json and TensorBoard."""
 
 import json
-import os
 from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+
+from ..io.files import replacing
 
 
 def build_writers(output_dir: str | Path, first_iteration: int, max_iter: int) -> list[EventWriter]:
@@ -34,6 +35,5 @@ def drop_iterations(metrics: Path, first: int) -> None:
             return False
 
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = metrics.with_name(".metrics.unfinished")
-    kept.write_text("".join(line for line in lines if stays(line)), encoding="utf-8")
-    os.replace(kept, metrics)
+    with replacing(metrics) as kept:
+        kept.write_text("".join(line for line in lines if stays(line)), encoding="utf-8")
