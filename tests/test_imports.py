@@ -28,8 +28,10 @@ MAY_IMPORT = {
     "metrics": FOUNDATION,
     "io": FOUNDATION | {"drawing"},
     "synthetic": FOUNDATION,
+    "evaluation": FOUNDATION | {"metrics", "io"},
+    "doctor": set(),
     "inference": INFERENCE,
-    "cli": INFERENCE | {"inference"},
+    "cli": INFERENCE | {"inference", "evaluation", "doctor"},
     "d2": INFERENCE | {"inference"},
     "__init__": INFERENCE | {"inference"},
 }

@@ -1,6 +1,7 @@
 """The check of datasets before a training: all that is wrong is found at once, not one error a day."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,12 +26,12 @@ _OF_IMAGES = {fault.UNREADABLE, fault.SIZE, fault.MISSING_IMAGE}
 def check_datasets(names: Iterable[str], skip_bad: bool, folder: str | Path) -> None:
     """Check registered datasets of cells, every image and annotation; others are left alone.
 
-    Every fault is logged. Images are decoded, which takes about ten seconds for 500 of 512 x 512 pixels.
+    Every fault is logged. Images are decoded, in about ten seconds of one core for 500 like those of DSB2018.
 
     Args:
         names: in Detectron2's DatasetCatalog.
         skip_bad: go on without bad images (with all their cells) and bad annotations: a copy of the annotations without
-            them is written to ``folder`` as ``NAME.json``, and the name is registered anew with that.
+            them is written to ``folder``, and the name is registered anew with that.
         folder: for the copies; made where needed.
 
     Raises:
@@ -71,7 +72,7 @@ def _check(names: list[str], skip_bad: bool, folder: Path) -> dict[str, str]:
         kinds = ", ".join(f"{kind} ({number})" for kind, number in Counter(each.kind for each in bad).most_common())
         summaries.append(f"{name}: {kinds}")
         if skip_bad:
-            copy = folder / f"{name}.json"
+            copy = folder / (re.sub(r"[^\w-]", "_", name.removesuffix(".json")) + ".json")  # names may be paths
             left_out = _write_sound_part(metadata.json_file, metadata.image_root, bad, copy)
             logger.warning("%s: going on without %s; what is left is %s", name, left_out, copy)
             copies[name] = str(copy)

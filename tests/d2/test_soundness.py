@@ -14,7 +14,7 @@ from kg_detectron.d2 import register_cells
 from kg_detectron.d2.soundness import check_datasets
 from kg_detectron.io.coco import coco_annotation
 
-NAME = "cells_of_the_soundness_tests"
+NAME = "/cells/of_the_soundness_tests.json"  # datasets may be named by a file
 SIDE = 32
 
 
@@ -91,6 +91,7 @@ def test_going_on_without_what_is_bad(content, register, tmp_path, caplog):
         [[4, 20, 8, 8]],
     ]
     # What the COCO evaluator will read is the same set.
+    assert MetadataCatalog.get(NAME).json_file == str(tmp_path / "sound" / "_cells_of_the_soundness_tests.json")
     truth = COCO(MetadataCatalog.get(NAME).json_file)
     assert truth.getImgIds() == [3, 4] and truth.getCatIds() == [7]
     assert sorted((a["image_id"], a["iscrowd"]) for a in truth.anns.values()) == [(3, 0), (3, 0), (4, 1)]
