@@ -4,12 +4,20 @@
 Runs the keypoint-graph model and Mask R-CNN alike, on one or several GPUs or machines, or on the CPU
 (`MODEL.DEVICE cpu`). `--eval-only` evaluates `MODEL.WEIGHTS`, `--resume` continues from the last checkpoint of
 `OUTPUT_DIR`, and further `KEY VALUE` pairs override the config.
+
+A run depends on its config and `SEED` alone (on the CPU; GPUs round differently from run to run). Without one, a seed
+is drawn and written to `OUTPUT_DIR/config.yaml`. Interrupted in any way and resumed, a run ends as it would have
+without. SIGINT and SIGTERM end the iteration, save and exit with 130 and 143; a second one ends at once.
+
+All datasets are checked before the training, and every fault is named; `--skip-bad` goes on without what is bad.
 """
 
 import contextlib
 import os
-from argparse import Namespace
+import weakref
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -19,28 +27,26 @@ from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser,
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from kg_detectron.d2 import CellMapper, add_kg_config, register_files
+from kg_detectron.d2.checkpoint import WholeCheckpointer
 from kg_detectron.d2.data import build_train_loader, build_validation_loader
 from kg_detectron.d2.evaluation import build_evaluators
-from kg_detectron.d2.hooks import EarlyStopping, StopTraining, ValidationLoss
+from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
 from kg_detectron.d2.modeling import ModelDescription
 from kg_detectron.d2.solver import build_lr_scheduler
+from kg_detectron.d2.soundness import check_datasets
+from kg_detectron.d2.writers import build_writers
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
 CHECKPOINTS_TO_KEEP = 2
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with the data, optimiser, evaluation and early stopping of this project."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__(cfg)
-        description = ModelDescription.of(cfg)
-        if description is not None:
-            self.checkpointer.add_checkpointable(ModelDescription.KEY, description)
+    """Detectron2's trainer with the data, optimiser, evaluation, checkpoints and hooks of this project."""
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -81,25 +87,54 @@ class Trainer(DefaultTrainer):
         return build_lr_scheduler(cfg, optimizer)
 
     def build_hooks(self) -> list[HookBase]:
-        cfg, default = self.cfg, super().build_hooks()
+        cfg = self.cfg
+        # Detectron2's __init__ has just made its own checkpointer, and asks for the hooks, which take ours.
+        self.checkpointer = WholeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        description = ModelDescription.of(cfg)
+        if description is not None:
+            self.checkpointer.add_checkpointable(ModelDescription.KEY, description)
+        default = [hook for hook in super().build_hooks() if hook is not None]
         for hook in default:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = CHECKPOINTS_TO_KEEP
-        if not cfg.DATASETS.VALIDATION:
-            return default
-        stop = cfg.SOLVER.EARLY_STOPPING
-        # After the timer and the schedule, before the checkpoints, which hold the state of these.
-        place = 1 + next(i for i, hook in enumerate(default) if isinstance(hook, hooks.LRScheduler))
+        validation = []
+        if cfg.DATASETS.VALIDATION:
+            stop = cfg.SOLVER.EARLY_STOPPING
+            validation = [
+                ValidationLoss(cfg.TEST.EVAL_PERIOD, lambda: build_validation_loader(cfg)),
+                EarlyStopping(self.checkpointer, patience=stop.PATIENCE, min_delta=stop.MIN_DELTA),
+            ]
+        kinds = [type(hook) for hook in default]
+        stepped, evaluation = kinds.index(hooks.LRScheduler) + 1, kinds.index(hooks.EvalHook)
         return [
-            *default[:place],
-            ValidationLoss(cfg.TEST.EVAL_PERIOD, lambda: build_validation_loader(cfg)),
-            EarlyStopping(self.checkpointer, patience=stop.PATIENCE, min_delta=stop.MIN_DELTA),
-            *default[place:],
+            Seeding(self.data_loader.sampler, cfg.SOLVER.IMS_PER_BATCH),
+            FiniteLosses(),
+            *default[:stepped],
+            *validation,
+            *default[stepped:evaluation],
+            StopOnSignal(self.checkpointer),
+            *default[evaluation:],
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        return []  # Detectron2 asks before it is known where a resumed run begins; `train` adds them
+
     def train(self) -> None:
+        if comm.is_main_process():
+            if not self.start_iter:
+                self.checkpointer.forget_last_checkpoint()
+            writers = build_writers(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+            self.register_hooks([hooks.PeriodicWriter(writers, period=20)])
         with contextlib.suppress(StopTraining):
             super().train()
+
+
+def run_seed(cfg: CfgNode, resume: bool) -> int:
+    """``cfg.SEED``, or that of the run that is resumed, or, where both say -1, one drawn for all processes."""
+    seed, earlier = cfg.SEED, Path(cfg.OUTPUT_DIR, "config.yaml")
+    if seed < 0 and resume and earlier.is_file():
+        seed = CfgNode.load_yaml_with_base(str(earlier), allow_unsafe=False).get("SEED", -1)
+    return comm.shared_random_seed() if seed < 0 else seed
 
 
 def setup(args: Namespace) -> CfgNode:
@@ -114,6 +149,7 @@ def setup(args: Namespace) -> CfgNode:
     cfg.merge_from_list(args.opts)
     if args.eval_only or args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the checkpoint has them: nothing need be downloaded
+    cfg.SEED = run_seed(cfg, args.resume)
     cfg.freeze()
     for key in ("TRAIN", "VALIDATION", "TEST"):
         register_files(cfg.DATASETS[key])
@@ -136,6 +172,8 @@ def setup(args: Namespace) -> CfgNode:
 def main(args: Namespace) -> None:
     cfg = setup(args)
     if not args.eval_only:
+        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION, *cfg.DATASETS.TEST]
+        check_datasets(names, args.skip_bad, Path(cfg.OUTPUT_DIR, "without_bad"))
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
@@ -148,8 +186,16 @@ def main(args: Namespace) -> None:
     comm.synchronize()
 
 
+def build_parser() -> ArgumentParser:
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="train without the images and cells that the check finds faulty"
+    )
+    return parser
+
+
 if __name__ == "__main__":
-    arguments = default_argument_parser().parse_args()
+    arguments = build_parser().parse_args()
     launch(
         main,
         arguments.num_gpus,

@@ -1,12 +1,14 @@
 """Cell datasets for Detectron2: registration, the paper's augmentations and the mapper.
 
 H, W are the sides of an image or of the network input, pixels; N counts cells. Boxes are xyxy in continuous coordinates
-(the last pixel + 1). All randomness comes from NumPy's global generator, the one that Detectron2 seeds in its workers.
+(the last pixel + 1). All randomness comes from NumPy's global generator, which `SampleDataset` seeds for every sample.
 """
 
 import functools
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,18 +17,23 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetCatalog,
+    DatasetFromList,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from detectron2.utils import comm
 from scipy import ndimage
+from torch.utils.data import DataLoader
 
 from kg_detectron.io.coco import decode_runs, load_coco
 from kg_detectron.io.images import read_image
 from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.resize import resize_image, resize_labels
+
+from .sampler import EndlessSampler, SampleDataset
 
 logger = logging.getLogger(__name__)
 
@@ -410,10 +417,54 @@ class CellMapper:
 # Loaders
 
 
-def build_train_loader(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
-    """Endless batches of augmented images of ``cfg.DATASETS.TRAIN``; ``cfg.SEED`` >= 0 fixes the augmentations too."""
-    seed = cfg.SEED if cfg.SEED >= 0 else None
-    return build_detection_train_loader(cfg, mapper=CellMapper(cfg, is_train=True), seed=seed)
+def build_train_loader(cfg: CfgNode) -> DataLoader:
+    """Endless batches of augmented images of ``cfg.DATASETS.TRAIN``, the same under one ``cfg.SEED`` (0 or more).
+
+    Which image comes when, and how it is augmented, depends on the seed and the number of samples before it alone, not
+    on ``cfg.DATALOADER.NUM_WORKERS``. ``.sampler`` is an `EndlessSampler`; set its ``start`` before the first batch to
+    go on with a run.
+
+    Errors: a ValueError where the batch does not divide among the processes, and for what would make the samples depend
+    on more than their place: other samplers than TrainingSampler, grouping by aspect ratio (needless here, for all
+    images get one size).
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(f"DATALOADER.SAMPLER_TRAIN must be TrainingSampler, got {cfg.DATALOADER.SAMPLER_TRAIN!r}")
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        raise ValueError("DATALOADER.ASPECT_RATIO_GROUPING must be False: all images are resized to INPUT.SIZE")
+    rank, processes, batch = comm.get_rank(), comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
+    if batch < 1 or batch % processes:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH must be a positive multiple of the {processes} processes, got {batch}")
+    names = list(cfg.DATASETS.TRAIN)
+    records = get_detection_dataset_dicts(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    return DataLoader(
+        # A list that worker processes share, instead of a copy for each.
+        SampleDataset(DatasetFromList(records, copy=False), CellMapper(cfg, is_train=True)),
+        sampler=EndlessSampler(len(records), cfg.SEED, rank=rank, world_size=processes),
+        batch_size=batch // processes,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+        worker_init_fn=_leave_signals_to_main_process,
+        # The loader draws a number for its workers, which nobody uses; without this, from the training's generator.
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ctrl-C and schedulers signal all processes; the main one then ends its iteration, and needs its workers for that.
+
+    A SIGTERM of the main process itself, which ends its workers so at its exit, still ends this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def build_validation_loader(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:

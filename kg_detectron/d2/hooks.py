@@ -1,14 +1,18 @@
-"""Training hooks: the validation loss, and early stopping on it.
+"""Training hooks: seeding, losses that are not finite, the validation loss and early stopping on it, signals.
 
-Register `ValidationLoss`, then `EarlyStopping`, among Detectron2's hooks: after `IterationTimer` and `LRScheduler`, so
-that the step's time leaves out the validation and the checkpoints made here hold the stepped schedule; before
-`PeriodicCheckpointer` and `EvalHook`, so that those see the state and the end of the training.
+Register them among Detectron2's: `Seeding` and `FiniteLosses` first. `ValidationLoss`, then `EarlyStopping`, after
+`IterationTimer` and `LRScheduler`, so that the step's time leaves out the validation and the checkpoints made here hold
+the stepped schedule; before `PeriodicCheckpointer` and `EvalHook`, so that those see the state and the end of the
+training. `StopOnSignal` between these two: the last checkpoint of all is made before it, evaluation can wait.
 """
 
 import contextlib
 import logging
+import os
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+from .sampler import EndlessSampler
+from .seeds import seed_iteration
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,67 @@ class StopTraining(BaseException):
     Not an `Exception`, like KeyboardInterrupt: Detectron2's loop logs those as failures with a traceback. The hooks'
     `after_train` runs in either case.
     """
+
+
+class Seeding(HookBase):
+    """Seed every iteration, and keep the run's seed and its place among the samples in the checkpoints.
+
+    The randomness of an iteration depends on the seed, its number and the process alone. With `EndlessSampler` a
+    resumed run is therefore the run that was interrupted, on any number of workers.
+
+    Args:
+        sampler: of the training's loader; its seed is the run's. When a checkpoint is loaded, both follow it.
+        batch_size: samples an iteration, over all processes.
+    """
+
+    def __init__(self, sampler: EndlessSampler, batch_size: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+
+    def before_step(self) -> None:
+        seed_iteration(self.sampler.seed, self.trainer.iter, comm.get_rank())
+
+    def state_dict(self) -> dict[str, int]:
+        """After an iteration: where the next one begins."""
+        done = self.trainer.iter + 1 - self.trainer.start_iter
+        return {"seed": self.sampler.seed, "samples": self.sampler.start + done * self.batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["seed"] != self.sampler.seed:
+            logger.warning("SEED: the resumed run keeps its own, %d, not %d", state["seed"], self.sampler.seed)
+        self.sampler.seed = state["seed"]
+        self.sampler.start = state["samples"]
+
+
+class FiniteLosses(HookBase):
+    """Stop at a loss that is infinite or not a number, before it reaches the weights.
+
+    The FloatingPointError names the iteration, the losses and the images (``file_name``) of this process's batch.
+    """
+
+    def __init__(self) -> None:
+        self._handle: RemovableHandle | None = None
+
+    def before_step(self) -> None:
+        self._handle = self.trainer.model.register_forward_hook(self._check)
+
+    def after_step(self) -> None:
+        self._handle.remove()
+
+    def after_train(self) -> None:
+        if self._handle is not None:  # of an iteration that did not come to its end
+            self._handle.remove()
+
+    def _check(self, model: nn.Module, inputs: tuple[list[dict[str, Any]]], losses: dict[str, torch.Tensor]) -> None:
+        # Together, so that a GPU is waited for once.
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+        broken = [f"{name} is {value}" for name, value in zip(losses, values, strict=True) if not np.isfinite(value)]
+        if broken:
+            files = ", ".join(str(image["file_name"]) for image in inputs[0])
+            raise FloatingPointError(
+                f"iteration {self.trainer.iter}: {', '.join(broken)}, on the images {files}. "
+                "The weights are as they were before this iteration; nothing was saved"
+            )
 
 
 @contextlib.contextmanager
@@ -176,3 +245,42 @@ class EarlyStopping(HookBase):
         if self.stopped:
             self.trainer.max_iter = self.trainer.iter
             raise StopTraining
+
+
+class StopOnSignal(HookBase):
+    """On SIGINT and SIGTERM finish the iteration, save ``model_stopped.pth`` and exit; on a second one end at once.
+
+    Raises SystemExit with status 128 + the signal's number, as shells have it, in all processes after the same
+    iteration, whichever of them got the signal. In the last iteration, and after it, the run is saved and only its
+    evaluation is left: then a signal does what it does elsewhere.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, checkpointer: DetectionCheckpointer) -> None:
+        self.checkpointer = checkpointer
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def before_train(self) -> None:
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def after_train(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+        logger.warning("%s: stopping after this iteration; once more stops at once", signal.Signals(number).name)
+
+    def after_step(self) -> None:
+        number = next((received for received in comm.all_gather(self.received) if received is not None), None)
+        if number is None or self.trainer.iter + 1 >= self.trainer.max_iter:
+            return
+        self.checkpointer.save("model_stopped", iteration=self.trainer.iter)
+        comm.synchronize()  # a process that exits lets the launcher end the others
+        logger.warning("stopped after iteration %d; go on with --resume", self.trainer.iter)
+        raise SystemExit(128 + number)

@@ -1,19 +1,30 @@
-"""The validation loss and early stopping."""
+"""The training hooks: validation loss, early stopping, losses that are not finite, signals, seeding."""
 
 import contextlib
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, SimpleTrainer
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import CallbackHook, EvalHook, PeriodicCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from kg_detectron.d2.hooks import EarlyStopping, StopTraining, ValidationLoss, validation_losses
+from kg_detectron.d2.hooks import (
+    EarlyStopping,
+    FiniteLosses,
+    Seeding,
+    StopOnSignal,
+    StopTraining,
+    ValidationLoss,
+    validation_losses,
+)
+from kg_detectron.d2.sampler import EndlessSampler
 
 
 class NoisyModel(nn.Module):
@@ -262,3 +273,135 @@ def test_no_evaluation_no_decision(tmp_path):
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=r"SOLVER\.EARLY_STOPPING"):
         EarlyStopping(None, **options)
+
+
+# Losses that are not finite
+
+
+class BrokenModel(nn.Module):
+    """Its loss ``b`` is the given value from the fourth call on."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.value = value
+        self.calls = 0
+
+    def forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return {"a": self.weight, "b": self.weight * (self.value if self.calls > 3 else 2.0)}
+
+
+def named_batches(count: int):
+    yield from ([{"file_name": f"{n}_{k}.png"} for k in "xy"] for n in range(count))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_broken_loss_names_itself_and_the_images(tmp_path, value):
+    model = BrokenModel(value)
+    trainer = SimpleTrainer(model, named_batches(9), torch.optim.SGD(model.parameters(), 0.1))
+    after = []
+    checkpointer = DetectionCheckpointer(model, str(tmp_path))
+    trainer.register_hooks([FiniteLosses(), CallbackHook(after_step=lambda trainer: after.append(model.weight.item()))])
+    trainer.register_hooks([PeriodicCheckpointer(checkpointer, 1)])
+    with pytest.raises(FloatingPointError, match=rf"iteration 3: b is {value}, on the images 3_x\.png, 3_y\.png"):
+        trainer.train(0, 9)
+    assert model.weight.item() == after[-1] and len(after) == 3
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000002.pth")
+
+
+def test_only_losses_of_the_training_stop_it():
+    """A validation loss that is not finite is no fall; early stopping takes care of it."""
+    model = BrokenModel(1.0)
+    trainer = SimpleTrainer(model, named_batches(9), torch.optim.SGD(model.parameters(), 0.0))
+
+    def validate(trainer):
+        model.value = float("nan")
+        assert np.isnan(validation_losses(model, named_batches(4))["b"])
+        model.value = 1.0
+
+    trainer.register_hooks([FiniteLosses(), CallbackHook(after_step=validate)])
+    trainer.train(0, 5)
+
+
+# Signals
+
+
+def signalled(folder, number: int, at: int, iterations: int = 6) -> tuple[list[int], int | None]:
+    """-> (iterations that were done, exit status) of a training that gets a signal in the iteration ``at``."""
+    torch.manual_seed(0)
+    model, done = NoisyModel(), []
+
+    def step(trainer):
+        done.append(trainer.iter)
+        if trainer.iter == at:
+            signal.raise_signal(number)
+
+    hooks = [CallbackHook(after_step=step), StopOnSignal(DetectionCheckpointer(model, str(folder)))]
+    try:
+        train(model, hooks, iterations)
+    except SystemExit as exit:
+        return done, exit.code
+    return done, None
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_the_iteration_and_saves(tmp_path, number, status):
+    handlers = [signal.getsignal(each) for each in StopOnSignal.SIGNALS]
+    assert signalled(tmp_path, number, at=2) == ([0, 1, 2], status)
+    assert saved_iteration(tmp_path, "model_stopped") == 2
+    assert [signal.getsignal(each) for each in StopOnSignal.SIGNALS] == handlers
+
+
+def test_signal_in_the_last_iteration_lets_the_training_end(tmp_path):
+    assert signalled(tmp_path, signal.SIGTERM, at=5) == ([0, 1, 2, 3, 4, 5], None)
+
+
+def test_signal_of_another_process_stops_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(comm, "all_gather", lambda own: [own, signal.SIGTERM])
+    assert signalled(tmp_path, signal.SIGTERM, at=-1) == ([0], 143)
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    child = os.fork()
+    if child == 0:
+
+        def twice(trainer):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            (tmp_path / "went on").touch()
+
+        train(NoisyModel(), [CallbackHook(before_step=twice), StopOnSignal(None)], 3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+    assert not (tmp_path / "went on").exists()
+
+
+# Seeding
+
+
+def test_a_resumed_run_keeps_its_seed_and_its_place():
+    hooks = [Seeding(EndlessSampler(10, seed), batch_size=4) for seed in (1, 2)]
+    states = []
+    recorder = CallbackHook(after_step=lambda trainer: states.append(hooks[0].state_dict()))
+    train(NoisyModel(), [hooks[0], recorder], 5, start=2)
+    assert [state["samples"] for state in states] == [4, 8, 12]
+    hooks[1].load_state_dict(states[-1])
+    assert (hooks[1].sampler.seed, hooks[1].sampler.start) == (1, 12)
+    train(NoisyModel(), [hooks[1], CallbackHook(after_step=lambda trainer: states.append(hooks[1].state_dict()))], 6, 5)
+    assert states[-1] == {"seed": 1, "samples": 16}
+
+
+def test_iterations_do_not_hand_on_random_numbers():
+    """What one iteration draws more than another run's does not reach the next."""
+    draws = []
+    for more in (0, 3):
+        drawn = []
+
+        def draw(trainer, drawn=drawn, more=more):
+            drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+            torch.rand(more), np.random.rand(more), [random.random() for _ in range(more)]
+
+        train(NoisyModel(), [Seeding(EndlessSampler(3, 0), 1), CallbackHook(after_step=draw)], 4)
+        draws.append(drawn)
+    assert draws[0] == draws[1] and len(set(draws[0])) == 4

@@ -18,9 +18,11 @@ import make_synthetic  # noqa: E402
 import train_net  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
 from detectron2.config import get_cfg  # noqa: E402
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
-from kg_detectron.d2 import CellMapper, add_kg_config  # noqa: E402
+from kg_detectron.d2 import CellMapper, add_kg_config, register_cells  # noqa: E402
 from kg_detectron.inference import load_model, predict  # noqa: E402
 from kg_detectron.io.images import read_image  # noqa: E402
 
@@ -75,6 +77,16 @@ def test_training_leaves_a_model_and_figures(trained):
     assert any("validation/total_loss" in line for line in logged(trained))
 
 
+def test_losses_by_name_and_figures_are_written_twice(trained):
+    """metrics.json and TensorBoard have the same: every loss, the learning rate, validation losses, AP."""
+    named = set().union(*(line.keys() for line in logged(trained))) - {"iteration"}
+    shown = EventAccumulator(str(trained)).Reload()
+    assert named == set(shown.Tags()["scalars"])
+    losses = {"loss_heatmap", "loss_mask"}
+    assert {*losses, *(f"validation/{loss}" for loss in losses), "total_loss", "lr", "segm/AP"} <= named
+    assert [event.step for event in shown.Scalars("segm/AP")][-1] == 6
+
+
 def test_the_core_loads_the_checkpoint_and_finds_the_same_cells(trained, data):
     """Checkpoints are data only, and hold what the core needs: same boxes, same masks."""
     cfg = get_cfg()
@@ -123,7 +135,7 @@ def test_stops_when_the_validation_loss_no_longer_falls(data, tmp_path):
 
 
 def arguments(*options: str, config: Path = CONFIG, eval_only: bool = False) -> Namespace:
-    return Namespace(config_file=str(config), opts=list(options), resume=False, eval_only=eval_only)
+    return Namespace(config_file=str(config), opts=list(options), resume=False, eval_only=eval_only, skip_bad=False)
 
 
 def test_bad_input_is_named(tmp_path, monkeypatch):
@@ -141,7 +153,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
         train_net.main(arguments(*options, eval_only=True))
     with pytest.raises(ValueError, match="SOLVER.OPTIMIZER.*RMS"):
-        train_net.main(arguments(*options, "SOLVER.OPTIMIZER", "RMS"))
+        train_net.Trainer.build_optimizer(train_net.setup(arguments(*options, "SOLVER.OPTIMIZER", "RMS")), None)
 
 
 def test_evaluation_downloads_no_initial_weights(tmp_path):
@@ -149,6 +161,25 @@ def test_evaluation_downloads_no_initial_weights(tmp_path):
     config = ROOT / "configs" / "kg_dsb2018.yaml"
     assert train_net.setup(arguments(*options, config=config)).MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS
     assert not train_net.setup(arguments(*options, config=config, eval_only=True)).MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS
+
+
+def test_bad_data_ends_a_training_before_it_begins(data, tmp_path):
+    for file in (data / "synthetic" / "train").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:100])
+    register_cells("broken_train", str(data / "synthetic" / "instances_train.json"), str(tmp_path))
+    command = ["--config-file", str(CONFIG), "--skip-bad", *SMALL]
+    command += [
+        option for part in ("TRAIN", "VALIDATION", "TEST") for option in (f"DATASETS.{part}", "('broken_train',)")
+    ]
+    try:
+        with pytest.raises(ValueError, match="instances_train.json: no image is sound"):
+            train_net.main(train_net.build_parser().parse_args([*command, "OUTPUT_DIR", str(tmp_path / "out")]))
+        command.remove("--skip-bad")
+        with pytest.raises(ValueError, match=r"broken_train: unreadable file \(4\).*--skip-bad"):
+            train_net.main(train_net.build_parser().parse_args([*command, "OUTPUT_DIR", str(tmp_path / "out")]))
+    finally:
+        DatasetCatalog.remove("broken_train")
+        MetadataCatalog.remove("broken_train")
 
 
 def test_missing_data_is_named(tmp_path):
