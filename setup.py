@@ -23,6 +23,7 @@ REQUIRES = [
     "iopath",
     "jinja2",
     "matplotlib",
+    "networkx",
     "numpy",
     "opencv-python-headless",
     "pycocotools",

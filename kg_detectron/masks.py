@@ -1,11 +1,15 @@
 """Masks of many cells, kept as crops with their places."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
+
+from .rle import decode_runs
 
 
 class MaskCrops:
@@ -37,6 +41,61 @@ class MaskCrops:
         self.size = (int(size[0]), int(size[1]))
         self.threshold = threshold
 
+    @classmethod
+    def from_rle(cls, rles: Sequence[dict], size: tuple[int, int] | None = None) -> "MaskCrops":
+        """The masks of COCO run-length encodings, each cropped to its pixels; an empty mask has a window without area.
+
+        Args:
+            rles: ``{"size": [H, W], "counts": str, bytes or list of lengths}``, all of one size.
+            size: (H, W) of the image; needed where `rles` is empty.
+        Raises:
+            ValueError: where there is no size, one differs, or the runs do not fill the image. It names the mask.
+        """
+        if size is None and not rles:
+            raise ValueError("size: expected (H, W), for there is no mask to take it from")
+        height, width = size = tuple(size or rles[0]["size"])
+        crops, windows = [], np.zeros((len(rles), 4), np.int64)
+        for i, rle in enumerate(rles):
+            counts = rle["counts"]
+            runs = np.asarray(counts, np.int64) if isinstance(counts, list) else decode_runs(counts)
+            if tuple(rle["size"]) != size or runs.min(initial=0) < 0 or runs.sum() != height * width:
+                raise ValueError(f"rles[{i}]: expected runs that fill an image of {height} x {width} pixels")
+            ends = runs.cumsum()[1::2]
+            lengths = runs[1::2]
+            # Foreground pixels, numbered down the columns.
+            pixels = np.arange(lengths.sum()) + np.repeat(ends - lengths.cumsum(), lengths)
+            x, y = np.divmod(pixels, height)
+            x1, y1, x2, y2 = (x[0], y.min(), x[-1] + 1, y.max() + 1) if len(pixels) else (0, 0, 0, 0)
+            crop = np.zeros((y2 - y1, x2 - x1), bool)
+            crop[y - y1, x - x1] = True
+            crops.append(torch.from_numpy(crop))
+            windows[i] = x1, y1, x2, y2
+        return cls(crops, torch.from_numpy(windows), size)
+
+    @classmethod
+    def from_label_image(cls, labels: np.ndarray) -> "MaskCrops":
+        """The masks of a label image, in the order of their ids, each cropped to its pixels.
+
+        Args:
+            labels: (H,W) integers, 0 background; a memory-mapped array is read, never copied whole. Ids may have gaps.
+        Raises:
+            ValueError: for another shape or type, and for negative ids.
+        """
+        if labels.ndim != 2 or labels.dtype.kind not in "iu":
+            raise ValueError(f"labels: expected integers (H,W), got {labels.dtype} {labels.shape}")
+        if labels.dtype.kind == "i" and labels.min(initial=0) < 0:
+            raise ValueError(f"labels: expected ids from 0, got {labels.min()}")
+        if labels.max(initial=0) > labels.size:  # find_objects makes a list of as many places as the highest id
+            ids, numbers = np.unique(labels, return_inverse=True)
+            labels = numbers.reshape(labels.shape) + (ids[0] != 0)
+        crops, windows = [], []
+        for i, place in enumerate(ndimage.find_objects(labels), start=1):
+            if place is not None:
+                rows, columns = place
+                crops.append(torch.from_numpy(labels[place] == i))
+                windows.append([columns.start, rows.start, columns.stop, rows.stop])
+        return cls(crops, torch.tensor(windows, dtype=torch.int64).reshape(-1, 4), labels.shape)
+
     def __len__(self) -> int:
         return len(self.crops)
 
@@ -56,6 +115,11 @@ class MaskCrops:
     def _binary(self, i: int) -> Tensor:
         crop = self.crops[i]
         return crop if crop.dtype == torch.bool else crop >= self.threshold
+
+    def pixels(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
+        """Each cell as a bool array (h,w) and its window x1, y1, x2, y2."""
+        for i, window in enumerate(self.windows.tolist()):
+            yield self._binary(i).numpy(force=True), tuple(window)
 
     def to(self, *args: object, **kwargs: object) -> "MaskCrops":
         """The crops moved as by `Tensor.to`; the places stay on the CPU."""
@@ -89,15 +153,41 @@ class MaskCrops:
         """COCO run-length encodings of all masks, compressed: ``{"size": [H, W], "counts": bytes}``."""
         height, width = self.size
         encoded = []
-        for i, (x1, y1, _, _) in enumerate(self.windows.tolist()):
-            column, row = self._binary(i).T.nonzero().cpu().unbind(1)
-            pixel = (column + x1) * height + row + y1  # COCO counts down the columns
-            new = torch.ones(len(pixel), dtype=torch.bool)
-            new[1:] = pixel[1:] != pixel[:-1] + 1
-            start, end = pixel[new], pixel[new.roll(-1)] + 1
-            edges = torch.stack((start, end), dim=1).flatten()
-            counts = torch.diff(edges, prepend=edges.new_zeros(1), append=edges.new_tensor([height * width])).tolist()
+        for crop, (x1, y1, _, _) in self.pixels():
+            place = np.flatnonzero(crop.T)  # COCO counts down the columns
+            pixel = place + place // max(len(crop), 1) * (height - len(crop)) + (x1 * height + y1)
+            new = np.diff(pixel, prepend=-2) > 1
+            edges = np.stack((pixel[new], pixel[np.roll(new, -1)] + 1), axis=1).ravel()
+            counts = np.diff(edges, prepend=0, append=height * width)
             if counts[-1] == 0:  # the mask reaches the last pixel
-                counts.pop()
-            encoded.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width))
+                counts = counts[:-1]
+            encoded.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
         return encoded
+
+    def label_image(self, out: np.ndarray | None = None) -> np.ndarray:
+        """(H,W) of ids: 1..N in the order of the container, 0 background. Where masks overlap, the first one wins.
+
+        Args:
+            out: where to write, an (H,W) integer array (a `numpy.memmap` for an image larger than memory); by default a
+                new one, uint16 up to 65,535 cells and uint32 above.
+        Returns:
+            `out`, or the new array.
+        Raises:
+            ValueError: for an `out` of another shape, or of a type that cannot hold N.
+        """
+        if out is None:
+            out = np.zeros(self.size, label_dtype(len(self)))
+        elif out.shape != self.size or out.dtype.kind not in "iu" or np.iinfo(out.dtype).max < len(self):
+            raise ValueError(
+                f"out: expected integers {self.size} that hold {len(self)} ids, got {out.dtype} {out.shape}"
+            )
+        else:
+            out[...] = 0
+        for i, (x1, y1, x2, y2) in reversed(list(enumerate(self.windows.tolist()))):
+            out[y1:y2, x1:x2][self._binary(i).numpy(force=True)] = i + 1
+        return out
+
+
+def label_dtype(count: int) -> type[np.unsignedinteger]:
+    """The type of a label image of so many cells: uint16 up to 65,535, uint32 above."""
+    return np.uint16 if count <= np.iinfo(np.uint16).max else np.uint32

@@ -13,17 +13,20 @@ PACKAGE = ROOT / "kg_detectron"
 
 # graph -> layers -> modeling -> inference -> cli; metrics, io and synthetic join at inference.
 # What each part may import of the others:
-FOUNDATION = {"masks"}  # a container, without model code
+FOUNDATION = {"masks", "rle", "separation"}  # a container and what it needs, without model code
 LAYERS = {"graph"}
 MODELING = FOUNDATION | LAYERS | {"layers"}
-INFERENCE = MODELING | {"modeling", "metrics", "io", "synthetic"}
+INFERENCE = MODELING | {"modeling", "metrics", "io", "synthetic", "drawing"}
 MAY_IMPORT = {
     "graph": set(),
-    "masks": set(),
+    "rle": set(),
+    "masks": {"rle"},
+    "separation": {"masks"},
+    "drawing": FOUNDATION,
     "layers": LAYERS,
     "modeling": MODELING,
     "metrics": FOUNDATION,
-    "io": FOUNDATION,
+    "io": FOUNDATION | {"drawing"},
     "synthetic": FOUNDATION,
     "inference": INFERENCE,
     "cli": INFERENCE | {"inference"},
