@@ -5,14 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import nms
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES, EDGE_INDEX
-from kg_detectron.layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, reference, smooth_votes
+from kg_detectron.layers import (
+    find_peaks,
+    gather_displacements,
+    graphs_to_boxes,
+    group_keypoints,
+    group_peaks,
+    hough_vote,
+    reference,
+    smooth_votes,
+)
 from kg_detectron.modeling import keypoint_targets
 
 # What the package offers, compiled where that was built, and the specification beside it.
@@ -198,6 +207,32 @@ def test_peaks_equal_loops(ops, seed, levels, broken):
 
 
 @both
+@settings(max_examples=30)
+@given(seed=seeds)
+def test_several_scales_are_each_by_itself(ops, seed):
+    """Image + N * scale tells them apart, from the peaks to the graphs."""
+    (first, _, offsets), (second, _, others) = random_maps(seed), random_maps(seed + 1, h=5, w=6)
+    peaks, scores = ops.find_peaks([first, second], 0.7)
+    apart = ops.find_peaks(first, 0.7), ops.find_peaks(second, 0.7)
+    after = torch.tensor([2, 0, 0, 0])
+    assert torch.equal(peaks, torch.cat((apart[0][0], apart[1][0] + after)))
+    assert torch.equal(scores, torch.cat((apart[0][1], apart[1][1])))
+
+    displacements = ops.gather_displacements(peaks, [offsets, others])
+    for (group, k, y, x), by in zip(peaks.tolist(), displacements.tolist(), strict=True):
+        for l, found in zip([l for l in range(5) if l != k], by, strict=True):
+            e = EDGE_INDEX[k, l]
+            assert found == [offsets, others][group // 2][group % 2, 2 * e : 2 * e + 2, y, x].tolist()
+
+    graphs, image = ops.group_peaks(peaks, scores, displacements, 4.0, 5.0, 2)
+    (of_first, image_of_first), (of_second, image_of_second) = (
+        ops.group_keypoints(*found, maps, 4.0, 5.0, 2) for found, maps in zip(apart, (offsets, others), strict=True)
+    )
+    assert torch.equal(graphs, torch.cat((of_first, of_second)))
+    assert torch.equal(image, torch.cat((image_of_first, image_of_second + 2)))
+
+
+@both
 @given(seed=seeds, hops=st.sampled_from([1, 2]), match=st.sampled_from([1.5, 4.0]), reject=st.sampled_from([2.0, 5.0]))
 def test_groups_equal_loops(ops, seed, hops, match, reject):
     heatmap, _, group = random_maps(seed)
@@ -352,6 +387,12 @@ PEAKS = torch.zeros(1, 4, dtype=torch.int64)
         (lambda: group_keypoints(PEAKS + 8, torch.ones(1), torch.zeros(1, 40, 8, 8)), "peaks"),
         (lambda: group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), hops=3), "hops"),
         (lambda: group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), match_radius=-1), "match_radius"),
+        (lambda: find_peaks([], 0.1), "scores"),
+        (lambda: find_peaks([MAPS, MAPS.double()], 0.1), "scores"),
+        (lambda: gather_displacements(PEAKS[:, :3], [torch.zeros(1, 40, 8, 8)]), "peaks"),
+        (lambda: gather_displacements(PEAKS, [torch.zeros(1, 40, 8, 8), torch.zeros(2, 40, 4, 4)]), "group_offsets"),
+        (lambda: group_peaks(PEAKS, torch.ones(1), torch.zeros(1, 4)), "displacements"),
+        (lambda: group_peaks(PEAKS - 1, torch.ones(1), torch.zeros(1, 4, 2)), "peaks"),
         (lambda: graphs_to_boxes(torch.zeros(1, 4, 3)), "graphs"),
     ],
 )

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths
 
 from kg_detectron import layers
@@ -20,7 +21,15 @@ from kg_detectron.layers import ops, reference
 from kg_detectron.modeling import KeypointDecoder, KeypointMaps
 
 ROOT = Path(__file__).parents[1]
-OPERATORS = ("hough_vote", "smooth_votes", "find_peaks", "group_keypoints", "graphs_to_boxes", "render_targets")
+OPERATORS = (
+    "hough_vote",
+    "smooth_votes",
+    "find_peaks",
+    "gather_displacements",
+    "group_peaks",
+    "graphs_to_boxes",
+    "render_targets",
+)
 
 pytestmark = [
     pytest.mark.skipif(not ops.COMPILED_FOR, reason="the operators were not compiled; `make setup` says why"),
@@ -100,6 +109,31 @@ def test_graphs_and_boxes(device, seed, whole, hops, match, reject, shuffled, dt
     assert same(graphs, expected)
     for option in (False, True):
         assert same(layers.graphs_to_boxes(graphs[0], option), reference.graphs_to_boxes(expected[0], option))
+
+
+@settings(max_examples=40)
+@given(
+    seed=seeds,
+    hops=st.sampled_from([1, 2]),
+    reach=st.sampled_from([0.0, 6.0, 40.0, 1e9]),
+    step=st.sampled_from([1, 7, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_all_scales_at_once(device, seed, hops, reach, step, dtype):
+    """Peaks of several scales; groups of any number, in any order; positions of any size."""
+    heatmaps = [(maps[0] * 8).round().div(8).to(dtype) for maps in (random_maps(seed), random_maps(seed, 2, 11, 18))]
+    group = [maps[2].to(dtype) for maps in (random_maps(seed), random_maps(seed, 2, 11, 18))]
+    peaks, scores = reference.find_peaks(heatmaps, 0.9)
+    assert same(layers.find_peaks([h.to(device) for h in heatmaps], 0.9), (peaks, scores))
+    peaks[-1, 3] = 18  # beside the map
+    displacements = reference.gather_displacements(peaks, group)
+    assert displacements[-1].isnan().all() and displacements[:-1].isfinite().all()
+    assert same((layers.gather_displacements(peaks.to(device), [g.to(device) for g in group]),), (displacements,))
+    order = torch.randperm(len(peaks), generator=torch.Generator().manual_seed(seed))
+    queue = peaks[order] * torch.tensor([2**40 + 1, 1, step, step]), scores[order], displacements[order] * step
+    expected = reference.group_peaks(*queue, reach, reach, hops)
+    assert same(layers.group_peaks(*(q.to(device) for q in queue), reach, reach, hops), expected)
+    assert expected[1].unique().tolist() == [i * (2**40 + 1) for i in range(4)]
 
 
 @given(seed=seeds, dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
@@ -237,8 +271,9 @@ def arguments(device: str) -> dict[str, tuple]:
     return {
         "hough_vote": (heatmap, single, 5.0),
         "smooth_votes": (heatmap, 2.0),
-        "find_peaks": (heatmap, 0.8),
-        "group_keypoints": (peaks, scores, group, 6.0, 10.0, 2),
+        "find_peaks": ([heatmap, heatmap[..., ::2]], 0.8),
+        "gather_displacements": (peaks, [group, group[..., ::2]]),
+        "group_peaks": (peaks, scores, layers.gather_displacements(peaks, [group]), 6.0, 10.0, 2),
         "graphs_to_boxes": (graphs, True),
         "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0),
     }
@@ -277,6 +312,12 @@ def test_peaks_outside_the_maps_are_named(device):
         peaks[1, column] = value
         with pytest.raises(ValueError, match="peaks"):
             layers.group_keypoints(peaks.to(device), torch.ones(3, device=device), group)
+    for column, value in ((0, -1), (1, 5), (1, -1), (2, -1), (2, 2**31), (3, 2**62)):
+        peaks = torch.zeros(3, 4, dtype=torch.int64)
+        peaks[1, column] = value
+        displacements = torch.zeros(3, 4, 2, device=device)
+        with pytest.raises(ValueError, match="peaks"):
+            layers.group_peaks(peaks.to(device), torch.ones(3, device=device), displacements)
 
 
 @pytest.mark.parametrize(
@@ -285,11 +326,19 @@ def test_peaks_outside_the_maps_are_named(device):
         ("hough_vote", {0: torch.zeros(2, 5, 21)}),
         ("hough_vote", {1: torch.zeros(2, 10, 21, 36)}),
         ("smooth_votes", {0: torch.zeros(3)}),
-        ("find_peaks", {0: torch.zeros(3)}),
-        ("find_peaks", {0: torch.zeros(1, 5, 8, 8, dtype=torch.int32)}),
-        ("group_keypoints", {0: torch.zeros(3, 3, dtype=torch.int64)}),
-        ("group_keypoints", {1: torch.zeros(0)}),
-        ("group_keypoints", {2: torch.zeros(2, 39, 21, 37)}),
+        ("find_peaks", {0: []}),
+        ("find_peaks", {0: [torch.zeros(3)]}),
+        ("find_peaks", {0: [torch.zeros(1, 5, 8, 8, dtype=torch.int32)]}),
+        ("find_peaks", {0: [torch.zeros(1, 5, 8, 8), torch.zeros(1, 4, 8, 8)]}),
+        ("find_peaks", {0: [torch.zeros(1, 5, 8, 8), torch.zeros(1, 5, 8, 8, dtype=torch.float64)]}),
+        ("find_peaks", {0: [torch.zeros(1, 5, 8, 8)] * 9}),
+        ("gather_displacements", {0: torch.zeros(3, 3, dtype=torch.int64)}),
+        ("gather_displacements", {1: []}),
+        ("gather_displacements", {1: [torch.zeros(2, 39, 21, 37)]}),
+        ("group_peaks", {0: torch.zeros(3, 3, dtype=torch.int64)}),
+        ("group_peaks", {1: torch.zeros(0)}),
+        ("group_peaks", {2: torch.zeros(0, 4, 2)}),
+        ("group_peaks", {2: torch.zeros(3, 8)}),
         ("graphs_to_boxes", {0: torch.zeros(3, 4, 3)}),
         ("render_targets", {0: torch.zeros(2, 3)}),
         ("render_targets", {0: torch.zeros(2, 4, dtype=torch.float64)}),
@@ -300,7 +349,7 @@ def test_peaks_outside_the_maps_are_named(device):
 def test_operators_called_past_their_wrappers_do_not_crash(device, name, changed):
     own = list(arguments(device)[name])
     for index, value in changed.items():
-        own[index] = value.to(device) if isinstance(value, Tensor) else value
+        own[index] = tree_map_only(Tensor, lambda t: t.to(device), value)
     with pytest.raises((ValueError, RuntimeError)):
         getattr(torch.ops.kg_detectron, name)(*own)
 

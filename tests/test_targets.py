@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
+from kg_detectron.modeling import KeypointDecoder, KeypointMaps, Peaks, keypoint_targets
 
 seeds = st.integers(0, 2**31)
 
@@ -89,6 +89,25 @@ def test_decoding_targets_gives_the_boxes_back(seed):
     assert len(none) == 0
     assert box_iou(boxes, found).amax(1).min() > 0.9
     assert (scores.diff() <= 0).all()
+
+
+def test_peaks_found_in_parts_are_assembled_as_a_whole():
+    """Two images as a batch, or found one by one and joined: the same boxes."""
+    size, decoder = (160, 208), KeypointDecoder()
+    boxes = [random_boxes(seed, 6, *size, smallest=20) for seed in (1, 2)]
+    maps = targets_as_maps(boxes, size, 5.0)
+    expected = decoder(maps, [size, size])
+    assert sum(len(found) for found, _ in expected) > 2
+
+    parts = [decoder.find([KeypointMaps(*(m[i : i + 1] for m in s[:3]), s.stride) for s in maps]) for i in range(2)]
+    for i, part in enumerate(parts):
+        part.peaks[:, 0] = part.peaks[:, 0] * 2 + i  # of one image each, the group is the scale
+    group = torch.cat([part.peaks[:, 0] for part in parts])
+    order = group.argsort(stable=True)
+    whole = Peaks(*(torch.cat(own)[order] for own in zip(*parts, strict=True)))
+    found = decoder.assemble(whole, [size, size], [scale.stride for scale in maps])
+    for own, wanted in zip(found, expected, strict=True):
+        assert all(map(torch.equal, own, wanted))
 
 
 def test_frames_between_scales_shift_nothing():

@@ -1,13 +1,24 @@
 """Operators of the keypoint graph: compiled where they were built, their PyTorch reference elsewhere."""
 
-from .ops import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, render_targets, smooth_votes
+from .ops import (
+    find_peaks,
+    gather_displacements,
+    graphs_to_boxes,
+    group_keypoints,
+    group_peaks,
+    hough_vote,
+    render_targets,
+    smooth_votes,
+)
 from .reference import box_keypoints
 
 __all__ = [
     "box_keypoints",
     "find_peaks",
+    "gather_displacements",
     "graphs_to_boxes",
     "group_keypoints",
+    "group_peaks",
     "hough_vote",
     "render_targets",
     "smooth_votes",

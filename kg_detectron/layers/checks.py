@@ -1,6 +1,7 @@
 """What the operators ask of their arguments, compiled or not. Every error names the argument."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,28 +42,64 @@ def check_smoothing(votes: Tensor, sigma: float) -> None:
     _check_positive("sigma", sigma, zero=True)
 
 
-def check_threshold(scores: Tensor, threshold: float) -> None:
+def _check_scales(name: str, maps: Sequence[Tensor], channels: int | None = None) -> None:
+    """Maps of one batch at several scales."""
+    if not maps:
+        raise ValueError(f"{name}: expected the maps of at least one scale, got none")
+    for scale in maps:
+        _check_maps(name, scale, channels)
+        of, expected = ((tuple(m.shape[:2]), m.dtype, m.device) for m in (scale, maps[0]))
+        if of != expected:
+            raise ValueError(f"{name}: expected (N,C), type and device {expected} at every scale, got {of}")
+
+
+def check_threshold(scores: Sequence[Tensor], threshold: float) -> None:
     """For `find_peaks`."""
-    _check_maps("scores", scores)
+    _check_scales("scores", scores)
     if math.isnan(threshold):
         raise ValueError(f"threshold: expected a number, got {threshold}")
 
 
-def check_grouping(
-    peaks: Tensor, scores: Tensor, group_offsets: Tensor, match_radius: float, reject_radius: float, hops: int
-) -> None:
-    """For `group_keypoints`, but for the positions of the peaks: they are looked at where the peaks are."""
-    _check_maps("group_offsets", group_offsets, GROUP_OFFSET_CHANNELS)
+def _check_peaks(peaks: Tensor) -> None:
     if peaks.dim() != 2 or peaks.shape[1] != 4 or peaks.dtype != torch.int64:
         raise ValueError(f"peaks: expected int64 (P,4), got {peaks.dtype} of shape {tuple(peaks.shape)}")
-    if scores.shape != peaks.shape[:1] or not scores.is_floating_point():
+
+
+def check_gathering(peaks: Tensor, group_offsets: Sequence[Tensor]) -> None:
+    """For `gather_displacements`."""
+    _check_peaks(peaks)
+    _check_scales("group_offsets", group_offsets, GROUP_OFFSET_CHANNELS)
+    if peaks.device != group_offsets[0].device:
         raise ValueError(
-            f"scores: expected floating-point ({peaks.shape[0]},), got {scores.dtype} of shape {tuple(scores.shape)}"
+            f"peaks and group_offsets: expected one device, got {peaks.device} and {group_offsets[0].device}"
         )
-    if not peaks.device == scores.device == group_offsets.device:
+
+
+def check_positions(peaks: Tensor, group_offsets: Tensor) -> None:
+    """For `group_keypoints`: every peak is a pixel of the maps."""
+    n, _, h, w = group_offsets.shape
+    limit = torch.tensor([n, NUM_KEYPOINTS, h, w], device=peaks.device)
+    if len(peaks) and bool(((peaks < 0) | (peaks >= limit)).any()):
+        raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {peaks.amax(0).tolist()}")
+
+
+def check_grouping(
+    peaks: Tensor, scores: Tensor, displacements: Tensor, match_radius: float, reject_radius: float, hops: int
+) -> None:
+    """For `group_peaks`, but for the positions of the peaks: they are looked at where the peaks are."""
+    _check_peaks(peaks)
+    for name, values, shape in (
+        ("scores", scores, peaks.shape[:1]),
+        ("displacements", displacements, (len(peaks), NUM_KEYPOINTS - 1, 2)),
+    ):
+        if values.shape != shape or not values.is_floating_point():
+            raise ValueError(
+                f"{name}: expected floating-point {tuple(shape)}, got {values.dtype} of shape {tuple(values.shape)}"
+            )
+    if not peaks.device == scores.device == displacements.device:
         raise ValueError(
-            f"peaks, scores and group_offsets: expected one device, "
-            f"got {peaks.device}, {scores.device} and {group_offsets.device}"
+            f"peaks, scores and displacements: expected one device, "
+            f"got {peaks.device}, {scores.device} and {displacements.device}"
         )
     if hops not in (1, 2):
         raise ValueError(f"hops: expected 1 or 2, got {hops}")

@@ -1,13 +1,14 @@
 """The keypoint-graph operators: compiled where they were built for the device, `reference` elsewhere.
 
 `reference` says what each one does and takes; the letters are its letters. Beside every wrapper stands its fake, which
-gives the shapes to `torch.compile`. On a GPU, `find_peaks`, `group_keypoints` and `graphs_to_boxes` wait for the device
-once each, for the size of their result; the others never do.
+gives the shapes to `torch.compile`. On a GPU, `find_peaks`, `group_peaks` and `graphs_to_boxes` wait for the device
+once each, for the size of their result, whatever the number of images and scales; `group_keypoints` also to hear of
+peaks outside the maps. The others never wait.
 """
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from ..graph import GROUP_OFFSET_CHANNELS, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
 from . import reference
-from .checks import check_graphs, check_grouping, check_smoothing, check_threshold, check_votes
+from .checks import (
+    check_gathering,
+    check_graphs,
+    check_grouping,
+    check_positions,
+    check_smoothing,
+    check_threshold,
+    check_votes,
+)
 
 
 def _load() -> frozenset[str]:
@@ -92,17 +101,31 @@ def _(votes: Tensor, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    check_threshold(scores, threshold)
-    if not _is_compiled(scores.device):
-        return reference.find_peaks(scores, threshold)
-    return torch.ops.kg_detectron.find_peaks(scores, threshold)
+def find_peaks(scores: Tensor | Sequence[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
+    maps = [scores] if isinstance(scores, Tensor) else scores
+    check_threshold(maps, threshold)
+    if not _is_compiled(maps[0].device):
+        return reference.find_peaks(maps, threshold)
+    return torch.ops.kg_detectron.find_peaks(maps, threshold)
 
 
 @_register_fake("find_peaks")
-def _(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _(maps: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
-    return scores.new_empty((count, 4), dtype=torch.int64), scores.new_empty((count,))
+    return maps[0].new_empty((count, 4), dtype=torch.int64), maps[0].new_empty((count,))
+
+
+@torch.no_grad()
+def gather_displacements(peaks: Tensor, group_offsets: Sequence[Tensor]) -> Tensor:
+    check_gathering(peaks, group_offsets)
+    if not _is_compiled(peaks.device):
+        return reference.gather_displacements(peaks, group_offsets)
+    return torch.ops.kg_detectron.gather_displacements(peaks, group_offsets)
+
+
+@_register_fake("gather_displacements")
+def _(peaks: Tensor, group_offsets: list[Tensor]) -> Tensor:
+    return group_offsets[0].new_empty((peaks.shape[0], NUM_KEYPOINTS - 1, 2))
 
 
 @torch.no_grad()
@@ -114,15 +137,29 @@ def group_keypoints(
     reject_radius: float = 10,
     hops: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    check_grouping(peaks, scores, group_offsets, match_radius, reject_radius, hops)
+    displacements = gather_displacements(peaks, [group_offsets])
+    check_positions(peaks, group_offsets)
+    return group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
+
+
+@torch.no_grad()
+def group_peaks(
+    peaks: Tensor,
+    scores: Tensor,
+    displacements: Tensor,
+    match_radius: float = 6,
+    reject_radius: float = 10,
+    hops: int = 1,
+) -> tuple[Tensor, Tensor]:
+    check_grouping(peaks, scores, displacements, match_radius, reject_radius, hops)
     if not _is_compiled(peaks.device):
-        return reference.group_keypoints(peaks, scores, group_offsets, match_radius, reject_radius, hops)
-    return torch.ops.kg_detectron.group_keypoints(peaks, scores, group_offsets, match_radius, reject_radius, hops)
+        return reference.group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
+    return torch.ops.kg_detectron.group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
 
 
-@_register_fake("group_keypoints")
+@_register_fake("group_peaks")
 def _(
-    peaks: Tensor, scores: Tensor, group_offsets: Tensor, match_radius: float, reject_radius: float, hops: int
+    peaks: Tensor, scores: Tensor, displacements: Tensor, match_radius: float, reject_radius: float, hops: int
 ) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     return scores.new_empty((count, NUM_KEYPOINTS, 3), dtype=_wide(scores.dtype)), peaks.new_empty((count,))
@@ -161,5 +198,14 @@ def _(
     )
 
 
-for _operator in (hough_vote, smooth_votes, find_peaks, group_keypoints, graphs_to_boxes, render_targets):
+for _operator in (
+    hough_vote,
+    smooth_votes,
+    find_peaks,
+    gather_displacements,
+    group_keypoints,
+    group_peaks,
+    graphs_to_boxes,
+    render_targets,
+):
     _operator.__doc__ = getattr(reference, _operator.__name__).__doc__

@@ -5,6 +5,7 @@ coordinates are pixel indices of that scale. Nothing here is differentiable.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,15 @@ from ..graph import (
     SINGLE_OFFSET_CHANNELS,
     TOP,
 )
-from .checks import check_graphs, check_grouping, check_smoothing, check_threshold, check_votes
+from .checks import (
+    check_gathering,
+    check_graphs,
+    check_grouping,
+    check_positions,
+    check_smoothing,
+    check_threshold,
+    check_votes,
+)
 
 
 @torch.no_grad()
@@ -103,21 +112,33 @@ def smooth_votes(votes: Tensor, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def find_peaks(scores: Tensor | Sequence[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
     """Local maxima of the score maps (paper, section 2.1, step 2).
 
     A peak is a pixel that is above the threshold and equal to the maximum of its 4-neighbourhood. Values that are not
     finite are no peaks and hide none.
 
     Args:
-        scores: (N,K,H,W).
+        scores: (N,K,H,W), or a sequence of them, one for each scale.
         threshold: peaks are strictly above it.
 
     Returns:
         peaks: (P,4) int64, columns image, keypoint, y, x; ordered by image, then falling score, then keypoint, y, x.
+            Of several scales, "image" is image + N * index of the scale.
         scores: (P,) their scores.
+
+    Raises:
+        ValueError: for maps that are no such maps, or scales that differ in more than their size.
     """
-    check_threshold(scores, threshold)
+    maps = [scores] if isinstance(scores, Tensor) else scores
+    check_threshold(maps, threshold)
+    found, values = zip(*(_peaks_of_scale(scale, threshold) for scale in maps), strict=True)
+    for index, peaks in enumerate(found):
+        peaks[:, 0] += len(maps[0]) * index
+    return torch.cat(found), torch.cat(values)
+
+
+def _peaks_of_scale(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     scores = torch.where(torch.isfinite(scores), scores, -math.inf)
     padded = torch.nn.functional.pad(scores, (1, 1, 1, 1), value=-math.inf)
     is_peak = scores > threshold
@@ -131,10 +152,69 @@ def find_peaks(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def gather_displacements(peaks: Tensor, group_offsets: Sequence[Tensor]) -> Tensor:
+    """The group offsets at the peaks, towards the other keypoints.
+
+    Args:
+        peaks: (P,4) int64, columns image + N * index of the scale, keypoint, y, x.
+        group_offsets: (N,40,H,W) of each scale.
+
+    Returns:
+        (P,4,2): for a peak of keypoint k the x, y of g(k -> l), l ascending without k; not numbers for a peak outside
+        the maps.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit.
+    """
+    check_gathering(peaks, group_offsets)
+    towards = [[2 * EDGE_INDEX[k, l] for l in range(NUM_KEYPOINTS) if l != k] for k in range(NUM_KEYPOINTS)]
+    first = torch.tensor(towards, device=peaks.device)  # [5,4] channels of x
+    n = len(group_offsets[0])
+    displacements = group_offsets[0].new_full((len(peaks), NUM_KEYPOINTS - 1, 2), math.nan)
+    for index, offsets in enumerate(group_offsets):
+        limit = torch.tensor([n, NUM_KEYPOINTS, *offsets.shape[2:]], device=peaks.device)
+        own = peaks - torch.tensor([n * index, 0, 0, 0], device=peaks.device)
+        here = ((own >= 0) & (own < limit)).all(1)
+        image, k, y, x = own[here].unbind(1)
+        channel = first[k][..., None] + torch.arange(2, device=peaks.device)  # [P,4,2]
+        displacements[here] = offsets[image[:, None, None], channel, y[:, None, None], x[:, None, None]]
+    return displacements
+
+
+@torch.no_grad()
 def group_keypoints(
     peaks: Tensor,
     scores: Tensor,
     group_offsets: Tensor,
+    match_radius: float = 6,
+    reject_radius: float = 10,
+    hops: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`group_peaks` with the displacements that the maps have at the peaks.
+
+    Args:
+        peaks: (P,4) int64, columns image, keypoint, y, x, in the order of `find_peaks`.
+        scores: (P,) positive scores.
+        group_offsets: (N,40,H,W), in pixels.
+        match_radius, reject_radius, hops: see `group_peaks`.
+
+    Returns:
+        graphs: (G,5,3) x, y, score of each keypoint, score 0 = missing; in the order in which they were opened.
+        image: (G,) int64.
+
+    Raises:
+        ValueError: for shapes, types, positions outside the maps or options that do not fit.
+    """
+    displacements = gather_displacements(peaks, [group_offsets])
+    check_positions(peaks, group_offsets)
+    return group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
+
+
+@torch.no_grad()
+def group_peaks(
+    peaks: Tensor,
+    scores: Tensor,
+    displacements: Tensor,
     match_radius: float = 6,
     reject_radius: float = 10,
     hops: int = 1,
@@ -147,36 +227,41 @@ def group_keypoints(
     score). With ``hops=2`` a type that is still missing is looked for from the joined keypoints too, best score first.
 
     Args:
-        peaks: (P,4) int64, columns image, keypoint, y, x, in the order of `find_peaks`.
+        peaks: (P,4) int64, columns image, keypoint, y, x, in the order of `find_peaks`. The image is any number that
+            tells apart what is grouped apart, such as image + N * index of the scale.
         scores: (P,) positive scores.
-        group_offsets: (N,40,H,W), in pixels.
+        displacements: (P,4,2) as from `gather_displacements`: for a peak of keypoint k the x, y of the group offset
+            there towards each other keypoint l, l ascending without k, in pixels. One that is not finite finds nobody.
         match_radius: pixels, r + 1 in the paper's code.
         reject_radius: pixels, 2r.
         hops: 1 or 2.
 
     Returns:
-        graphs: (G,5,3) x, y, score of each keypoint, score 0 = missing; in the order in which they were opened.
-        image: (G,) int64.
+        graphs: (G,5,3) x, y, score of each keypoint, score 0 = missing; by image, in the order in which they were
+            opened.
+        image: (G,) int64, ascending.
 
     Raises:
-        ValueError: for shapes, types, positions outside the maps or options that do not fit.
+        ValueError: for shapes, types, positions that cannot be (negative, of 2^31 and more, no keypoint), or options
+            that do not fit.
     """
-    check_grouping(peaks, scores, group_offsets, match_radius, reject_radius, hops)
-    n, _, h, w = group_offsets.shape
-    limit = torch.tensor([n, NUM_KEYPOINTS, h, w], device=peaks.device)
+    check_grouping(peaks, scores, displacements, match_radius, reject_radius, hops)
+    limit = torch.tensor([2**63 - 1, NUM_KEYPOINTS, 2**31, 2**31], device=peaks.device)
     if len(peaks) and bool(((peaks < 0) | (peaks >= limit)).any()):
-        raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {peaks.amax(0).tolist()}")
+        raise ValueError(
+            "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative, "
+            f"got {peaks.amin(0).tolist()} to {peaks.amax(0).tolist()}"
+        )
 
     # The graphs are few and each step depends on the last, so the loop runs on the host, over distances by type.
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    image, keypoint, y, x = peaks.unbind(1)
-    offsets = group_offsets.permute(0, 2, 3, 1)[image, y, x].double().cpu()  # [P,40], those at the peaks only
-    at = torch.stack((x, y), dim=1).double().cpu()  # [P,2]
-    image, keypoint, score = image.cpu(), keypoint.cpu(), scores.to(dtype).cpu()
+    image, keypoint, y, x = peaks.cpu().unbind(1)
+    at, by = torch.stack((x, y), dim=1).double(), displacements.double().cpu()
+    score = scores.to(dtype).cpu()
     graphs, graph_image = [], []
-    for i in range(n):
+    for i in image.unique().tolist():
         of = image == i
-        own = _group_one_image(keypoint[of], at[of], score[of], offsets[of], match_radius, reject_radius, hops)
+        own = _group_one_image(keypoint[of], at[of], score[of], by[of], match_radius, reject_radius, hops)
         graphs += own
         graph_image += [i] * len(own)
     if not graphs:
@@ -185,9 +270,9 @@ def group_keypoints(
 
 
 def _group_one_image(
-    keypoint: Tensor, at: Tensor, score: Tensor, offsets: Tensor, match_radius: float, reject_radius: float, hops: int
+    keypoint: Tensor, at: Tensor, score: Tensor, by: Tensor, match_radius: float, reject_radius: float, hops: int
 ) -> list[Tensor]:
-    """Graphs [5,3] of P peaks by falling score: type (P,), position (P,2), score (P,), group offsets (P,40)."""
+    """Graphs [5,3] of P peaks by falling score: type (P,), position (P,2), score (P,), displacements (P,4,2)."""
     members = [(keypoint == k).nonzero()[:, 0] for k in range(NUM_KEYPOINTS)]  # the peaks of each type
     place = torch.zeros(len(at), dtype=torch.long)  # of a peak among those of its type
     for m in members:
@@ -205,8 +290,8 @@ def _group_one_image(
         graph[k, :2], graph[k, 2] = at[p], score[p]
 
     def partner(source: int, l: int) -> int | None:
-        edge = EDGE_INDEX[int(keypoint[source]), l]
-        squared = squared_distance(l, at[source] + offsets[source, 2 * edge : 2 * edge + 2])
+        other = l if l < keypoint[source] else l - 1  # its place among those other than the source's own type
+        squared = squared_distance(l, at[source] + by[source, other])
         squared = torch.where(queued[l] & (squared <= match_radius**2), squared, math.inf)
         if not len(squared) or squared.min() == math.inf:
             return None

@@ -1,7 +1,7 @@
 """The network, its targets and losses, and the way from its maps to cells. Needs PyTorch and torchvision only."""
 
 from .backbone import ResNetC4
-from .decoder import KeypointDecoder
+from .decoder import KeypointDecoder, Peaks
 from .keypoint_branch import KeypointBranch, KeypointMaps
 from .losses import keypoint_losses, mask_loss
 from .mask_head import SegmentationBranch
@@ -13,6 +13,7 @@ __all__ = [
     "KeypointDecoder",
     "KeypointGraphNet",
     "KeypointMaps",
+    "Peaks",
     "ResNetC4",
     "SegmentationBranch",
     "box_keypoints",

@@ -1,17 +1,30 @@
 """From the maps of all scales to boxes: vote, smooth, peaks, group, retrieve, NMS (paper, figure 1c)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from ..layers import find_peaks, graphs_to_boxes, group_keypoints, hough_vote, smooth_votes
+from ..layers import find_peaks, gather_displacements, graphs_to_boxes, group_peaks, hough_vote, smooth_votes
 from .keypoint_branch import KeypointMaps
 
 
+class Peaks(NamedTuple):
+    """Keypoints found at all scales of N images, and where each expects the other keypoints of its cell.
+
+    They are ordered by group (image + N * index of the scale), then by falling score, then keypoint, y, x, as
+    `find_peaks` gives them.
+    """
+
+    peaks: Tensor  # [P,4] int64 group, keypoint, y, x in pixels of the scale
+    scores: Tensor  # [P]
+    displacements: Tensor  # [P,4,2] x, y to each other keypoint, ascending, in pixels of the scale
+
+
 class KeypointDecoder(nn.Module):
-    """Boxes of the cells, from the keypoint maps of all scales.
+    """Boxes of the cells, from the keypoint maps of all scales: `find` their keypoints, `assemble` them.
 
     Args:
         radius: disc radius r, pixels of each scale; grouping matches within r + 1 and rejects within 2 r.
@@ -39,7 +52,6 @@ class KeypointDecoder(nn.Module):
         self.corner_and_centre = corner_and_centre
         self.nms_threshold = nms_threshold
 
-    @torch.no_grad()
     def forward(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """Decode a batch.
 
@@ -50,9 +62,42 @@ class KeypointDecoder(nn.Module):
         Returns:
             For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
         """
-        boxes, scores, image = (torch.cat(parts) for parts in zip(*map(self._decode_scale, maps), strict=True))
-        limit = boxes.new_tensor([[w, h, w, h] for h, w in sizes])
-        boxes = torch.minimum(boxes.clamp(min=0), limit[image])
+        return self.assemble(self.find(maps), sizes, [scale.stride for scale in maps])
+
+    @torch.no_grad()
+    def find(self, maps: list[KeypointMaps]) -> Peaks:
+        """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
+        votes = [
+            smooth_votes(
+                hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius),
+                self.smooth_sigma,
+            )
+            for scale in maps
+        ]
+        peaks, scores = find_peaks(votes, self.peak_threshold)
+        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
+
+    @torch.no_grad()
+    def assemble(
+        self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
+
+        Args:
+            peaks: of N images and all scales, in the order of `find_peaks`.
+            sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
+            strides: of each scale.
+
+        Returns:
+            For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
+        """
+        graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
+        corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
+        group = group[graph]
+        scale, image = group // len(sizes), group % len(sizes)
+        boxes = (corners + 0.5) * corners.new_tensor(strides)[scale, None] - 0.5
+        boxes[:, 2:] += 1
+        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([[w, h, w, h] for h, w in sizes])[image])
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # corners may cross where a graph mixes two cells
         # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
         found = []
@@ -61,14 +106,3 @@ class KeypointDecoder(nn.Module):
             keep = nms(boxes[own], scores[own], self.nms_threshold)
             found.append((boxes[own][keep], scores[own][keep]))
         return found
-
-    def _decode_scale(self, scale: KeypointMaps) -> tuple[Tensor, Tensor, Tensor]:
-        votes = hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius)
-        peaks, scores = find_peaks(smooth_votes(votes, self.smooth_sigma), self.peak_threshold)
-        graphs, image = group_keypoints(
-            peaks, scores, scale.group_offset, self.radius + 1, 2 * self.radius, hops=self.hops
-        )
-        corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
-        boxes = (corners + 0.5) * scale.stride - 0.5
-        boxes[:, 2:] += 1
-        return boxes, scores, image[graph]

@@ -23,6 +23,11 @@ KG_HOST_DEVICE int edge_index(int k, int l) {
     return k < l ? edge : edge + kEdges / 2;
 }
 
+// Place of keypoint l among those other than k: in the displacements of a peak.
+KG_HOST_DEVICE int other_index(int k, int l) {
+    return l < k ? l : l - 1;
+}
+
 // x^2 + y^2 with every step rounded. A compiler that fuses a multiplication and an addition rounds once less, and two
 // equal distances differ; on the host -ffp-contract=off forbids it.
 KG_HOST_DEVICE double squared_norm(double x, double y) {

@@ -9,21 +9,28 @@
 
 namespace kg {
 
-// Side of a bin, pixels: a search within the usual radii meets few bins, and a bin holds few peaks.
-constexpr int64_t kBin = 16;
+// Positions of peaks are below this.
+constexpr int64_t kMostPixels = int64_t{1} << 31;
 
-// Bins of all images and keypoints, rows by columns each. Those of a row are neighbours in memory, and so are their
-// peaks.
+// Square bins, wide enough for a search to meet nine at most, and narrow enough to hold few peaks of one type. They are
+// hashed into buckets, at least twice as many as there are peaks: memory and time follow the peaks, however large the
+// image. A bucket may hold peaks of other bins, types and groups; whoever looks into it compares.
 struct Bins {
-    int64_t rows, columns;
+    double side;
+    uint64_t buckets;  // a power of two
 
-    KG_HOST_DEVICE Bins(int64_t height, int64_t width)
-        : rows((height + kBin - 1) / kBin), columns((width + kBin - 1) / kBin) {}
-    KG_HOST_DEVICE int64_t row(int64_t image, int64_t k, int64_t bin_y) const {
-        return ((image * kKeypoints + k) * rows + bin_y) * columns;
+    Bins(int64_t peaks, double match_radius, double reject_radius) : side(16), buckets(1) {
+        side = std::fmax(side, std::fmax(match_radius, reject_radius) + 1);
+        while (buckets < 2 * static_cast<uint64_t>(peaks)) {
+            buckets *= 2;
+        }
     }
-    KG_HOST_DEVICE int64_t of(int64_t image, int64_t k, int64_t y, int64_t x) const {
-        return row(image, k, y / kBin) + x / kBin;
+    KG_HOST_DEVICE int64_t index(double at) const { return static_cast<int64_t>(floor(at / side)); }
+    KG_HOST_DEVICE int64_t bucket(int64_t group, int64_t k, int64_t row, int64_t column) const {
+        // Neighbouring columns are neighbouring buckets; odd factors mix the rest.
+        const uint64_t line = (static_cast<uint64_t>(group) * kKeypoints + k) * 0x9e3779b97f4a7c15 +
+                              static_cast<uint64_t>(row) * 0xc2b2ae3d27d4eb4f;
+        return static_cast<int64_t>(((line >> 20) + static_cast<uint64_t>(column)) & (buckets - 1));
     }
 };
 
@@ -32,18 +39,18 @@ struct Window {
     int64_t first_row, last_row, first_column, last_column;
 
     KG_HOST_DEVICE Window(const Bins& bins, double x, double y, double reach) {
-        span(x, reach, bins.columns, first_column, last_column);
-        span(y, reach, bins.rows, first_row, last_row);
+        span(bins, x, reach, first_column, last_column);
+        span(bins, y, reach, first_row, last_row);
     }
 
   private:
-    // One pixel more on both sides: the ends are rounded. A point that is not finite has an empty window.
-    KG_HOST_DEVICE static void span(double at, double reach, int64_t size, int64_t& first, int64_t& last) {
-        const double low = floor((at - reach - 1) / kBin), high = floor((at + reach + 1) / kBin);
-        first = low > 0 ? (low < size ? static_cast<int64_t>(low) : size) : 0;
-        last = high >= 0 ? (high < size ? static_cast<int64_t>(high) : size - 1) : -1;
-        if (!std::isfinite(at)) {
-            last = first - 1;
+    // One pixel more on both sides: the ends are rounded. A point that is not a number has an empty window.
+    KG_HOST_DEVICE static void span(const Bins& bins, double at, double reach, int64_t& first, int64_t& last) {
+        first = 0;
+        last = -1;
+        if (at + reach + 1 >= 0 && at - reach - 1 < kMostPixels) {
+            first = bins.index(fmax(at - reach - 1, 0.0));
+            last = bins.index(fmin(at + reach + 1, static_cast<double>(kMostPixels)));
         }
     }
 };

@@ -4,9 +4,10 @@
 TORCH_LIBRARY(kg_detectron, m) {
     m.def("hough_vote(Tensor heatmap, Tensor offsets, float radius) -> Tensor");
     m.def("smooth_votes(Tensor votes, float sigma) -> Tensor");
-    m.def("find_peaks(Tensor scores, float threshold) -> (Tensor peaks, Tensor scores)");
+    m.def("find_peaks(Tensor[] maps, float threshold) -> (Tensor peaks, Tensor scores)");
+    m.def("gather_displacements(Tensor peaks, Tensor[] group_offsets) -> Tensor");
     m.def(
-        "group_keypoints(Tensor peaks, Tensor scores, Tensor group_offsets, float match_radius, float reject_radius, "
+        "group_peaks(Tensor peaks, Tensor scores, Tensor displacements, float match_radius, float reject_radius, "
         "int hops) -> (Tensor graphs, Tensor image)");
     m.def("graphs_to_boxes(Tensor graphs, bool corner_and_centre) -> (Tensor boxes, Tensor scores, Tensor graph)");
     m.def(

@@ -1,15 +1,16 @@
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "tasks.h"
 #include "vectorize.h"
 
 namespace kg {
@@ -67,44 +68,47 @@ void peaks_of_plane(const T* scores, int64_t k, int64_t h, int64_t w, T threshol
     }
 }
 
-std::tuple<at::Tensor, at::Tensor> find_peaks(const at::Tensor& scores, double threshold) {
-    check_maps("scores", scores);
-    const at::Tensor maps = scores.contiguous();
-    const int64_t n = maps.size(0), keypoints = maps.size(1), h = maps.size(2), w = maps.size(3);
+std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double threshold) {
+    check_scales("scores", maps, 0);
+    std::vector<at::Tensor> scales;
+    for (const at::Tensor& scale : maps) {
+        scales.push_back(scale.contiguous());
+    }
+    const int64_t n = maps[0].size(0), keypoints = maps[0].size(1), groups = n * static_cast<int64_t>(maps.size());
     at::Tensor peaks, values;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, maps.scalar_type(), "find_peaks", [&] {
-        const scalar_t* from = maps.const_data_ptr<scalar_t>();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, maps[0].scalar_type(), "find_peaks", [&] {
         const scalar_t limit = static_cast<scalar_t>(threshold);
-        std::vector<std::vector<Peak<scalar_t>>> found(n * keypoints);
-        const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, h * w));
-        at::parallel_for(0, n * keypoints, grain, [&](int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) {
-                peaks_of_plane(from + p * h * w, p % keypoints, h, w, limit, found[p]);
-            }
+        std::vector<std::vector<Peak<scalar_t>>> found(groups * keypoints);
+        std::vector<int64_t> first(groups + 1, 0);  // of each group, in the result
+        each_task(groups * keypoints, [&](int64_t p) {
+            const at::Tensor& scale = scales[p / (n * keypoints)];
+            const int64_t h = scale.size(2), w = scale.size(3);
+            peaks_of_plane(scale.const_data_ptr<scalar_t>() + p % (n * keypoints) * h * w, p % keypoints, h, w, limit,
+                           found[p]);
         });
-        std::vector<Peak<scalar_t>> all;
-        std::vector<int64_t> first(n + 1, 0);  // of each image, in all
-        for (int64_t p = 0; p < n * keypoints; ++p) {
-            all.insert(all.end(), found[p].begin(), found[p].end());
-            first[p / keypoints + 1] = static_cast<int64_t>(all.size());
+        for (int64_t p = 0; p < groups * keypoints; ++p) {
+            first[p / keypoints + 1] += static_cast<int64_t>(found[p].size());
         }
-        peaks = at::empty({static_cast<int64_t>(all.size()), 4}, maps.options().dtype(at::kLong));
-        values = at::empty({static_cast<int64_t>(all.size())}, maps.options());
-        int64_t* peak = peaks.mutable_data_ptr<int64_t>();
-        scalar_t* value = values.mutable_data_ptr<scalar_t>();
-        at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                // Stable: equal scores stay in the order of keypoint, y, x.
-                std::stable_sort(all.begin() + first[i], all.begin() + first[i + 1],
-                                 [](const auto& a, const auto& b) { return a.score > b.score; });
-                for (int64_t p = first[i]; p < first[i + 1]; ++p) {
-                    const int64_t pixel = all[p].pixel;
-                    peak[4 * p] = i;
-                    peak[4 * p + 1] = pixel / (h * w);
-                    peak[4 * p + 2] = pixel / w % h;
-                    peak[4 * p + 3] = pixel % w;
-                    value[p] = all[p].score;
-                }
+        std::partial_sum(first.begin(), first.end(), first.begin());
+        peaks = at::empty({first[groups], 4}, maps[0].options().dtype(at::kLong));
+        values = at::empty({first[groups]}, maps[0].options());
+        each_task(groups, [&](int64_t g) {
+            std::vector<Peak<scalar_t>> own;
+            own.reserve(first[g + 1] - first[g]);
+            for (int64_t k = 0; k < keypoints; ++k) {
+                own.insert(own.end(), found[g * keypoints + k].begin(), found[g * keypoints + k].end());
+            }
+            // Stable: equal scores stay in the order of keypoint, y, x.
+            std::stable_sort(own.begin(), own.end(), [](const auto& a, const auto& b) { return a.score > b.score; });
+            const int64_t h = scales[g / n].size(2), w = scales[g / n].size(3);
+            int64_t* peak = peaks.mutable_data_ptr<int64_t>() + 4 * first[g];
+            scalar_t* value = values.mutable_data_ptr<scalar_t>() + first[g];
+            for (const auto& [score, pixel] : own) {
+                *peak++ = g;
+                *peak++ = pixel / (h * w);
+                *peak++ = pixel / w % h;
+                *peak++ = pixel % w;
+                *value++ = score;
             }
         });
     });

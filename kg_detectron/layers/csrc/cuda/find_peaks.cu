@@ -1,12 +1,13 @@
 // Waits for the device once: for the number of peaks.
 #include <ATen/Dispatch.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/floor_divide.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/sort.h>
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
 #include "launch.h"
@@ -31,46 +32,67 @@ __global__ void mark_kernel(const T* scores, int64_t count, int64_t h, int64_t w
     }
 }
 
-// Index in (N,K,H,W) -> image, keypoint, y, x.
-__global__ void unravel_kernel(const int64_t* pixel, int64_t count, int64_t k, int64_t h, int64_t w, int64_t* peaks) {
+// Where the maps of each scale lie, in all of them laid end to end.
+struct Places {
+    int64_t images, keypoints;
+    int64_t first[kMostScales], h[kMostScales], w[kMostScales], count;
+};
+
+// Index in the maps of all scales -> group = image + N * scale, keypoint, y, x.
+__global__ void unravel_kernel(const int64_t* pixel, int64_t count, const Places places, int64_t* peaks) {
     for (int64_t p = first_item(); p < count; p += item_step()) {
-        peaks[4 * p] = pixel[p] / (k * h * w);
-        peaks[4 * p + 1] = pixel[p] / (h * w) % k;
-        peaks[4 * p + 2] = pixel[p] / w % h;
-        peaks[4 * p + 3] = pixel[p] % w;
+        int64_t s = places.count - 1;
+        while (pixel[p] < places.first[s]) {
+            --s;
+        }
+        const int64_t own = pixel[p] - places.first[s], h = places.h[s], w = places.w[s], plane = own / (h * w);
+        peaks[4 * p] = places.images * s + plane / places.keypoints;
+        peaks[4 * p + 1] = plane % places.keypoints;
+        peaks[4 * p + 2] = own / w % h;
+        peaks[4 * p + 3] = own % w;
     }
 }
 
-std::tuple<at::Tensor, at::Tensor> find_peaks(const at::Tensor& scores, double threshold) {
-    check_maps("scores", scores);
-    const c10::cuda::CUDAGuard guard(scores.device());
+std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double threshold) {
+    check_scales("scores", maps, 0);
+    const c10::cuda::CUDAGuard guard(maps[0].device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
-    const at::Tensor maps = scores.contiguous();
-    const int64_t n = maps.size(0), k = maps.size(1), h = maps.size(2), w = maps.size(3), count = maps.numel();
-    const at::Tensor is_peak = at::empty({count}, maps.options().dtype(at::kBool));
-    if (count > 0) {
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, maps.scalar_type(), "find_peaks", [&] {
-            mark_kernel<<<blocks_for(count), kThreads, 0, stream>>>(maps.const_data_ptr<scalar_t>(), count, h, w,
-                                                                    static_cast<scalar_t>(threshold),
-                                                                    is_peak.mutable_data_ptr<bool>());
-        });
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    std::vector<at::Tensor> flat;
+    Places places{maps[0].size(0), maps[0].size(1), {}, {}, {}, static_cast<int64_t>(maps.size())};
+    int64_t total = 0;
+    for (int64_t s = 0; s < places.count; ++s) {
+        flat.push_back(maps[s].contiguous().flatten());
+        places.first[s] = total;
+        places.h[s] = maps[s].size(2);
+        places.w[s] = maps[s].size(3);
+        total += flat[s].numel();
     }
+    const at::Tensor every = places.count > 1 ? at::cat(flat) : flat[0];
+    const at::Tensor is_peak = at::empty({total}, every.options().dtype(at::kBool));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, every.scalar_type(), "find_peaks", [&] {
+        for (int64_t s = 0; s < places.count; ++s) {
+            if (const int64_t count = flat[s].numel()) {
+                mark_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
+                    every.const_data_ptr<scalar_t>() + places.first[s], count, places.h[s], places.w[s],
+                    static_cast<scalar_t>(threshold), is_peak.mutable_data_ptr<bool>() + places.first[s]);
+                C10_CUDA_KERNEL_LAUNCH_CHECK();
+            }
+        }
+    });
+    const at::Tensor pixel = at::nonzero(is_peak).flatten();
+    at::Tensor peaks = at::empty({pixel.size(0), 4}, pixel.options());
+    unravel_kernel<<<blocks_for(pixel.size(0)), kThreads, 0, stream>>>(
+        pixel.const_data_ptr<int64_t>(), pixel.size(0), places, peaks.mutable_data_ptr<int64_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
     // Stable sorts: equal scores stay in the order of keypoint, y, x.
-    at::Tensor pixel = at::nonzero(is_peak).flatten();
-    at::Tensor values = maps.flatten().index_select(0, pixel), order;
+    at::Tensor values = every.index_select(0, pixel), order;
     std::tie(values, order) = at::sort(values, /*stable=*/true, /*dim=*/0, /*descending=*/true);
-    pixel = pixel.index_select(0, order);
-    if (n > 1) {
-        order = std::get<1>(at::sort(at::floor_divide(pixel, std::max<int64_t>(k * h * w, 1)), /*stable=*/true,
-                                     /*dim=*/0, /*descending=*/false));
-        pixel = pixel.index_select(0, order);
+    peaks = peaks.index_select(0, order);
+    if (places.images * places.count > 1) {
+        order = std::get<1>(at::sort(peaks.select(1, 0), /*stable=*/true, /*dim=*/0, /*descending=*/false));
+        peaks = peaks.index_select(0, order);
         values = values.index_select(0, order);
     }
-    at::Tensor peaks = at::empty({pixel.size(0), 4}, pixel.options());
-    unravel_kernel<<<blocks_for(pixel.size(0)), kThreads, 0, stream>>>(pixel.const_data_ptr<int64_t>(), pixel.size(0),
-                                                                       k, h, w, peaks.mutable_data_ptr<int64_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
     return {peaks, values};
 }
 

@@ -1,0 +1,229 @@
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../grouping.h"
+#include "tasks.h"
+
+namespace kg {
+namespace {
+
+// Counting sort: `order` lists 0 .. keys.size() - 1 by key, stable; those of key b are order[first[b]] .. [first[b +
+// 1]].
+struct Buckets {
+    std::vector<int32_t> first, order;
+
+    Buckets(const std::vector<int64_t>& keys, int64_t count) : first(count + 1), order(keys.size()) {
+        for (int64_t key : keys) {
+            ++first[key + 1];
+        }
+        std::partial_sum(first.begin(), first.end(), first.begin());
+        std::vector<int32_t> next(first.begin(), first.end() - 1);
+        for (size_t i = 0; i < keys.size(); ++i) {
+            order[next[keys[i]]++] = static_cast<int32_t>(i);
+        }
+    }
+};
+
+struct Radii {
+    double match, reject;
+};
+
+// The peaks of one group and what has become of them. Peaks are numbered by their place in the queue.
+class Queue {
+  public:
+    // peak [P,4]: image, keypoint, y, x; members: the peaks of this group in their order.
+    Queue(const int64_t* peak, const int32_t* members, int64_t count, const Radii& radii)
+        : queued(count, 1), rejected(count, 0), members_(members), bins_(count, radii.match, radii.reject) {
+        spots_.reserve(count);
+        std::vector<int64_t> bin;
+        bin.reserve(count);
+        for (int64_t p = 0; p < count; ++p) {
+            const int64_t *own = peak + 4 * members[p], k = own[1], y = own[2], x = own[3];
+            spots_.push_back(
+                {static_cast<int32_t>(p), static_cast<int32_t>(k), static_cast<int32_t>(y), static_cast<int32_t>(x)});
+            bin.push_back(bins_.bucket(0, k, bins_.index(y), bins_.index(x)));
+        }
+        Buckets buckets(bin, static_cast<int64_t>(bins_.buckets));
+        first_ = std::move(buckets.first);
+        binned_.reserve(count);
+        for (int32_t p : buckets.order) {
+            binned_.push_back(spots_[p]);
+        }
+    }
+
+    int64_t size() const { return static_cast<int64_t>(spots_.size()); }
+    int64_t index(int64_t p) const { return members_[p]; }
+    int keypoint(int64_t p) const { return spots_[p].k; }
+    int64_t y(int64_t p) const { return spots_[p].y; }
+    int64_t x(int64_t p) const { return spots_[p].x; }
+
+    // Calls visit(peak, squared distance) for the peaks of type k around a point: all within reach, and some beyond.
+    template <typename Visit>
+    void around(int64_t k, double at_x, double at_y, double reach, Visit visit) const {
+        const Window window(bins_, at_x, at_y, reach);
+        for (int64_t row = window.first_row; row <= window.last_row; ++row) {
+            for (int64_t column = window.first_column; column <= window.last_column; ++column) {
+                const int64_t bucket = bins_.bucket(0, k, row, column);
+                for (int64_t i = first_[bucket]; i < first_[bucket + 1]; ++i) {
+                    if (binned_[i].k == k) {
+                        visit(binned_[i].peak, squared_norm(binned_[i].x - at_x, binned_[i].y - at_y));
+                    }
+                }
+            }
+        }
+    }
+
+    std::vector<uint8_t> queued, rejected;
+
+  private:
+    struct Spot {
+        int32_t peak, k, y, x;
+    };
+
+    const int32_t* members_;
+    Bins bins_;
+    std::vector<Spot> spots_, binned_;  // in the order of the queue, and by bin
+    std::vector<int32_t> first_;        // of each bin, in binned_
+};
+
+void join(Queue& queue, int64_t p, const Radii& radii, std::array<int64_t, kKeypoints>& graph) {
+    const int64_t k = queue.keypoint(p);
+    graph[k] = p;
+    queue.queued[p] = 0;
+    queue.around(k, queue.x(p), queue.y(p), radii.reject, [&](int64_t other, double squared) {
+        queue.rejected[other] |= squared <= radii.reject * radii.reject;
+    });
+}
+
+// The partner of type l, -1 if there is none; displacements [P,4,2].
+int64_t partner(const Queue& queue, const double* displacements, int64_t source, int l, const Radii& radii) {
+    const double* by =
+        displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(queue.keypoint(source), l));
+    Nearest nearest;
+    queue.around(l, queue.x(source) + by[0], queue.y(source) + by[1], radii.match, [&](int64_t p, double squared) {
+        if (queue.queued[p] && squared <= radii.match * radii.match) {
+            nearest.offer(squared, p);
+        }
+    });
+    return nearest.peak;
+}
+
+using Graph = std::array<int64_t, kKeypoints>;  // the peak of each keypoint, -1 = missing
+
+// Graphs of one group, in the order in which they are opened.
+std::vector<Graph> group_queue(Queue& queue, const double* scores, const double* displacements, const Radii& radii,
+                               int64_t hops) {
+    std::vector<Graph> graphs;
+    for (int64_t start = 0; start < queue.size(); ++start) {
+        if (!queue.queued[start]) {
+            continue;
+        }
+        queue.queued[start] = 0;
+        if (queue.rejected[start]) {
+            continue;
+        }
+        Graph graph;
+        graph.fill(-1);
+        join(queue, start, radii, graph);
+        // Partners of the start by falling score, of equal ones by ascending type.
+        Graph joined;
+        int count = 0;
+        for (int l = 0; l < kKeypoints; ++l) {
+            const int64_t found = graph[l] < 0 ? partner(queue, displacements, start, l, radii) : -1;
+            if (found >= 0) {
+                join(queue, found, radii, graph);
+                int place = count++;
+                for (; place > 0 && scores[queue.index(joined[place - 1])] < scores[queue.index(found)]; --place) {
+                    joined[place] = joined[place - 1];
+                }
+                joined[place] = found;
+            }
+        }
+        for (int l = 0; hops == 2 && l < kKeypoints; ++l) {
+            for (int j = 0; j < count && graph[l] < 0; ++j) {
+                const int64_t found = partner(queue, displacements, joined[j], l, radii);
+                if (found >= 0) {
+                    join(queue, found, radii, graph);
+                }
+            }
+        }
+        for (int64_t& p : graph) {
+            p = p < 0 ? -1 : queue.index(p);
+        }
+        graphs.push_back(graph);
+    }
+    return graphs;
+}
+
+std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at::Tensor& scores,
+                                               const at::Tensor& displacements, double match_radius,
+                                               double reject_radius, int64_t hops) {
+    check_grouping(peaks, scores, displacements);
+    const at::Tensor every = peaks.contiguous();
+    const int64_t count = every.size(0), *peak = every.const_data_ptr<int64_t>();
+    const int64_t limit[4] = {std::numeric_limits<int64_t>::max(), kKeypoints, kMostPixels, kMostPixels};
+    for (int64_t i = 0; i < every.numel(); ++i) {
+        TORCH_CHECK_VALUE(peak[i] >= 0 && peak[i] < limit[i % 4],
+                          "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative, got ", peak[i],
+                          " in column ", i % 4);
+    }
+    // As doubles, which hold every score and displacement to the letter.
+    const at::Tensor values = scores.to(at::kDouble).contiguous(), by = displacements.to(at::kDouble).contiguous();
+    const Radii radii{match_radius, reject_radius};
+
+    std::vector<int32_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    const auto earlier = [&](int32_t a, int32_t b) { return peak[4 * a] < peak[4 * b]; };
+    if (!std::is_sorted(order.begin(), order.end(), earlier)) {
+        std::stable_sort(order.begin(), order.end(), earlier);
+    }
+    std::vector<int64_t> first;  // of each group, in the order
+    for (int64_t i = 0; i < count; ++i) {
+        if (i == 0 || earlier(order[i - 1], order[i])) {
+            first.push_back(i);
+        }
+    }
+    const int64_t groups = static_cast<int64_t>(first.size());
+    first.push_back(count);
+    std::vector<std::vector<Graph>> found(groups);
+    each_task(groups, [&](int64_t g) {
+        Queue queue(peak, order.data() + first[g], first[g + 1] - first[g], radii);
+        found[g] = group_queue(queue, values.const_data_ptr<double>(), by.const_data_ptr<double>(), radii, hops);
+    });
+
+    int64_t total = 0;
+    for (const auto& own : found) {
+        total += static_cast<int64_t>(own.size());
+    }
+    const at::Tensor graphs = at::empty({total, kKeypoints, 3}, values.options());
+    at::Tensor image = at::empty({total}, every.options());
+    double* to = graphs.mutable_data_ptr<double>();
+    int64_t* to_image = image.mutable_data_ptr<int64_t>();
+    for (int64_t g = 0; g < groups; ++g) {
+        for (const Graph& graph : found[g]) {
+            *to_image++ = peak[4 * order[first[g]]];
+            for (int64_t p : graph) {
+                *to++ = p < 0 ? 0 : static_cast<double>(peak[4 * p + 3]);
+                *to++ = p < 0 ? 0 : static_cast<double>(peak[4 * p + 2]);
+                *to++ = p < 0 ? 0 : values.const_data_ptr<double>()[p];
+            }
+        }
+    }
+    return {graphs.to(c10::promoteTypes(scores.scalar_type(), at::kFloat)), image};
+}
+
+}  // namespace
+}  // namespace kg
+
+TORCH_LIBRARY_IMPL(kg_detectron, CPU, m) {
+    m.impl("group_peaks", &kg::group_peaks);
+}
