@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -11,6 +12,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from ..rle import decode_runs
+from . import fault
+from .fault import Fault, FaultError
 from .files import replacing
 from .images import write_png
 
@@ -68,7 +71,7 @@ def decode_mask(segmentation: dict | list, height: int, width: int) -> np.ndarra
     Raises:
         ValueError: missing, corrupt, of another size, or outside the image.
     """
-    _, runs = _checked_rle(segmentation, height, width)
+    _, runs = checked_rle(segmentation, height, width)
     columns = np.repeat(np.arange(runs.size) % 2 == 1, runs).reshape(width, height)
     return np.ascontiguousarray(columns.T)
 
@@ -86,10 +89,16 @@ def coco_annotation(mask: np.ndarray, *, image_id: int, annotation_id: int, cate
     Raises:
         ValueError: the mask is empty or of another type.
     """
-    rle = encode_mask(mask)
+    return rle_annotation(encode_mask(mask), image_id=image_id, annotation_id=annotation_id, category_id=category_id)
+
+
+def rle_annotation(rle: dict, *, image_id: int, annotation_id: int, category_id: int = 1) -> dict:
+    """:func:`coco_annotation` of a mask that is encoded already, as compressed RLE with ``counts`` str or bytes."""
     area = int(coco_mask.area(rle))
     if area == 0:
         raise ValueError(f"mask of annotation {annotation_id} is empty")
+    counts = rle["counts"]
+    rle = {"size": list(rle["size"]), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
     return {
         "id": annotation_id,
         "image_id": image_id,
@@ -183,34 +192,56 @@ def load_coco(json_file: str | Path, image_root: str | Path) -> CocoDataset:
             mask's. The message names the file and the image or annotation.
         FileNotFoundError: the JSON file or an image is missing.
     """
-    data = _read_json(json_file)
-    try:
-        images = _by_id(data, "images", ("file_name", "height", "width"))
-        categories = _by_id(data, "categories", ("name",))
-        annotations = _by_id(
-            data, "annotations", ("image_id", "category_id", "segmentation", "bbox", "area", "iscrowd")
-        )
-        records = {id: _image_record(image, Path(image_root)) for id, image in images.items()}
-        category_ids = sorted(categories)
-        contiguous = {id: index for index, id in enumerate(category_ids)}
-        for id, annotation in annotations.items():
-            try:
-                record = _known(records, annotation["image_id"], "image_id")
-                category_id = _known(contiguous, annotation["category_id"], "category_id")
-                record["annotations"].append(_instance_record(annotation, record, category_id))
-            except ValueError as error:
-                raise ValueError(f"annotation {id}: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{json_file}: {error}") from None
-
-    missing = [record["file_name"] for record in records.values() if not os.path.isfile(record["file_name"])]
-    if missing:
+    dataset, faults = read_coco(json_file, image_root)
+    for found in faults:
+        if found.kind != fault.MISSING_IMAGE:
+            raise ValueError(f"{json_file}: {found}")
+    if faults:
         raise FileNotFoundError(
-            f"{json_file}: {len(missing)} of {len(records)} images are missing: "
-            + ", ".join(missing[:3])
-            + (", ..." if len(missing) > 3 else "")
+            f"{json_file}: {len(faults)} of {len(dataset.records)} images are missing: "
+            + ", ".join(found.where for found in faults[:3])
+            + (", ..." if len(faults) > 3 else "")
         )
-    return CocoDataset(list(records.values()), [categories[id]["name"] for id in category_ids], category_ids)
+    return dataset
+
+
+def read_coco(json_file: str | Path, image_root: str | Path) -> tuple[CocoDataset, list[Fault]]:
+    """What :func:`load_coco` loads, as far as it is sound, and all that is wrong with the rest.
+
+    Raises:
+        ValueError: corrupt JSON, or no JSON object.
+        FileNotFoundError: the JSON file is missing.
+    """
+    data = read_json(json_file, dict)
+    faults: list[Fault] = []
+    images = _by_id(data, "images", ("file_name", "height", "width"), faults)
+    categories = _by_id(data, "categories", ("name",), faults)
+    annotations = _by_id(
+        data, "annotations", ("image_id", "category_id", "segmentation", "bbox", "area", "iscrowd"), faults
+    )
+    records: dict[int, dict | None] = {}  # None: known, and faulty
+    for id, image in images.items():
+        records[id] = None
+        with _collected(faults, f"image {id}"):
+            records[id] = image and _image_record(image, Path(image_root))
+    category_ids = sorted(categories)
+    contiguous = {id: index for index, id in enumerate(category_ids)}
+    for id, annotation in annotations.items():
+        with _collected(faults, f"annotation {id}"):
+            if annotation is None:
+                continue
+            record = _known(records, annotation["image_id"], "image_id")
+            category_id = _known(contiguous, annotation["category_id"], "category_id")
+            if record is not None:
+                record["annotations"].append(_instance_record(annotation, record, category_id))
+    sound = [record for record in records.values() if record is not None]
+    faults += [
+        Fault(fault.MISSING_IMAGE, record["file_name"], "there is no such file")
+        for record in sound
+        if not os.path.isfile(record["file_name"])
+    ]
+    names = [str((categories[id] or {}).get("name")) for id in category_ids]
+    return CocoDataset(sound, names, category_ids), faults
 
 
 def checked_relative_path(name: str) -> PurePosixPath:
@@ -230,49 +261,63 @@ def checked_relative_path(name: str) -> PurePosixPath:
     return PurePosixPath(name)
 
 
-def _read_json(json_file: str | Path) -> dict:
+def read_json(json_file: str | Path, *kinds: type) -> dict | list:
+    """The content of a JSON file whose outermost value is a dict or a list, as `kinds` say; else a ValueError."""
     try:
         data = json.loads(Path(json_file).read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"{json_file}: corrupt JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{json_file}: expected a COCO dataset, a JSON object, got {type(data).__name__}")
+    if not isinstance(data, kinds):
+        expected = " or ".join("a JSON object" if kind is dict else "a list" for kind in kinds)
+        raise ValueError(f"{json_file}: expected a COCO dataset, {expected}, got {type(data).__name__}")
     return data
 
 
-def _by_id(data: dict, key: str, required: Iterable[str]) -> dict[int, dict]:
-    """One of the dataset's lists as {id: entry}, every entry with its required keys."""
+@contextmanager
+def _collected(faults: list[Fault], where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        faults.append(Fault(getattr(error, "kind", fault.MASK), where, str(error)))
+
+
+def _by_id(data: dict, key: str, required: Iterable[str], faults: list[Fault]) -> dict[int, dict | None]:
+    """One of the dataset's lists as {id: entry}, every entry with its required keys, or None where it lacks one."""
     entries = data.get(key)
     if not isinstance(entries, list):
-        raise ValueError(f"expected a list under {key!r}, got {type(entries).__name__}")
-    by_id = {}
+        faults.append(Fault(fault.ENTRY, "", f"expected a list under {key!r}, got {type(entries).__name__}"))
+        return {}
+    by_id: dict[int, dict | None] = {}
     for index, entry in enumerate(entries):
         id = entry.get("id") if isinstance(entry, dict) else None
+        where = f"{key}[{index}]"
         if not isinstance(id, int):
-            raise ValueError(f"{key}[{index}]: expected an object with an integer 'id', got {str(entry)[:80]}")
-        absent = [name for name in required if name not in entry]
-        if absent:
-            raise ValueError(f"{key}[{index}] of id {id}: missing key {', '.join(map(repr, absent))}")
-        if id in by_id:
-            raise ValueError(f"{key}[{index}]: duplicate id {id}")
-        by_id[id] = entry
+            text = f"expected an object with an integer 'id', got {str(entry)[:80]}"
+            faults.append(Fault(fault.ENTRY, where, text))
+        elif id in by_id:
+            faults.append(Fault(fault.DUPLICATE_ID, where, f"duplicate id {id}"))
+        else:
+            absent = [name for name in required if name not in entry]
+            by_id[id] = None if absent else entry
+            if absent:
+                faults.append(Fault(fault.ENTRY, f"{where} of id {id}", f"missing key {', '.join(map(repr, absent))}"))
     return by_id
 
 
 def _known(table: dict, id: object, name: str):
     if not isinstance(id, int) or id not in table:
-        raise ValueError(f"unknown {name} {id!r}")
+        raise FaultError(fault.UNKNOWN_ID, f"unknown {name} {id!r}")
     return table[id]
 
 
 def _image_record(image: dict, image_root: Path) -> dict:
     try:
         file_name = image_root / checked_relative_path(image["file_name"])
-        for side in ("height", "width"):
-            if not isinstance(image[side], int) or image[side] < 1:
-                raise ValueError(f"{side} must be a positive integer, got {image[side]!r}")
     except ValueError as error:
-        raise ValueError(f"image {image['id']}: {error}") from None
+        raise FaultError(fault.FILE_NAME, str(error)) from None
+    for side in ("height", "width"):
+        if not isinstance(image[side], int) or image[side] < 1:
+            raise FaultError(fault.ENTRY, f"{side} must be a positive integer, got {image[side]!r}")
     return {
         "file_name": str(file_name),
         "image_id": image["id"],
@@ -284,20 +329,20 @@ def _image_record(image: dict, image_root: Path) -> dict:
 
 def _instance_record(annotation: dict, record: dict, category_id: int) -> dict:
     height, width = record["height"], record["width"]
-    rle, runs = _checked_rle(annotation["segmentation"], height, width)
+    rle, runs = checked_rle(annotation["segmentation"], height, width)
     if not runs[1::2].any():
-        raise ValueError("its mask is empty")
+        raise FaultError(fault.EMPTY_MASK, "its mask is empty")
     tight = coco_mask.toBbox(rle).tolist()
     box = annotation["bbox"]
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) > 0):
-        raise ValueError(f"bbox must be [x, y, width, height] with positive sides, got {box!r}")
+        raise FaultError(fault.BOX_AREA, f"bbox must be [x, y, width, height] with positive sides, got {box!r}")
     x1, y1, x2, y2 = _xyxy(box)
     if min(x1, y1) < -_EDGE_TOLERANCE or x2 > width + _EDGE_TOLERANCE or y2 > height + _EDGE_TOLERANCE:
-        raise ValueError(f"bbox {box} is outside its image of width {width} and height {height}")
+        raise FaultError(fault.BOX_OUTSIDE, f"bbox {box} is outside its image of width {width} and height {height}")
     if np.abs(np.subtract(_xyxy(box), _xyxy(tight))).max() > _BOX_TOLERANCE:
-        raise ValueError(f"bbox {box} is not the box of its mask, {tight}")
+        raise FaultError(fault.BOX_OFF_MASK, f"bbox {box} is not the box of its mask, {tight}")
     if annotation["iscrowd"] not in (0, 1):
-        raise ValueError(f"iscrowd must be 0 or 1, got {annotation['iscrowd']!r}")
+        raise FaultError(fault.ENTRY, f"iscrowd must be 0 or 1, got {annotation['iscrowd']!r}")
     return {"bbox": tight, "segmentation": rle, "category_id": category_id, "iscrowd": int(annotation["iscrowd"])}
 
 
@@ -309,8 +354,11 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _checked_rle(segmentation: dict | list, height: int, width: int) -> tuple[dict, np.ndarray]:
-    """Any COCO segmentation -> (compressed RLE, lengths of its runs), after checks that pycocotools does not make."""
+def checked_rle(segmentation: dict | list, height: int, width: int) -> tuple[dict, np.ndarray]:
+    """Any COCO segmentation -> (compressed RLE, lengths of its runs), after checks that pycocotools does not make.
+
+    The errors are those of :func:`decode_mask`.
+    """
     if isinstance(segmentation, list) and segmentation:
         rle = _rle_of_polygons(segmentation, height, width)
     elif isinstance(segmentation, dict) and segmentation.get("counts"):
@@ -319,7 +367,7 @@ def _checked_rle(segmentation: dict | list, height: int, width: int) -> tuple[di
         raise ValueError(f"it has no mask: segmentation is {str(segmentation)[:80]}")
     size = rle.get("size")
     if size != [height, width] and size != (height, width):
-        raise ValueError(f"its mask has size {size}, expected that of its image, [{height}, {width}]")
+        raise FaultError(fault.SIZE, f"its mask has size {size}, expected that of its image, [{height}, {width}]")
     counts = rle["counts"]
     runs = np.asarray(counts) if isinstance(counts, list) else decode_runs(counts)
     # Runs that do not fill the image exactly make pycocotools write beyond its memory.
