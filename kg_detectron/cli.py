@@ -40,8 +40,71 @@ def build_parser() -> argparse.ArgumentParser:
         help="print the versions of kg_detectron, PyTorch, torchvision, Detectron2 and Python, and exit",
     )
     # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
-    parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_report(commands)
     return parser
+
+
+# The functions behind the commands are imported where they are called: PyTorch takes seconds, --help should not.
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="compare predictions with ground truth on one HTML page",
+        description="Compare the predictions of one or several models with the ground truth on one HTML page, which "
+        "needs no other file: figures, curves, and the images, the worst first, with what was missed, false, merged or "
+        "split.",
+    )
+    parser.add_argument("ground_truth", metavar="GT", help="COCO JSON, or folder of label images")
+    parser.add_argument("predictions", nargs="+", metavar="PRED", help="the same, or COCO results; one for each model")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
+    parser.add_argument("-o", "--output", required=True, metavar="HTML", help="the file to write")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the models (default: by their files)")
+    parser.add_argument("--title", help="of the page (default: the name of GT)")
+    parser.add_argument(
+        "--iou",
+        nargs="+",
+        type=float,
+        default=[0.5, 0.7],
+        metavar="T",
+        help="thresholds of the figures; the first ranks the images (default: 0.5 0.7)",
+    )
+    parser.add_argument(
+        "--score",
+        type=float,
+        metavar="S",
+        help="show and count instances from this score on (default: for each model, that of the highest F1)",
+    )
+    parser.add_argument(
+        "--details",
+        type=int,
+        default=100,
+        metavar="N",
+        help="draw outlines for the N worst images, which bounds the size of the file (default: 100)",
+    )
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .report import model_names, report_dataset
+
+    names = arguments.names or model_names(arguments.predictions)
+    if len(set(names)) < len(arguments.predictions) or len(names) > len(arguments.predictions):
+        raise ValueError(f"expected {len(arguments.predictions)} different names of models, got {', '.join(names)}")
+    report_dataset(
+        arguments.ground_truth,
+        dict(zip(names, arguments.predictions, strict=True)),
+        arguments.images,
+        arguments.output,
+        title=arguments.title,
+        ious=arguments.iou,
+        score=arguments.score,
+        details=arguments.details,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"wrote {arguments.output}")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

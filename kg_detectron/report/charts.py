@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 # The drawing and its plotting area, in units of the SVG.
 WIDTH, HEIGHT = 380, 270
-LEFT, RIGHT, TOP, BOTTOM = 46, 370, 12, 222
+LEFT, RIGHT, TOP, BOTTOM = 46, 360, 12, 222
 
 
 @dataclass(frozen=True)

@@ -3,37 +3,18 @@
 Letters: M cells, D instances of all images together, by falling score within each image; T thresholds of mask IoU.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..io.annotations import ImageCells
 from ..metrics import DSB_IOUS
-from .matching import Cells, Matches, Verdict, judge, match
+from .matching import Matches, Verdict, judge, match
 
 IOUS = DSB_IOUS  # of the curve of AP
-
-
-@dataclass(frozen=True)
-class ComparedImage:
-    """An image with its ground truth and the prediction of every model.
-
-    Args:
-        name: what the page calls it.
-        file: where `io.images.read_image` finds it.
-        size: (H, W) in pixels.
-        truth: its cells.
-        predictions: of every model, in the order of the models.
-    """
-
-    name: str
-    file: Path
-    size: tuple[int, int]
-    truth: Cells
-    predictions: tuple[Cells, ...]
 
 
 @dataclass(frozen=True)
@@ -77,9 +58,16 @@ class Pooled:
 
 @dataclass(frozen=True)
 class JudgedImage:
-    """One image against every model, at the scores from which instances count."""
+    """One image against every model, at the scores from which instances count.
 
-    image: ComparedImage
+    Attributes:
+        truth: its cells.
+        predictions: of every model, by falling score; all of them, those that do not count as well.
+        matches, verdicts: of every model.
+    """
+
+    truth: ImageCells
+    predictions: tuple[ImageCells, ...]
     matches: tuple[Matches, ...]
     verdicts: tuple[Verdict, ...]
 
@@ -112,8 +100,8 @@ class Comparison:
 
 
 def compare(
-    images: Sequence[ComparedImage],
-    models: Sequence[str],
+    truths: Sequence[ImageCells],
+    predictions: Mapping[str, Sequence[ImageCells | None]],
     *,
     iou: float = 0.5,
     score: float | None = None,
@@ -122,59 +110,69 @@ def compare(
     """Compare the models' predictions with the ground truth.
 
     Args:
-        images: of one dataset.
-        models: their names.
+        truths: of the images of one dataset.
+        predictions: by the names of the models, for every image, as `io.annotations.read_predictions` gives them.
         iou: of masks, from which on an instance has found a cell.
         score: from which on instances count image by image; None takes, for each model, the one of the highest F1 over
             all images. A prediction without scores counts whole.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for no image, no model, models of one name, an IoU out of range, an image with another number of
-            predictions, masks of another size than their image, or scores in some images only. The message names it.
+        ValueError: for no image, no model, an IoU out of range, another number of predictions than of images, masks of
+            different sizes, or scores in some images only.
     """
-    if not images:
-        raise ValueError("images: expected at least one, got none")
-    if not models or len(set(models)) < len(models):
-        raise ValueError(f"models: expected different names, at least one, got {list(models)}")
+    if not truths:
+        raise ValueError("truths: expected at least one image, got none")
+    if not predictions:
+        raise ValueError("predictions: expected at least one model, got none")
     if not 0 < iou <= 1:
         raise ValueError(f"iou: expected a number above 0 and at most 1, got {iou}")
+    models = [
+        [_by_score(truth, found) for truth, found in zip(truths, own, strict=True)] for own in predictions.values()
+    ]
     ious, threshold = (*IOUS, iou), len(IOUS)
-    ordered, matches = [], []
-    for given in tqdm(images, desc="matching", unit="image", disable=not progress):
-        _check_image(given, models)
-        predictions = tuple(cells.by_score() for cells in given.predictions)
-        ordered.append(ComparedImage(given.name, given.file, given.size, given.truth, predictions))
-        matches.append(tuple(match(given.truth, prediction, ious) for prediction in predictions))
-    pooled = [_pool(name, m, ordered, matches) for m, name in enumerate(models)]
+    by_image = list(zip(*models, strict=True))
+    matches = [
+        tuple(match(truth, prediction, ious) for prediction in found)
+        for truth, found in tqdm(
+            zip(truths, by_image, strict=True), "matching", len(truths), unit="image", disable=not progress
+        )
+    ]
+    cells = sum(len(truth.masks) for truth in truths)
+    pooled = [
+        _pool(name, found, [of[m] for of in matches], cells)
+        for m, (name, found) in enumerate(zip(predictions, models, strict=True))
+    ]
     scores = [None if of.scores is None else of.best_score(threshold) if score is None else score for of in pooled]
     judged = []
-    for image, of in zip(ordered, matches, strict=True):
+    for truth, found, of in zip(truths, by_image, matches, strict=True):
         verdicts = (
-            judge(image.truth, prediction, matched, threshold, least)
-            for prediction, matched, least in zip(image.predictions, of, scores, strict=True)
+            judge(truth, prediction, matched, threshold, least)
+            for prediction, matched, least in zip(found, of, scores, strict=True)
         )
-        judged.append(JudgedImage(image, of, tuple(verdicts)))
-    return Comparison(list(models), judged, pooled, scores, score is not None, iou, threshold)
+        judged.append(JudgedImage(truth, found, of, tuple(verdicts)))
+    return Comparison(list(predictions), judged, pooled, scores, score is not None, iou, threshold)
 
 
-def _check_image(image: ComparedImage, models: Sequence[str]) -> None:
-    if len(image.predictions) != len(models):
-        raise ValueError(f"{image.name}: expected {len(models)} predictions, got {len(image.predictions)}")
-    for name, cells in (("the ground truth", image.truth), *zip(models, image.predictions, strict=True)):
-        for mask in cells.masks:
-            if tuple(mask["size"]) != tuple(image.size):
-                raise ValueError(f"{image.name}: a mask of {name} has size {mask['size']}, expected {image.size}")
+def _by_score(truth: ImageCells, found: ImageCells | None) -> ImageCells:
+    """The same cells, the highest score first; equal ones, and cells without scores, in the order given."""
+    if found is None:
+        return ImageCells(truth.name, truth.image_id, truth.size, np.zeros((0, 4)), [], None)
+    if found.scores is None:
+        return found
+    order = np.argsort(-found.scores, kind="stable")
+    masks = [found.masks[i] for i in order]
+    return replace(found, boxes=found.boxes[order], masks=masks, scores=found.scores[order])
 
 
-def _pool(name: str, m: int, images: Sequence[ComparedImage], matches: Sequence[tuple[Matches, ...]]) -> Pooled:
-    cells = [image.predictions[m] for image in images]
-    scored = {of.scores is not None for of in cells if len(of.masks)}
+def _pool(name: str, found: Sequence[ImageCells], matches: Sequence[Matches], cells: int) -> Pooled:
+    scored = {own.scores is not None for own in found if len(own.masks)}
     if len(scored) > 1:
         raise ValueError(f"{name}: some images have scores and others have none, expected all or none")
+    scores = [own.scores for own in found if len(own.masks)]
     return Pooled(
         name,
-        None if scored == {False} else np.concatenate([np.zeros(0), *(of.scores for of in cells if len(of.masks))]),
-        np.concatenate([of[m].cell >= 0 for of in matches], axis=1),
-        sum(len(image.truth.masks) for image in images),
+        None if scored == {False} else np.concatenate([np.zeros(0), *scores]),
+        np.concatenate([of.cell >= 0 for of in matches], axis=1),
+        cells,
     )

@@ -10,34 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from ..io.annotations import ImageCells
 from ..metrics import RLE, claim_best, mask_iou
 
 # From this share of its area on, a cell lies in an instance, or an instance in a cell.
 INSIDE = 0.5
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The cells of one image: their masks, and what a prediction says of its certainty.
-
-    Args:
-        masks: compressed run-length encodings.
-        scores: (D,), at least 0, or None for the ground truth and for predictions without scores.
-    """
-
-    masks: Sequence[RLE]
-    scores: NDArray[np.float64] | None = None
-
-    def __post_init__(self) -> None:
-        if self.scores is not None and np.shape(self.scores) != (len(self.masks),):
-            raise ValueError(f"scores: expected one for each of {len(self.masks)} masks, got {np.shape(self.scores)}")
-
-    def by_score(self) -> "Cells":
-        """The same cells, the highest score first; equal ones, or cells without scores, in the order given."""
-        if self.scores is None:
-            return self
-        order = np.argsort(-self.scores, kind="stable")
-        return Cells([self.masks[i] for i in order], np.asarray(self.scores, dtype=np.float64)[order])
 
 
 @dataclass(frozen=True)
@@ -83,8 +60,8 @@ class Verdict:
         return 2 * int(self.found.sum()) / total if total else 1.0
 
 
-def match(truth: Cells, prediction: Cells, ious: Sequence[float]) -> Matches:
-    """Match the instances, which come by falling score, as `metrics.claim_best` says.
+def match(truth: ImageCells, prediction: ImageCells, ious: Sequence[float]) -> Matches:
+    """Match the instances, which come by falling score, by `metrics.claim_best`.
 
     Raises:
         ValueError: for masks of different sizes.
@@ -107,7 +84,7 @@ def match(truth: Cells, prediction: Cells, ious: Sequence[float]) -> Matches:
     )
 
 
-def judge(truth: Cells, prediction: Cells, matches: Matches, threshold: int, score: float | None) -> Verdict:
+def judge(truth: ImageCells, prediction: ImageCells, matches: Matches, threshold: int, score: float | None) -> Verdict:
     """Judge the instances of at least a score.
 
     Args:

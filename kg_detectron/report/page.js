@@ -166,7 +166,7 @@
       const high = panels.clientHeight / Math.ceil(count / columns) - caption;
       return Math.min(panels.clientWidth / columns, Math.max(high, 160) * width / height);
     };
-    const columns = [...Array(count).keys()].map((i) => i + 1).sort((a, b) => widthWith(b) - widthWith(a) || b - a)[0];
+    const columns = [...Array(count).keys()].map((i) => i + 1).sort((a, b) => widthWith(b) - widthWith(a) || a - b)[0];
     panels.style.gridTemplateColumns = `repeat(${columns}, minmax(0, ${Math.floor(widthWith(columns)) - 8}px))`;
   }
   addEventListener("resize", () => { if (viewer.open) fit(); });

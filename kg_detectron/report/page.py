@@ -18,10 +18,11 @@ from ..io.files import replacing
 from ..io.images import read_image
 from ..io.resize import resize_image
 from . import charts
-from .comparison import ComparedImage, Comparison, JudgedImage
+from .comparison import Comparison, JudgedImage
 from .curves import ap_chart, precision_recall_chart, score_chart, size_chart
 from .matching import INSIDE
 from .outlines import TOLERANCE, outlines
+from .tables import Table
 
 DETAILS = 100  # images, the worst, that come with outlines unless the caller says otherwise
 LONGEST_SIDE = 1024  # pixels, of the pictures of those images
@@ -41,16 +42,6 @@ LAYERS = (
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of the page: a row a model, of texts that are ready to read."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str]]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Explanation:
     """A picture of how the boxes of one image came about, as PNG, and what it shows in words."""
 
@@ -63,9 +54,10 @@ class Explanation:
         return _data_url("image/png", self.png)
 
 
-def write_report(
+def write_page(
     path: str | Path,
     comparison: Comparison,
+    files: Mapping[str, Path],
     *,
     title: str,
     tables: Sequence[Table] = (),
@@ -78,6 +70,7 @@ def write_report(
     Args:
         path: the HTML file; an existing one is replaced.
         comparison: of the models on the images.
+        files: where `io.images.read_image` finds the images, by their names.
         title: of the page.
         tables: figures, shown first.
         explanations: shown after the curves.
@@ -93,7 +86,7 @@ def write_report(
     if details < 0:
         raise ValueError(f"details: expected at least 0, got {details}")
     models, iou = comparison.models, comparison.iou
-    worst_first = sorted(comparison.images, key=lambda judged: (judged.f1, judged.image.name))
+    worst_first = sorted(comparison.images, key=lambda judged: (judged.f1, judged.truth.name))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("kg_detectron.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -111,7 +104,7 @@ def write_report(
         charts=_charts(comparison),
         layers=LAYERS,
         terms=_terms(iou),
-        cards=_cards(worst_first, models, details, progress),
+        cards=_cards(worst_first, files, models, details, progress),
         cards_total=len(worst_first),
         width=charts.WIDTH,
         height=charts.HEIGHT,
@@ -126,7 +119,7 @@ def write_report(
 
 def _charts(comparison: Comparison) -> list[charts.Chart]:
     pooled, iou, threshold, scores = comparison.pooled, comparison.iou, comparison.threshold, comparison.scores
-    areas = np.array([coco_mask.area(m) for judged in comparison.images for m in judged.image.truth.masks], np.float64)
+    areas = np.array([coco_mask.area(m) for judged in comparison.images for m in judged.truth.masks], np.float64)
     found = [np.concatenate([~of.verdicts[m].missed for of in comparison.images]) for m in range(len(pooled))]
     made = [precision_recall_chart(pooled, threshold, iou, scores), ap_chart(pooled)]
     if len(areas):
@@ -136,7 +129,7 @@ def _charts(comparison: Comparison) -> list[charts.Chart]:
 
 
 def _facts(comparison: Comparison) -> str:
-    cells = sum(len(judged.image.truth.masks) for judged in comparison.images)
+    cells = sum(len(judged.truth.masks) for judged in comparison.images)
     return f"{len(comparison.images)} images, {cells} cells; " + ", ".join(comparison.models)
 
 
@@ -177,17 +170,19 @@ def _terms(iou: float) -> list[tuple[str, str]]:
         ),
         (
             "pictures",
-            f"At most {LONGEST_SIDE} pixels on the longer side, the contrast stretched for the eye. Outlines run along the"
-            f" edges of the masks' pixels to within {TOLERANCE:g} pixels.",
+            f"At most {LONGEST_SIDE} pixels on the longer side, the contrast stretched for the eye. Outlines run along"
+            f" the edges of the masks' pixels to within {TOLERANCE:g} pixels.",
         ),
     ]
 
 
-def _cards(judged: Sequence[JudgedImage], models: Sequence[str], details: int, progress: bool) -> Iterator[Mapping]:
+def _cards(
+    judged: Sequence[JudgedImage], files: Mapping[str, Path], models: Sequence[str], details: int, progress: bool
+) -> Iterator[Mapping]:
     """What the template needs of every image, one after the other, so that the page is never whole in memory."""
     for index, one in enumerate(tqdm(judged, desc="drawing", unit="image", disable=not progress)):
-        image, verdicts = one.image, one.verdicts
-        picture = _picture(image)
+        truth, verdicts = one.truth, one.verdicts
+        picture = _picture(files[truth.name], truth.size)
         thumbnail = _shrunk(picture, _THUMBNAIL_SIDE)
         f1 = [verdict.f1 for verdict in verdicts]
         rows = [
@@ -204,10 +199,10 @@ def _cards(judged: Sequence[JudgedImage], models: Sequence[str], details: int, p
         ]
         yield {
             "index": index,
-            "name": image.name,
-            "height": image.size[0],
-            "width": image.size[1],
-            "cells": len(image.truth.masks),
+            "name": truth.name,
+            "height": truth.size[0],
+            "width": truth.size[1],
+            "cells": len(truth.masks),
             "f1": f"{one.f1:.6f}",
             "spread": f"{max(f1) - min(f1):.6f}",
             **{kind: sum(row[kind] for row in rows) for kind in ("missed", "false", "merged", "split")},
@@ -222,7 +217,7 @@ def _cards(judged: Sequence[JudgedImage], models: Sequence[str], details: int, p
 def _detail(one: JudgedImage, picture: np.ndarray) -> str:
     """The picture and the outlines as JSON, for page.js."""
     models = []
-    for prediction, matches, verdict in zip(one.image.predictions, one.matches, one.verdicts, strict=True):
+    for prediction, matches, verdict in zip(one.predictions, one.matches, one.verdicts, strict=True):
         kept = len(verdict.found)
         models.append(
             {
@@ -236,22 +231,22 @@ def _detail(one: JudgedImage, picture: np.ndarray) -> str:
             }
         )
     content = {
-        "height": one.image.size[0],
-        "width": one.image.size[1],
+        "height": one.truth.size[0],
+        "width": one.truth.size[1],
         "image": base64.b64encode(_jpeg(_shrunk(picture, LONGEST_SIDE), _JPEG_QUALITY)).decode("ascii"),
-        "truth": outlines(one.image.truth.masks),
+        "truth": outlines(one.truth.masks),
         "models": models,
     }
     # Numbers, outlines and base64 only: nothing in it can end the script element.
     return json.dumps(content, separators=(",", ":"))
 
 
-def _picture(image: ComparedImage) -> np.ndarray:
-    """The image (H,W,3) uint8, its contrast stretched for the eye: many a micrograph is nearly black."""
-    pixels = read_image(image.file)
-    if pixels.shape[:2] != tuple(image.size):
-        raise ValueError(f"{image.file}: it is {pixels.shape[:2]} pixels high and wide, expected {tuple(image.size)}")
-    return stretched(pixels)
+def _picture(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """The image (H,W,3) uint8 to look at."""
+    image = read_image(file)
+    if image.shape[:2] != tuple(size):
+        raise ValueError(f"{file}: it has {image.shape[:2]} pixels (height, width), its ground truth {tuple(size)}")
+    return stretched(image)
 
 
 def _shrunk(picture: np.ndarray, longest: int) -> np.ndarray:
