@@ -5,8 +5,8 @@ of detections), or from one COCO file an image. H, W: height and width in pixels
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class ImageCells:
     """The cells of one image.
 
     Attributes:
-        name: the image's file name without its ending, and without ``_labels``.
+        name: the image's file name with its folders, without its ending and without ``_labels``.
         image_id: what a COCO file calls the image; None for label images.
         size: (H,W).
         boxes: (R,4) xyxy, as the file gives them; of label images the pixels' extent, x2 the last pixel + 1.
@@ -45,9 +45,9 @@ def read_cells(path: str | Path) -> list[ImageCells]:
     """Read the cells of many images.
 
     Args:
-        path: a COCO dataset (JSON with images and annotations), or a folder. Of a folder the first of these counts that
-            there is: files ``*_coco.json``, COCO datasets; label images ``*_labels.tif`` or ``.png``; all TIFF and PNG
-            files, label images.
+        path: a COCO dataset (JSON with images and annotations), or a folder. Of a folder, at any depth, the first of
+            these counts that there is: files ``NAME_coco.json``, COCO datasets of the image NAME; label images
+            ``NAME_labels.tif`` or ``.png``; all TIFF and PNG files, label images.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -56,23 +56,24 @@ def read_cells(path: str | Path) -> list[ImageCells]:
     path = Path(path)
     if not path.is_dir():
         return _dataset_cells(path)
-    files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+    files = [file for file in sorted(path.rglob("*")) if not file.name.startswith(".")]
     datasets = [file for file in files if file.name.endswith(COCO_ENDING)]
     if datasets:
-        return [cells for file in datasets for cells in _dataset_cells(file)]
+        return [_only_image(file, str(file.relative_to(path)).removesuffix(COCO_ENDING)) for file in datasets]
     images = [file for file in files if file.suffix.lower() in LABEL_SUFFIXES]
     images = [file for file in images if file.stem.endswith(LABELS_ENDING)] or images
     if not images:
         raise FileNotFoundError(f"{path}: there is neither a label image (PNG, TIFF) nor a file *{COCO_ENDING} in it")
-    return [_label_cells(file) for file in images]
+    return [_label_cells(file, image_name(file.relative_to(path))) for file in images]
 
 
 def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> list[ImageCells | None]:
     """Read what was predicted for every image of the ground truth; None where there is nothing of an image.
 
     Args:
-        path: what `read_cells` reads, whose images are found by their names, or COCO results, a JSON list of dicts
-            ``image_id``, ``bbox``, ``segmentation`` and ``score``, whose images are found by their ids.
+        path: what `read_cells` reads, whose images are found by their names, without folders unless two images are
+            called the same; or COCO results, a JSON list of dicts ``image_id``, ``bbox``, ``segmentation`` and
+            ``score``, whose images are found by their ids.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_cells`; an image that the ground truth does not have, two images of
@@ -84,8 +85,9 @@ def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> li
         found = _result_cells(path, data, ground_truth)
         return [found.get(image.image_id) for image in ground_truth]
     predictions = read_cells(path)
-    by_name = _by_name(predictions, path)
-    known = _by_name(ground_truth, "the ground truth")
+    bare = all(_is_unique([PurePosixPath(image.name).name for image in one]) for one in (predictions, ground_truth))
+    known = _by_name(ground_truth, "the ground truth", bare)
+    by_name = _by_name(predictions, path, bare)
     unknown = sorted(by_name.keys() - known.keys())
     if unknown:
         raise ValueError(
@@ -94,18 +96,25 @@ def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> li
     for name, image in by_name.items():
         if image.size != known[name].size:
             raise ValueError(f"{path}: {name} has {image.size} pixels (height, width), its truth {known[name].size}")
-    return [by_name.get(image.name) for image in ground_truth]
+    return [by_name.get(name) for name in known]
 
 
-def image_name(file: str | Path) -> str:
-    """What an image, its label image and its COCO file have in common: "a" for a.png, a_labels.tif and dir/a.png."""
-    return PurePosixPath(str(file).replace("\\", "/")).stem.removesuffix(LABELS_ENDING)
+def image_name(file: str | PurePath) -> str:
+    """What an image and its label image have in common: "dir/a" for dir/a.png and dir/a_labels.tif."""
+    return PurePath(file).with_suffix("").as_posix().removesuffix(LABELS_ENDING)
 
 
-def _label_cells(file: Path) -> ImageCells:
+def _label_cells(file: Path, name: str) -> ImageCells:
     crops = MaskCrops.from_label_image(read_label_image(file))
     boxes = crops.windows.numpy().astype(np.float64)
-    return ImageCells(image_name(file), None, crops.size, boxes, crops.rle(), None)
+    return ImageCells(name, None, crops.size, boxes, crops.rle(), None)
+
+
+def _only_image(file: Path, name: str) -> ImageCells:
+    images = _dataset_cells(file)
+    if len(images) != 1:
+        raise ValueError(f"{file}: expected a COCO dataset of one image, got {len(images)}")
+    return replace(images[0], name=PurePath(name).as_posix())
 
 
 def _dataset_cells(file: Path) -> list[ImageCells]:
@@ -131,7 +140,7 @@ def _dataset_cells(file: Path) -> list[ImageCells]:
         own[annotation["image_id"]].append((where, annotation))
     return [
         _image_cells(
-            file, image_name(image["file_name"]), image["id"], (image["height"], image["width"]), own[image["id"]]
+            file, image_name(str(image["file_name"])), image["id"], (image["height"], image["width"]), own[image["id"]]
         )
         for image in images
     ]
@@ -188,10 +197,14 @@ def _numbers(entry: dict, key: str, count: int) -> list[float]:
     return values
 
 
-def _by_name(images: Sequence[ImageCells], where: object) -> dict[str, ImageCells]:
-    by_name = {image.name: image for image in images}
-    if len(by_name) < len(images):
-        names = [image.name for image in images]
+def _is_unique(names: list[str]) -> bool:
+    return len(set(names)) == len(names)
+
+
+def _by_name(images: Sequence[ImageCells], where: object, bare: bool) -> dict[str, ImageCells]:
+    """In the same order, by their names, without folders where `bare`."""
+    names = [PurePosixPath(image.name).name if bare else image.name for image in images]
+    if not _is_unique(names):
         double = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{where}: two images are called {double}, so that they cannot be told apart by name")
-    return by_name
+    return dict(zip(names, images, strict=True))

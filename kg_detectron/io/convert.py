@@ -1,5 +1,6 @@
 """Images and masks of common layouts -> COCO JSON, ready for training."""
 
+import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,27 +18,29 @@ _NAMED = 3  # faults that the message names
 
 def convert(
     images: str | Path, masks: str | Path, output: str | Path, *, layout: str | None = None, category: str = "cell"
-) -> tuple[int, int]:
+) -> tuple[int, int, list[Fault]]:
     """Write images and masks as a COCO dataset with run-length encoded masks.
 
-    The images stay where they are; the JSON file names them from its own folder, which `images` must be in.
+    The images stay where they are; the JSON file names them from its own folder, in which `images` must be, or a link
+    to it.
 
     Args:
         images, masks, layout: as `find_pairs` takes them. An image whose label image is empty is kept, without cells.
         output: the JSON file; an existing one is replaced.
         category: name of the only category, of id 1.
     Returns:
-        The numbers of images and of cells.
+        The numbers of images and of cells, and what else is conspicuous (see `check_masks`): cells in several pieces,
+        cells that come twice, files without a cell, which are left out.
     Raises:
         FileNotFoundError: as `find_pairs` does, or the folder of `output` is missing.
         ValueError: the same; `images` is not in the folder of `output`; files without partner, unreadable, of another
             size than their image, binary masks in place of label images. The message names the first of them.
     """
     output = Path(output)
-    folder = output.resolve().parent
+    folder, root = Path(os.path.abspath(output.parent)), Path(os.path.abspath(images))
     if not folder.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    if not Path(images).resolve().is_relative_to(folder):
+    if not root.is_relative_to(folder):
         raise ValueError(
             f"{output}: the images must lie in its folder or below, from where it names them, but they are in {images}"
         )
@@ -49,20 +52,17 @@ def convert(
         if content.size is None:
             continue
         height, width = content.size
-        file_name = pair.image.resolve().relative_to(folder).as_posix()
+        file_name = (root.relative_to(folder) / pair.image.relative_to(images)).as_posix()
         records.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
         annotations += [
             rle_annotation(rle, image_id=image_id, annotation_id=len(annotations) + i)
             for i, rle in enumerate((rle for cells in content.cells for rle in cells.rle()), start=1)
         ]
-    _refuse([found for found in faults if found.kind in _FATAL])
-    write_coco(output, records, annotations, [{"id": 1, "name": category}], f"converted from the layout {layout!r}")
-    return len(records), len(annotations)
-
-
-def _refuse(faults: list[Fault]) -> None:
-    if faults:
+    fatal = [found for found in faults if found.kind in _FATAL]
+    if fatal:
         raise ValueError(
-            f"{len(faults)} faults, which `kg-detectron check-data` lists; the first: "
-            + "; ".join(map(str, faults[:_NAMED]))
+            f"{len(fatal)} faults, which kg-detectron check-data lists; the first: "
+            + "; ".join(map(str, fatal[:_NAMED]))
         )
+    write_coco(output, records, annotations, [{"id": 1, "name": category}], f"converted from the layout {layout!r}")
+    return len(records), len(annotations), faults
