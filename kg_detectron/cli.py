@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_report(commands)
+    _add_explain(commands)
     return parser
 
 
@@ -83,15 +84,25 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="N",
         help="draw outlines for the N worst images, which bounds the size of the file (default: 100)",
     )
+    parser.add_argument(
+        "--explain",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="show how the boxes of these images came about, in the model of --model",
+    )
+    parser.add_argument("-m", "--model", help="model file, or checkpoint of tools/train_net.py, for --explain")
     parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .report import model_names, report_dataset
+    from .report import explain_image, model_names, report_dataset
 
     names = arguments.names or model_names(arguments.predictions)
     if len(set(names)) < len(arguments.predictions) or len(names) > len(arguments.predictions):
         raise ValueError(f"expected {len(arguments.predictions)} different names of models, got {', '.join(names)}")
+    if bool(arguments.explain) != bool(arguments.model):
+        raise ValueError("--explain and --model belong together: expected both or none")
     report_dataset(
         arguments.ground_truth,
         dict(zip(names, arguments.predictions, strict=True)),
@@ -101,9 +112,34 @@ def _report(arguments: argparse.Namespace) -> int:
         ious=arguments.iou,
         score=arguments.score,
         details=arguments.details,
+        explanations=[explain_image(arguments.model, image) for image in arguments.explain],
         progress=sys.stderr.isatty(),
     )
     print(f"wrote {arguments.output}")
+    return 0
+
+
+def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="draw how the boxes of one image came about",
+        description="Draw heatmaps, votes, peaks, groups and boxes of one image at every scale, and why groups were "
+        "rejected.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="PNG, JPEG or TIFF")
+    parser.add_argument("-m", "--model", required=True, help="model file, or checkpoint of tools/train_net.py")
+    parser.add_argument("-o", "--output", required=True, metavar="PNG", help="the file to write")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from .io.files import replacing
+    from .report import explain_image
+
+    explanation = explain_image(arguments.model, arguments.image)
+    with replacing(arguments.output) as unfinished:
+        unfinished.write_bytes(explanation.png)
+    print(f"wrote {arguments.output}: {explanation.text}")
     return 0
 
 

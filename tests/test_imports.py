@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "io": FOUNDATION | {"drawing"},
     "synthetic": FOUNDATION,
     "inference": INFERENCE,
-    "cli": INFERENCE | {"inference"},
+    "report": INFERENCE | {"inference", "evaluation"},
+    "cli": INFERENCE | {"inference", "evaluation", "report"},
     "d2": INFERENCE | {"inference"},
     "__init__": INFERENCE | {"inference"},
 }

@@ -23,6 +23,22 @@ class Peaks(NamedTuple):
     displacements: Tensor  # [P,4,2] x, y to each other keypoint, ascending, in pixels of the scale
 
 
+class Candidates(NamedTuple):
+    """Keypoint graphs of all scales of N images, and the boxes retrieved from them, before NMS."""
+
+    graphs: Tensor  # [G,5,3] x, y, score (0 = missing) in pixels of the scale
+    group: Tensor  # [G] image + N * index of the scale
+    boxes: Tensor  # [R,4] xyxy continuous input pixels, clipped to the image
+    scores: Tensor  # [R]
+    graph: Tensor  # [R] the graph that each box comes from, ascending
+    image: Tensor  # [R]
+
+    @property
+    def has_area(self) -> Tensor:
+        """(R,) bool. Corners may cross where a graph mixes two cells, and a box may lie outside its image."""
+        return (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
+
+
 class KeypointDecoder(nn.Module):
     """Boxes of the cells, from the keypoint maps of all scales: `find` their keypoints, `assemble` them.
 
@@ -67,15 +83,19 @@ class KeypointDecoder(nn.Module):
     @torch.no_grad()
     def find(self, maps: list[KeypointMaps]) -> Peaks:
         """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
-        votes = [
+        peaks, scores = find_peaks(self.vote(maps), self.peak_threshold)
+        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
+
+    @torch.no_grad()
+    def vote(self, maps: list[KeypointMaps]) -> list[Tensor]:
+        """The smoothed votes (N,5,h,w) of each scale."""
+        return [
             smooth_votes(
                 hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius),
                 self.smooth_sigma,
             )
             for scale in maps
         ]
-        peaks, scores = find_peaks(votes, self.peak_threshold)
-        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
 
     @torch.no_grad()
     def assemble(
@@ -91,18 +111,24 @@ class KeypointDecoder(nn.Module):
         Returns:
             For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
         """
+        candidates = self.retrieve(peaks, sizes, strides)
+        kept = [self.suppress(candidates, i) for i in range(len(sizes))]
+        return [(candidates.boxes[own], candidates.scores[own]) for own in kept]
+
+    @torch.no_grad()
+    def retrieve(self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
+        """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
         graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
         corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
-        group = group[graph]
-        scale, image = group // len(sizes), group % len(sizes)
+        scale, image = group[graph] // len(sizes), group[graph] % len(sizes)
         boxes = (corners + 0.5) * corners.new_tensor(strides)[scale, None] - 0.5
         boxes[:, 2:] += 1
         boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([[w, h, w, h] for h, w in sizes])[image])
-        real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # corners may cross where a graph mixes two cells
+        return Candidates(graphs, group, boxes, scores, graph, image)
+
+    @torch.no_grad()
+    def suppress(self, candidates: Candidates, image: int) -> Tensor:
+        """NMS among the boxes of one image: the indices (K,) of those that stay, by falling score."""
         # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
-        found = []
-        for i in range(len(sizes)):
-            own = real & (image == i)
-            keep = nms(boxes[own], scores[own], self.nms_threshold)
-            found.append((boxes[own][keep], scores[own][keep]))
-        return found
+        own = (candidates.has_area & (candidates.image == image)).nonzero()[:, 0]
+        return own[nms(candidates.boxes[own], candidates.scores[own], self.nms_threshold)]

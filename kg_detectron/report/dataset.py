@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..evaluation import evaluate_cells
+from ..inference import load_model
+from ..inference.explanation import explain
 from ..io.annotations import IMAGE_SUFFIXES, ImageCells, image_name, read_cells, read_predictions
+from ..io.images import read_image
 from .comparison import compare
+from .explained import draw_explanation
 from .page import DETAILS, Explanation, write_page
 from .tables import metric_tables
 
@@ -60,6 +64,23 @@ def report_dataset(
         details=details,
         progress=progress,
     )
+
+
+def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> Explanation:
+    """A picture of how a model found its boxes in an image, see `inference.explanation.explain`.
+
+    Args:
+        model: file, see `inference.load_model`.
+        image: file, see `io.images.read_image`.
+        device: where the model runs.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or not what it should be.
+    """
+    pixels = read_image(image)
+    explained = explain(load_model(model, device), pixels)
+    name = Path(image).name
+    return Explanation(name, draw_explanation(pixels, explained, name), explained.summary())
 
 
 def find_images(folder: str | Path, truths: Sequence[ImageCells]) -> dict[str, Path]:

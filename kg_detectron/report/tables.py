@@ -29,7 +29,7 @@ def metric_tables(figures: Mapping[str, Mapping]) -> list[Table]:
                 for iou in ious
             },
             figures,
-            DEFINITIONS["paper.t.box_ap"],
+            "AP as under Terms, of boxes and of masks; mean IoU of the masks that mask AP counts as found.",
         ),
         _table(
             "COCO AP (%)",
@@ -44,12 +44,20 @@ def metric_tables(figures: Mapping[str, Mapping]) -> list[Table]:
     ]
     columns = ("precision", "recall", "f1", "accuracy", "sq", "pq")
     counted = ", ".join(f"{name} from score {of['min_score']:.3g}" for name, of in figures.items() if of["has_scores"])
+    counted = f"Counted: {counted or 'all'}."
     note = "One-to-one matching of masks; accuracy is TP / (TP + FP + FN), SQ and PQ segmentation and panoptic quality."
     for iou in ious:
         keys = {_LABELS.get(key, key): ("matching", iou, key) for key in columns}
-        tables.append(_table(f"Instances at IoU {iou} (%)", keys, figures, f"{note} Counted: {counted or 'all'}."))
+        tables.append(_table(f"Instances at IoU {iou} (%)", keys, figures, f"{note} {counted}"))
     overall = {"DSB score": ("dsb", "score"), "AJI": ("aji",), "Dice of foreground": ("foreground_dice",)}
-    tables.append(_table("Areas and thresholds together (%)", overall, figures, DEFINITIONS["dsb.score"]))
+    tables.append(
+        _table(
+            "Areas and thresholds together (%)",
+            overall,
+            figures,
+            f"DSB score: {DEFINITIONS['dsb.score'].partition(': ')[2]}. {counted}",
+        )
+    )
     return tables
 
 
