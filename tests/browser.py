@@ -1,6 +1,5 @@
 """A headless Chromium for tests, driven by the HTTP protocol of chromedriver (W3C WebDriver)."""
 
-import base64
 import json
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of the standard
-KEYS = {"Escape": "\ue00c", "Enter": "\ue007", "ArrowRight": "\ue014", "Tab": "\ue004", "Space": " "}
+KEYS = {"Escape": "\ue00c", "ArrowRight": "\ue014"}
 
 
 def missing_browser() -> str | None:
@@ -27,7 +26,7 @@ def missing_browser() -> str | None:
 class Browser:
     """One window; use it as a context."""
 
-    def __init__(self, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
+    def __init__(self, width: int = 1400, height: int = 1000) -> None:
         self.driver = subprocess.Popen(
             [shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -37,7 +36,6 @@ class Browser:
             self.address = f"http://127.0.0.1:{port}/session"
             arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
             arguments += [f"--window-size={width},{height}", "--force-device-scale-factor=1"]
-            arguments += ["--force-dark-mode"] if dark else []
             options = {"binary": next(filter(None, map(shutil.which, BROWSERS))), "args": arguments}
             always = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
             self.address += "/" + self._post("", {"capabilities": {"alwaysMatch": always}})["sessionId"]
@@ -103,10 +101,6 @@ class Browser:
         """Messages of the console since the last call, warnings included."""
         entries = self._post("/se/log", {"type": "browser"})
         return [entry["message"] for entry in entries if entry["level"] in ("WARNING", "SEVERE")]
-
-    def screenshot(self) -> bytes:
-        """The window as PNG."""
-        return base64.b64decode(self._send("GET", "/screenshot"))
 
     def _find(self, selector: str) -> str:
         return self._post("/element", {"using": "css selector", "value": selector})[ELEMENT]

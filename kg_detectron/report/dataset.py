@@ -1,7 +1,7 @@
 """The page from files: ground truth, predictions and images, as a user has them."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..evaluation import evaluate_cells
 from ..inference import load_model
@@ -84,25 +84,35 @@ def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> 
 
 
 def find_images(folder: str | Path, truths: Sequence[ImageCells]) -> dict[str, Path]:
-    """The image files of the ground truth, by name.
+    """The image files of the ground truth, by its names.
+
+    Args:
+        folder: of the images, at any depth. Its folders are those of the names, or else do not count.
 
     Raises:
         FileNotFoundError: an image is missing.
-        ValueError: two files are called the same.
+        ValueError: there are two files for an image.
     """
-    files: dict[str, Path] = {}
-    wanted = {truth.name for truth in truths}
-    for file in sorted(Path(folder).rglob("*")):
-        name = image_name(file)
-        if name in wanted and file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-            if name in files:
-                raise ValueError(f"{folder}: {files[name]} and {file} are called the same, expected one image")
-            files[name] = file
-    missing = sorted(wanted - files.keys())
+    folder = Path(folder)
+    by_name: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
+            name = image_name(file.relative_to(folder))
+            for key in {name, PurePosixPath(name).name}:
+                by_name.setdefault(key, []).append(file)
+    found, missing = {}, []
+    for truth in truths:
+        files = by_name.get(truth.name) or by_name.get(PurePosixPath(truth.name).name)
+        if not files:
+            missing.append(truth.name)
+        elif len(files) > 1:
+            raise ValueError(f"{folder}: {files[0]} and {files[1]} are both called {truth.name}, expected one image")
+        else:
+            found[truth.name] = files[0]
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(wanted)} images are missing: {names}")
-    return files
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(truths)} images are missing: {names}")
+    return found
 
 
 def model_names(paths: Sequence[str | Path]) -> list[str]:

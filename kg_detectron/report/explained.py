@@ -70,9 +70,7 @@ def draw_explanation(image: np.ndarray, explanation: Explanation, title: str = "
             place = _extent(scale.heatmap, scale.stride, explanation.input_scale)
             maps.imshow(_blend(scale.heatmap, 1.0), extent=place, interpolation="bilinear")
             maps.set_title(f"{name}: heatmaps")
-            votes.imshow(
-                _blend(scale.votes, max(float(scale.votes.max()), 1e-6)), extent=place, interpolation="bilinear"
-            )
+            votes.imshow(_blend(scale.votes, highest), extent=place, interpolation="bilinear")
             _draw_points(votes, scale.peaks[:, 0], scale.peaks[:, 1:3])
             votes.set_title(f"{name}: votes, {len(scale.peaks)} peaks")
             _draw_links(links, own)
