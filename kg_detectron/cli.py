@@ -25,6 +25,166 @@ def versions() -> str:
     return "\n".join(lines)
 
 
+# The functions behind the commands are imported where they are called: PyTorch takes seconds, --help should not.
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare predictions with ground truth",
+        description="Print the paper's AP and mean IoU, COCO's AP, F1, panoptic quality, the DSB score, AJI and Dice, "
+        "fractions of 0..1, with a definition of each. Images are found by their names without ending and '_labels'; "
+        "one without prediction counts as without detections.",
+    )
+    parser.add_argument("ground_truth", metavar="GT", help="folder of label images, or COCO JSON")
+    parser.add_argument(
+        "predictions",
+        metavar="PRED",
+        help="folder of label images or of the *_coco.json that predict writes, COCO JSON with scores, or COCO results",
+    )
+    parser.add_argument(
+        "--iou", nargs="+", type=float, default=[0.5, 0.7], metavar="T", help="thresholds of IoU (default: 0.5 0.7)"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="leave detections of a lower score out of all figures but the APs, which rank them (default: 0)",
+    )
+    parser.add_argument(
+        "--max-detections", type=int, default=10000, metavar="N", help="an image, for COCO's AP (default: 10000)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from kg_detectron.evaluation import evaluate, report, write_report
+
+    figures = evaluate(
+        arguments.ground_truth,
+        arguments.predictions,
+        ious=arguments.iou,
+        min_score=arguments.min_score,
+        max_detections=arguments.max_detections,
+    )
+    print(report(figures))
+    if arguments.json is not None:
+        write_report(arguments.json, figures)
+    return 0
+
+
+_LAYOUT = (
+    "labels: one label image an image, NAME.tif or NAME_labels.tif; cells: one file a cell, NAME/*.png, or where "
+    "IMAGES and MASKS are one folder, NAME/images/*.png and NAME/masks/*.png; default: what is there"
+)
+
+
+def _add_check_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "check-data",
+        help="find what is wrong with images and their masks",
+        description="List all that is wrong with a dataset, and count it by kind. Exit status 1 where anything is.",
+    )
+    parser.add_argument("images", metavar="IMAGES", help="folder of images, or a COCO JSON")
+    parser.add_argument("masks", metavar="MASKS", nargs="?", help="folder of their masks; none for a COCO JSON")
+    parser.add_argument("--layout", choices=("labels", "cells"), help=_LAYOUT)
+    parser.add_argument("--images", dest="root", metavar="DIR", help="of a COCO JSON (default: its folder)")
+    parser.set_defaults(run=_check_data)
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from kg_detectron.io.check import check_coco, check_masks
+
+    if arguments.images.lower().endswith(".json"):
+        if arguments.masks is not None or arguments.layout is not None:
+            raise ValueError("MASKS and --layout go with a folder of images; a COCO JSON holds its masks")
+        faults, images = check_coco(arguments.images, arguments.root)
+    elif arguments.masks is None or arguments.root is not None:
+        raise ValueError(
+            "expected IMAGES MASKS, two folders, or a COCO JSON with --images DIR where they are elsewhere"
+        )
+    else:
+        faults, images = check_masks(arguments.images, arguments.masks, arguments.layout)
+    for fault in faults:
+        print(f"{fault.kind}: {fault}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(fault.kind for fault in faults).items()))
+    print(f"{images} images looked at: {counts or 'nothing found'}")
+    return 1 if faults else 0
+
+
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="make a COCO JSON for training from images and their masks",
+        description="Write a COCO JSON that tools/train_net.py takes as a dataset: DATASETS.TRAIN \"('FILE.json',)\".",
+    )
+    parser.add_argument("images", metavar="IMAGES", help="folder of images, in that of the JSON or below")
+    parser.add_argument("masks", metavar="MASKS", help="folder of their masks")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.json", help="an existing one is replaced")
+    parser.add_argument("--layout", choices=("labels", "cells"), help=_LAYOUT)
+    parser.add_argument("--category", default="cell", help="name of the only category (default: cell)")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from kg_detectron.io.convert import convert
+
+    images, cells, faults = convert(
+        arguments.images, arguments.masks, arguments.output, layout=arguments.layout, category=arguments.category
+    )
+    for fault in faults:
+        print(f"{fault.kind}: {fault}", file=sys.stderr)
+    print(f"{arguments.output}: {images} images, {cells} cells")
+    return 0
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="make a model file for prediction from a training run",
+        description="Write the weights of a run of tools/train_net.py, with all that prediction needs to know of them.",
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", help="its model_best.pth, or else model_final.pth; or a checkpoint"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="MODEL", help="name.safetensors, name.pt or name.pth")
+    parser.add_argument(
+        "--half", action="store_true", help="weights of 16 bits: half the size, results not quite equal"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from kg_detectron.inference import export_run
+    from kg_detectron.io.checksum import file_sha256
+
+    checkpoint = export_run(arguments.run_dir, arguments.output, half=arguments.half)
+    print(f"{arguments.output}: the model of {checkpoint}\nSHA-256 {file_sha256(arguments.output)}")
+    return 0
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="see whether everything installed works",
+        description="Try PyTorch, torchvision, the compiled operators, CUDA and Detectron2, and name the command that "
+        "mends what does not work. Exit status 1 where something cannot run.",
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from kg_detectron.doctor import FAULT, examine
+
+    findings = examine()
+    print(*findings, sep="\n")
+    return 1 if any(finding.state == FAULT for finding in findings) else 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``kg-detectron``."""
     parser = argparse.ArgumentParser(
@@ -41,6 +201,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_evaluate(commands)
+    _add_check_data(commands)
+    _add_convert(commands)
+    _add_export(commands)
+    _add_doctor(commands)
     _add_report(commands)
     _add_explain(commands)
     return parser

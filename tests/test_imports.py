@@ -28,9 +28,11 @@ MAY_IMPORT = {
     "metrics": FOUNDATION,
     "io": FOUNDATION | {"drawing"},
     "synthetic": FOUNDATION,
+    "evaluation": FOUNDATION | {"metrics", "io"},
+    "doctor": set(),
     "inference": INFERENCE,
     "report": INFERENCE | {"inference", "evaluation"},
-    "cli": INFERENCE | {"inference", "evaluation", "report"},
+    "cli": INFERENCE | {"inference", "evaluation", "doctor", "report"},
     "d2": INFERENCE | {"inference"},
     "__init__": INFERENCE | {"inference"},
 }

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
 from kg_detectron.d2.config import add_kg_config
-from kg_detectron.d2.data import CellMapper
+from kg_detectron.d2.data import CellMapper, register_files
 from kg_detectron.d2.evaluation import CellEvaluators, build_evaluators, mask_rles
 from kg_detectron.metrics import RLE
 
@@ -150,12 +150,15 @@ def load_records(dataset: str, limit: int | None = None) -> list[dict]:
     """Detectron2's records of the dataset, the first `limit`.
 
     Raises:
-        CompareError: a name that nobody registered, or files that are missing or faulty.
+        CompareError: a name that is neither registered nor that of a COCO file, or files that are missing or faulty.
     """
-    if dataset not in DatasetCatalog.list():
-        cells = [name for name in DatasetCatalog.list() if MetadataCatalog.get(name).get("evaluator_type") == "cells"]
-        raise CompareError(f"unknown dataset {dataset!r}; there are {', '.join(sorted(cells)) or 'none of cells'}")
     try:
+        register_files([dataset])
+        if dataset not in DatasetCatalog.list():
+            cells = [
+                name for name in DatasetCatalog.list() if MetadataCatalog.get(name).get("evaluator_type") == "cells"
+            ]
+            raise CompareError(f"unknown dataset {dataset!r}; there are {', '.join(sorted(cells)) or 'none of cells'}")
         return DatasetCatalog.get(dataset)[:limit]
     except (OSError, ValueError) as error:
         raise CompareError(f"cannot read dataset {dataset!r}: {error}") from error
@@ -308,7 +311,7 @@ def _device_name(device: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument("--dataset", required=True, help="registered dataset, such as dsb2018_val")
+    parser.add_argument("--dataset", required=True, help="registered dataset, such as dsb2018_val, or COCO JSON")
     parser.add_argument("--output", required=True, type=Path, help="folder for the tables and the predictions")
     parser.add_argument(
         "--weights", metavar="FILE", help="weights in each run (default: model_best.pth, else model_final.pth)"

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from kg_detectron.d2 import CellMapper, add_kg_config
+from kg_detectron.d2 import CellMapper, add_kg_config, register_files
 from kg_detectron.d2.data import build_train_loader, build_validation_loader
 from kg_detectron.d2.evaluation import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, StopTraining, ValidationLoss
@@ -57,7 +57,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+        folder = os.path.basename(dataset_name).removesuffix(".json")  # of a dataset that is named by its file
+        return build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -115,6 +116,7 @@ def setup(args: Namespace) -> CfgNode:
         cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the checkpoint has them: nothing need be downloaded
     cfg.freeze()
     for key in ("TRAIN", "VALIDATION", "TEST"):
+        register_files(cfg.DATASETS[key])
         for name in cfg.DATASETS[key]:
             if name not in MetadataCatalog.list():
                 cells = [
@@ -123,7 +125,8 @@ def setup(args: Namespace) -> CfgNode:
                     if MetadataCatalog.get(known).get("evaluator_type") == "cells"
                 ]
                 raise ValueError(
-                    f"DATASETS.{key}: no dataset is called {name!r}; those of cells are {', '.join(cells)}"
+                    f"DATASETS.{key}: no dataset is called {name!r}; those of cells are {', '.join(cells)},"
+                    " and any COCO file is called by its path, such as mine/train.json"
                 )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kg_detectron")

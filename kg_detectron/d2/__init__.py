@@ -2,8 +2,8 @@
 
 from . import modeling  # noqa: F401  (registers)
 from .config import add_kg_config
-from .data import CellMapper, register_all_cells, register_cells
+from .data import CellMapper, register_all_cells, register_cells, register_files
 
 register_all_cells()
 
-__all__ = ["CellMapper", "add_kg_config", "register_all_cells", "register_cells"]
+__all__ = ["CellMapper", "add_kg_config", "register_all_cells", "register_cells", "register_files"]

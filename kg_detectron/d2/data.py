@@ -77,6 +77,22 @@ def register_all_cells(root: str | None = None) -> None:
                 register_cells(name, os.path.join(folder, f"instances_{split}.json"), os.path.join(folder, split))
 
 
+def register_files(names: Iterable[str]) -> None:
+    """Register every one of `names` that is the path of a COCO JSON file (it ends in ``.json``), under that path.
+
+    Its images are named from the file's folder, as `kg-detectron convert` names them. Names that are registered already
+    stay.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    for name in names:
+        if name.endswith(".json") and name not in DatasetCatalog:
+            if not os.path.isfile(name):
+                raise FileNotFoundError(f"dataset {name}: there is no such file")
+            register_cells(name, name, os.path.dirname(name))
+
+
 # Augmentations
 
 

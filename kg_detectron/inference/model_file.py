@@ -1,11 +1,13 @@
 """Model files: weights with the description of their network, loadable without Detectron2 and without running code."""
 
-import os
+import json
 import pickle
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
+from ..io.files import replacing
 from ..modeling import KeypointGraphNet
 
 # The entry of a checkpoint, Detectron2's included, that holds the arguments of `KeypointGraphNet`.
@@ -19,19 +21,42 @@ _PREFIXES = {
 }
 
 
-def save_model(model: KeypointGraphNet, path: str | Path) -> None:
-    """Write weights and description; the file appears whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    torch.save({"model": model.state_dict(), DESCRIPTION_KEY: {"model": model.arguments}}, part)
-    os.replace(part, path)
+# The ending of files in the format of safetensors; the description stands in their metadata, as JSON.
+SAFETENSORS = ".safetensors"
+
+
+def save_model(model: KeypointGraphNet, path: str | Path, *, half: bool = False) -> None:
+    """Write weights and description; the file appears whole or not at all.
+
+    Args:
+        path: a name that ends in ``.safetensors`` makes it one of those, any other a file of `torch.save` that loads
+            with ``weights_only``.
+        half: write floating-point weights in 16 bits. They come back as 32 bits, rounded.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: a weight that 16 bits cannot hold.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        lost = [name for name, value in state.items() if not value.isfinite().all()]
+        if lost:
+            raise ValueError(f"half: {lost[0]} has values that 16 bits cannot hold")
+    description = {"model": model.arguments}
+    with replacing(path) as unfinished:
+        if Path(path).suffix == SAFETENSORS:
+            # Not by save_file, whose files nobody but their owner may read.
+            unfinished.write_bytes(safetensors.torch.save(state, {DESCRIPTION_KEY: json.dumps(description)}))
+        else:
+            torch.save({"model": state, DESCRIPTION_KEY: description}, unfinished)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> KeypointGraphNet:
     """Load a model for prediction, from `save_model` or from a checkpoint that `tools/train_net.py` wrote.
 
     Args:
-        path: the file; it is read as data only (``weights_only``).
+        path: the file; it is read as data only (``.safetensors``, or else ``weights_only``).
         device: where the model goes.
 
     Returns:
@@ -45,8 +70,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
     if not Path(path).is_file():
         raise FileNotFoundError(f"no model file {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if Path(path).suffix == SAFETENSORS:
+            checkpoint = _read_safetensors(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(checkpoint, dict) or not {"model", DESCRIPTION_KEY} <= checkpoint.keys():
         raise ValueError(f"{path} does not describe a keypoint-graph network (no entry {DESCRIPTION_KEY!r})")
@@ -56,6 +84,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Keypoint
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
     return model.eval().to(device)
+
+
+def _read_safetensors(path: str | Path) -> dict:
+    """The content of a ``.safetensors`` file as `torch.load` gives that of the others."""
+    with safetensors.safe_open(path, "pt") as file:
+        description = (file.metadata() or {}).get(DESCRIPTION_KEY)
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    return {"model": weights} | ({DESCRIPTION_KEY: json.loads(description)} if description else {})
 
 
 def _own_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
