@@ -185,35 +185,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.state == FAULT for finding in findings) else 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of ``kg-detectron``."""
-    parser = argparse.ArgumentParser(
-        prog="kg-detectron",
-        description="Keypoint-graph cell instance segmentation.",
-        # argparse's default formatter would join the lines of --version into a paragraph.
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=versions(),
-        help="print the versions of kg_detectron, PyTorch, torchvision, Detectron2 and Python, and exit",
-    )
-    # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_evaluate(commands)
-    _add_check_data(commands)
-    _add_convert(commands)
-    _add_export(commands)
-    _add_doctor(commands)
-    _add_report(commands)
-    _add_explain(commands)
-    return parser
-
-
-# The functions behind the commands are imported where they are called: PyTorch takes seconds, --help should not.
-
-
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report",
@@ -306,6 +277,32 @@ def _explain(arguments: argparse.Namespace) -> int:
         unfinished.write_bytes(explanation.png)
     print(f"wrote {arguments.output}: {explanation.text}")
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``kg-detectron``."""
+    parser = argparse.ArgumentParser(
+        prog="kg-detectron",
+        description="Keypoint-graph cell instance segmentation.",
+        # argparse's default formatter would join the lines of --version into a paragraph.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=versions(),
+        help="print the versions of kg_detectron, PyTorch, torchvision, Detectron2 and Python, and exit",
+    )
+    # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_evaluate(commands)
+    _add_check_data(commands)
+    _add_convert(commands)
+    _add_export(commands)
+    _add_doctor(commands)
+    _add_report(commands)
+    _add_explain(commands)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
