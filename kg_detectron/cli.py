@@ -69,9 +69,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         min_score=arguments.min_score,
         max_detections=arguments.max_detections,
     )
-    print(report(figures))
     if arguments.json is not None:
         write_report(arguments.json, figures)
+    print(report(figures))
     return 0
 
 

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .overlap import RLE, mask_iou
+from .overlap import RLE, checked_ious, mask_iou
 
 # The thresholds over which the 2018 Data Science Bowl took its mean; COCO has the same.
 DSB_IOUS = tuple(percent / 100 for percent in range(50, 100, 5))
@@ -69,9 +69,7 @@ class MatchingMetrics:
     """
 
     def __init__(self, ious: Sequence[float] = (0.5, 0.7)) -> None:
-        if not len(ious) or len(set(ious)) < len(ious) or not all(0 < iou <= 1 for iou in ious):
-            raise ValueError(f"ious must be distinct numbers above 0 and at most 1, at least one, got {ious!r}")
-        self.ious = tuple(float(iou) for iou in ious)
+        self.ious = checked_ious(ious)
         self._counts: list[tuple[int, int]] = []  # per image M, D
         self._pairs: list[list[int]] = []  # per image (T,), TP
         self._overlaps: list[list[float]] = []  # per image (T,), sum of the pairs' IoU

@@ -37,6 +37,13 @@ def mask_iou(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]
     return coco_mask.iou(list(masks), list(others), [0] * len(others))
 
 
+def checked_ious(ious: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds of intersection over union; a ValueError where they are none, not distinct, or not in (0, 1]."""
+    if not len(ious) or len(set(ious)) < len(ious) or not all(0 < iou <= 1 for iou in ious):
+        raise ValueError(f"ious must be distinct numbers above 0 and at most 1, at least one, got {ious!r}")
+    return tuple(float(iou) for iou in ious)
+
+
 def checked_image(
     gt_boxes: ArrayLike, gt_masks: Sequence[RLE], boxes: ArrayLike, scores: ArrayLike, masks: Sequence[RLE]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .overlap import RLE, box_intersection, box_iou, checked_image, mask_iou
+from .overlap import RLE, box_intersection, box_iou, checked_image, checked_ious, mask_iou
 
 
 def average_precision(scores: ArrayLike, hits: ArrayLike, positives: int) -> float:
@@ -63,9 +63,7 @@ class PaperMetrics:
     """
 
     def __init__(self, ious: Sequence[float] = (0.5, 0.7)) -> None:
-        if not len(ious) or len(set(ious)) < len(ious) or not all(0 < iou <= 1 for iou in ious):
-            raise ValueError(f"ious must be distinct numbers above 0 and at most 1, at least one, got {ious!r}")
-        self.ious = tuple(float(iou) for iou in ious)
+        self.ious = checked_ious(ious)
         self._positives = 0
         self._scores: list[NDArray[np.float64]] = []  # per image (D,), falling
         self._mask_ious: list[NDArray[np.float64]] = []  # per image (D,), of the best ground truth
