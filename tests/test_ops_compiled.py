@@ -18,18 +18,9 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_path
 
 from kg_detectron import layers
 from kg_detectron.layers import ops, reference
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps
+from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
 
 ROOT = Path(__file__).parents[1]
-OPERATORS = (
-    "hough_vote",
-    "smooth_votes",
-    "find_peaks",
-    "gather_displacements",
-    "group_peaks",
-    "graphs_to_boxes",
-    "render_targets",
-)
 
 pytestmark = [
     pytest.mark.skipif(not ops.COMPILED_FOR, reason="the operators were not compiled; `make setup` says why"),
@@ -279,7 +270,7 @@ def arguments(device: str) -> dict[str, tuple]:
     }
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(device, name):
     torch.library.opcheck(getattr(torch.ops.kg_detectron, name).default, arguments(device)[name])
 
@@ -300,6 +291,36 @@ def test_decoder_under_compile(device):
     found = torch.compile(decoder, backend="aot_eager", fullgraph=False)(maps, sizes)
     for own, wanted in zip(found, expected, strict=True):
         assert all(map(torch.equal, own, wanted))
+
+
+class DenseAndDecoder(torch.nn.Module):
+    """A convolution that changes nothing, and the decoder behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = torch.nn.Conv2d(55, 55, 1)
+        torch.nn.init.dirac_(self.dense.weight)
+        torch.nn.init.zeros_(self.dense.bias)
+        self.decoder = KeypointDecoder(radius=3.0)
+
+    def forward(self, maps: Tensor) -> list[tuple[Tensor, Tensor]]:
+        heatmap, single, group = self.dense(maps).split((5, 10, 40), dim=1)
+        return self.decoder([KeypointMaps(heatmap, single, group, 2)], [(80, 96)] * maps.shape[0])
+
+
+def test_exported_program_finds_any_number_of_boxes(device):
+    boxes = torch.tensor([[10.0, 10, 40, 60], [50, 10, 90, 50], [44, 56, 70, 78]])
+    heatmap, single, group = keypoint_targets([boxes, boxes[:0], boxes[:1], boxes[1:]], (80, 96), 2, 3.0)
+    maps = torch.cat((heatmap * 20 - 14, single, group), dim=1).to(device)
+    model = DenseAndDecoder().to(device).eval()
+    program = torch.export.export(model, (maps[[0, 3]],)).module()
+    counts = []
+    for images in ([0, 3], [1, 2], [1, 1], [3, 2]):
+        expected = model(maps[images])
+        counts += [len(scores) for _, scores in expected]
+        for own, wanted in zip(program(maps[images]), expected, strict=True):
+            assert all(map(torch.equal, own, wanted))
+    assert counts == [3, 2, 0, 1, 0, 0, 2, 1]
 
 
 # Calls that do not fit

@@ -1,5 +1,6 @@
 """Operators of the keypoint graph: compiled where they were built, their PyTorch reference elsewhere."""
 
+from .nms import nms
 from .ops import (
     find_peaks,
     gather_displacements,
@@ -20,6 +21,7 @@ __all__ = [
     "group_keypoints",
     "group_peaks",
     "hough_vote",
+    "nms",
     "render_targets",
     "smooth_votes",
 ]

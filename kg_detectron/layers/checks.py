@@ -88,13 +88,14 @@ def check_grouping(
 ) -> None:
     """For `group_peaks`, but for the positions of the peaks: they are looked at where the peaks are."""
     _check_peaks(peaks)
+    count = peaks.shape[0]  # len() would ask `torch.export` for a number
     for name, values, shape in (
-        ("scores", scores, peaks.shape[:1]),
-        ("displacements", displacements, (len(peaks), NUM_KEYPOINTS - 1, 2)),
+        ("scores", scores, (count,)),
+        ("displacements", displacements, (count, NUM_KEYPOINTS - 1, 2)),
     ):
-        if values.shape != shape or not values.is_floating_point():
+        if tuple(values.shape) != shape or not values.is_floating_point():
             raise ValueError(
-                f"{name}: expected floating-point {tuple(shape)}, got {values.dtype} of shape {tuple(values.shape)}"
+                f"{name}: expected floating-point {shape}, got {values.dtype} of shape {tuple(values.shape)}"
             )
     if not peaks.device == scores.device == displacements.device:
         raise ValueError(

@@ -26,6 +26,17 @@ from .checks import (
     check_votes,
 )
 
+# Those that are compiled.
+OPERATORS = (
+    "hough_vote",
+    "smooth_votes",
+    "find_peaks",
+    "gather_displacements",
+    "group_peaks",
+    "graphs_to_boxes",
+    "render_targets",
+)
+
 
 def _load() -> frozenset[str]:
     """Load the compiled operators; the types of device that they were built for."""
@@ -39,7 +50,13 @@ def _load() -> frozenset[str]:
         warnings.warn(f"kg_detectron: {library.name} does not load ({error})", stacklevel=2)
         return frozenset()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(key.lower() for key in ("CPU", "CUDA") if has("kg_detectron::hough_vote", key))
+    try:
+        return frozenset(
+            key.lower() for key in ("CPU", "CUDA") if all(has(f"kg_detectron::{name}", key) for name in OPERATORS)
+        )
+    except RuntimeError as error:  # built from older sources, without one of them
+        warnings.warn(f"kg_detectron: {library.name} is out of date ({error})", stacklevel=2)
+        return frozenset()
 
 
 COMPILED_FOR = _load()

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
 
-from ..layers import find_peaks, gather_displacements, graphs_to_boxes, group_peaks, hough_vote, smooth_votes
+from ..layers import find_peaks, gather_displacements, graphs_to_boxes, group_peaks, hough_vote, nms, smooth_votes
 from .keypoint_branch import KeypointMaps
 
 
@@ -103,6 +102,8 @@ class KeypointDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
 
+        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image.
+
         Args:
             peaks: of N images and all scales, in the order of `find_peaks`.
             sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
@@ -120,11 +121,13 @@ class KeypointDecoder(nn.Module):
         """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
         graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
         corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
-        scale, image = group[graph] // len(sizes), group[graph] % len(sizes)
-        boxes = (corners + 0.5) * corners.new_tensor(strides)[scale, None] - 0.5
-        boxes[:, 2:] += 1
-        boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor([[w, h, w, h] for h, w in sizes])[image])
-        return Candidates(graphs, group, boxes, scores, graph, image)
+        of_box = group[graph]
+        # What depends on the group travels to the device as one table.
+        table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
+        stride, limit = table.to(corners.device, non_blocking=True)[of_box].split((1, 4), dim=1)
+        first, last = ((corners + 0.5) * stride - 0.5).split(2, dim=1)
+        boxes = torch.cat((first, last + 1), dim=1).clamp(min=0).minimum(limit)
+        return Candidates(graphs, group, boxes, scores, graph, of_box % len(sizes))
 
     @torch.no_grad()
     def suppress(self, candidates: Candidates, image: int) -> Tensor:

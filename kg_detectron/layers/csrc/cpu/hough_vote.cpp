@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "../checks.h"
 #include "vectorize.h"
@@ -14,8 +14,9 @@
 namespace kg {
 namespace {
 
-// Pixels whose votes are computed, many at a time, before they are added, one by one.
-constexpr int64_t kBlock = 128;
+// Pixels whose votes are computed, many at a time, before they are added, one by one. Neighbours often vote for the same
+// place, and the second would wait for the first: they are added in steps of kStep.
+constexpr int64_t kBlock = 128, kStep = 32;
 
 // Votes of a block: where the top left one goes, and the values of the four.
 template <typename T>
@@ -69,12 +70,14 @@ void vote_plane(const T* value, const T* offset, int64_t h, int64_t w, T scale, 
             const int64_t pixel = row * w + column, count = std::min(kBlock, w - column);
             compute_votes(value + pixel, offset + pixel, offset + h * w + pixel, row, column, count, h, w, scale,
                           votes);
-            for (int64_t i = 0; i < count; ++i) {
-                T* to = padded + votes.top_left[i];
-                to[0] += votes.corner[0][i];
-                to[1] += votes.corner[1][i];
-                to[stride] += votes.corner[2][i];
-                to[stride + 1] += votes.corner[3][i];
+            for (int64_t first = 0; first < kStep; ++first) {
+                for (int64_t i = first; i < count; i += kStep) {
+                    T* to = padded + votes.top_left[i];
+                    to[0] += votes.corner[0][i];
+                    to[1] += votes.corner[1][i];
+                    to[stride] += votes.corner[2][i];
+                    to[stride + 1] += votes.corner[3][i];
+                }
             }
         }
     }
@@ -99,9 +102,9 @@ at::Tensor hough_vote(const at::Tensor& heatmap, const at::Tensor& offsets, doub
         // One thread a plane: the order of the additions, and with it the sums, never depends on the threads.
         const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, h * w));
         at::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
-            std::vector<scalar_t> padded((h + 2) * (w + 2));
+            const std::unique_ptr<scalar_t[]> padded(new scalar_t[(h + 2) * (w + 2)]);
             for (int64_t p = begin; p < end; ++p) {
-                vote_plane(from + p * h * w, by + 2 * p * h * w, h, w, scale, padded.data(), to + p * h * w);
+                vote_plane(from + p * h * w, by + 2 * p * h * w, h, w, scale, padded.get(), to + p * h * w);
             }
         });
     });

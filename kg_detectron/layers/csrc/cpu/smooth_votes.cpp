@@ -15,8 +15,11 @@ namespace {
 
 // Half-sample symmetric continuation (scipy's border `reflect`), for any distance from the border.
 int64_t reflect(int64_t index, int64_t size) {
-    index = (index % (2 * size) + 2 * size) % (2 * size);
-    return std::min(index, 2 * size - 1 - index);
+    if (index < 0 || index >= size) {
+        index = (index % (2 * size) + 2 * size) % (2 * size);
+        index = std::min(index, 2 * size - 1 - index);
+    }
+    return index;
 }
 
 // out[i] = sum over d of weights[d] * (lines[-d][i] + lines[d][i]): both sides at once, so that a symmetric input has a
