@@ -166,6 +166,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["kg_detectron", "kg_detectron.*"]),
+    package_data={"kg_detectron.report": ["page.html.j2", "page.css", "page.js"]},
     python_requires=">=3.10,<3.13",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

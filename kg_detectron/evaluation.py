@@ -67,13 +67,25 @@ def evaluate(
         FileNotFoundError, ValueError: as `read_predictions` does; ``ious`` or ``max_detections`` out of range; a
             ``min_score`` for predictions without scores.
     """
-    paper, matching, coco = PaperMetrics(ious), MatchingMetrics(ious), CocoMetrics(max_detections)
-    dsb, area = MatchingMetrics(DSB_IOUS), AreaMetrics()
     truths = read_cells(ground_truth)
     found = read_predictions(predictions, truths)
+    return evaluate_cells(truths, found, ious=ious, min_score=min_score, max_detections=max_detections)
+
+
+def evaluate_cells(
+    truths: Sequence[ImageCells],
+    found: Sequence[ImageCells | None],
+    *,
+    ious: Sequence[float] = (0.5, 0.7),
+    min_score: float = 0.0,
+    max_detections: int = 10000,
+) -> dict:
+    """`evaluate` for cells that are read already: of every image its truth, and what was predicted or None."""
+    paper, matching, coco = PaperMetrics(ious), MatchingMetrics(ious), CocoMetrics(max_detections)
+    dsb, area = MatchingMetrics(DSB_IOUS), AreaMetrics()
     scored = {image.scores is not None for image in found if image is not None and len(image.masks)}
     if len(scored) > 1:
-        raise ValueError(f"{predictions}: some images have scores and others have none, expected all or none")
+        raise ValueError("predictions: some images have scores and others have none, expected all or none")
     has_scores = scored != {False}
     if min_score > 0 and not has_scores:
         raise ValueError(f"min_score: expected 0 for predictions without scores, got {min_score}")

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "evaluation": FOUNDATION | {"metrics", "io"},
     "doctor": set(),
     "inference": INFERENCE,
-    "cli": INFERENCE | {"inference", "evaluation", "doctor"},
+    "report": INFERENCE | {"inference", "evaluation"},
+    "cli": INFERENCE | {"inference", "evaluation", "doctor", "report"},
     "d2": INFERENCE | {"inference"},
     "__init__": INFERENCE | {"inference"},
 }

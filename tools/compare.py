@@ -4,7 +4,7 @@
 
 A run is a folder that `train_net.py` wrote: ``config.yaml``, ``model_best.pth`` or ``model_final.pth``, and
 ``metrics.json``. The output folder gets ``comparison.md``, ``comparison.csv``, ``comparison.json`` and, for every run,
-its predictions as COCO results in ``<run>/predictions.json``.
+its predictions as COCO results in ``<run>/predictions.json``; with ``--report``, a page to look at in ``report.html``.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from kg_detectron.d2.config import add_kg_config
 from kg_detectron.d2.data import CellMapper, register_files
 from kg_detectron.d2.evaluation import CellEvaluators, build_evaluators, mask_rles
 from kg_detectron.metrics import RLE
+from kg_detectron.report import report_dataset
 
 # The same for every run, whatever its own config says: one table, one ruler.
 IOUS = (0.5, 0.7)
@@ -298,6 +299,15 @@ def save(output: Path, rows: Sequence[Mapping[str, Any]], dataset: str, images: 
     return text
 
 
+def write_report(runs: Sequence[Run], dataset: str, output: Path) -> None:
+    """Write ``report.html`` from the predictions that `evaluate_run` has written."""
+    metadata = MetadataCatalog.get(dataset)
+    predictions = {run.name: output / run.name / "predictions.json" for run in runs}
+    report_dataset(
+        metadata.json_file, predictions, metadata.image_root, output / "report.html", title=dataset, ious=IOUS
+    )
+
+
 def _number(value: float, digits: int) -> str:
     return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
 
@@ -317,10 +327,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--weights", metavar="FILE", help="weights in each run (default: model_best.pth, else model_final.pth)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    parser.add_argument("--report", action="store_true", help="write report.html too, which shows the images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit must be at least 1, got {options.limit}")
+    if options.report and options.limit is not None:
+        parser.error("--report shows the whole dataset; it does not go with --limit")
     try:
         runs = find_runs(options.runs, options.weights)
         records = load_records(options.dataset, options.limit)
@@ -328,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CompareError as error:
         parser.error(str(error))
     print(save(options.output, rows, options.dataset, len(records), _device_name(options.device)))
+    if options.report:
+        write_report(runs, options.dataset, options.output)
 
 
 if __name__ == "__main__":

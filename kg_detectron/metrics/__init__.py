@@ -15,7 +15,7 @@ from .area import AreaMetrics
 from .coco import CocoMetrics
 from .matching import DSB_IOUS, MatchingMetrics, match
 from .overlap import RLE, box_iou, mask_iou
-from .paper import PaperMetrics, average_precision
+from .paper import PaperMetrics, average_precision, claim_best
 
 __all__ = [
     "DSB_IOUS",
@@ -26,6 +26,7 @@ __all__ = [
     "PaperMetrics",
     "average_precision",
     "box_iou",
+    "claim_best",
     "mask_iou",
     "match",
 ]

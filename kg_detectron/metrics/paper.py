@@ -30,6 +30,26 @@ def average_precision(scores: ArrayLike, hits: ArrayLike, positives: int) -> flo
     return float(envelope[hits].sum() / positives)  # recall rises by 1 / positives at every hit, and nowhere else
 
 
+def claim_best(overlap: NDArray[np.float64], ious: Sequence[float]) -> NDArray[np.int64]:
+    """Which ground truth every detection takes, by the rule of `PaperMetrics`.
+
+    Args:
+        overlap: (D,M) IoU, detections by falling score.
+        ious: T thresholds.
+    Returns:
+        (T,D) the ground truth of a true positive, -1 for a false positive.
+    """
+    taken = np.full((len(ious), len(overlap)), -1, dtype=np.int64)
+    if overlap.size == 0:
+        return taken
+    best, best_overlap = overlap.argmax(axis=1), overlap.max(axis=1)
+    for t, iou in enumerate(ious):
+        candidates = np.flatnonzero(best_overlap >= iou)
+        _, first = np.unique(best[candidates], return_index=True)  # the highest score that claims a ground truth
+        taken[t, candidates[first]] = best[candidates[first]]
+    return taken
+
+
 class PaperMetrics:
     """Box AP, mask AP and mean mask IoU as the paper reports them (section 3, "Evaluation Metrics").
 
@@ -98,13 +118,4 @@ class PaperMetrics:
         }
 
     def _hits(self, overlap: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """True positives (T,D) from the overlaps (D,M) of detections by falling score."""
-        hits = np.zeros((len(self.ious), len(overlap)), dtype=bool)
-        if overlap.size == 0:
-            return hits
-        best, best_overlap = overlap.argmax(axis=1), overlap.max(axis=1)
-        for t, iou in enumerate(self.ious):
-            candidates = np.flatnonzero(best_overlap >= iou)
-            _, first = np.unique(best[candidates], return_index=True)  # the highest score that claims a ground truth
-            hits[t, candidates[first]] = True
-        return hits
+        return claim_best(overlap, self.ious) >= 0

@@ -23,6 +23,22 @@ class Peaks(NamedTuple):
     displacements: Tensor  # [P,4,2] x, y to each other keypoint, ascending, in pixels of the scale
 
 
+class Candidates(NamedTuple):
+    """Keypoint graphs of all scales of N images, and the boxes retrieved from them, before NMS."""
+
+    graphs: Tensor  # [G,5,3] x, y, score (0 = missing) in pixels of the scale
+    group: Tensor  # [G] image + N * index of the scale
+    boxes: Tensor  # [R,4] xyxy continuous input pixels, clipped to the image
+    scores: Tensor  # [R]
+    graph: Tensor  # [R] the graph that each box comes from, ascending
+    image: Tensor  # [R]
+
+    @property
+    def has_area(self) -> Tensor:
+        """(R,) bool. Corners may cross where a graph mixes two cells, and a box may lie outside its image."""
+        return (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
+
+
 class KeypointDecoder(nn.Module):
     """Boxes of the cells, from the keypoint maps of all scales: `find` their keypoints, `assemble` them.
 
@@ -76,15 +92,19 @@ class KeypointDecoder(nn.Module):
     @torch.no_grad()
     def find(self, maps: list[KeypointMaps]) -> Peaks:
         """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
-        votes = [
+        peaks, scores = find_peaks(self.vote(maps), self.peak_threshold)
+        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
+
+    @torch.no_grad()
+    def vote(self, maps: list[KeypointMaps]) -> list[Tensor]:
+        """The smoothed votes (N,5,h,w) of each scale."""
+        return [
             smooth_votes(
                 hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius),
                 self.smooth_sigma,
             )
             for scale in maps
         ]
-        peaks, scores = find_peaks(votes, self.peak_threshold)
-        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
 
     @torch.no_grad()
     def assemble(
@@ -102,19 +122,26 @@ class KeypointDecoder(nn.Module):
         Returns:
             For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
         """
+        candidates = self.retrieve(peaks, sizes, strides)
+        kept = [self.suppress(candidates, i) for i in range(len(sizes))]
+        return [(candidates.boxes[own], candidates.scores[own]) for own in kept]
+
+    @torch.no_grad()
+    def retrieve(self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
+        """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
         graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
         corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
-        group = group[graph]
+        of_box = group[graph]
         # What depends on the group travels to the device as one table.
         table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
-        stride, limit = table.to(corners.device, non_blocking=True)[group].split((1, 4), dim=1)
+        stride, limit = table.to(corners.device, non_blocking=True)[of_box].split((1, 4), dim=1)
         first, last = ((corners + 0.5) * stride - 0.5).split(2, dim=1)
         boxes = torch.cat((first, last + 1), dim=1).clamp(min=0).minimum(limit)
-        real = (boxes[:, 2:] > boxes[:, :2]).all(1)  # corners may cross where a graph mixes two cells
+        return Candidates(graphs, group, boxes, scores, graph, of_box % len(sizes))
+
+    @torch.no_grad()
+    def suppress(self, candidates: Candidates, image: int) -> Tensor:
+        """NMS among the boxes of one image: the indices (K,) of those that stay, by falling score."""
         # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
-        found = []
-        for i in range(len(sizes)):
-            own = (real & (group % len(sizes) == i)).nonzero()[:, 0]
-            own = own[nms(boxes[own], scores[own], self.nms_threshold)]
-            found.append((boxes[own], scores[own]))
-        return found
+        own = (candidates.has_area & (candidates.image == image)).nonzero()[:, 0]
+        return own[nms(candidates.boxes[own], candidates.scores[own], self.nms_threshold)]

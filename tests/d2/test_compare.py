@@ -157,7 +157,9 @@ def keypoint_graph(folder: Path) -> str:
 
 def test_both_models_end_to_end(tmp_path, dataset, capsys):
     runs = [keypoint_graph(tmp_path / "kg"), mask_rcnn(tmp_path / "mask_rcnn")]
-    compare.main([*runs, "--dataset", dataset, "--output", str(tmp_path / "out"), "--device", "cpu"])
+    compare.main([*runs, "--dataset", dataset, "--output", str(tmp_path / "out"), "--device", "cpu", "--report"])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count('class="card"') == 3 and 'MODELS = ["kg", "mask_rcnn"]' in page
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     assert text.startswith(f"Dataset {dataset}, 3 images; timed on cpu")
@@ -250,4 +252,5 @@ def test_faulty_datasets_are_named(tmp_path, capsys):
     finally:
         DatasetCatalog.remove(NAME)
         MetadataCatalog.remove(NAME)
+    assert "does not go with --limit" in fails(capsys, run, "--dataset", NAME, "--limit", "2", "--report", *rest)
     assert "--limit must be at least 1, got 0" in fails(capsys, run, "--dataset", NAME, "--limit", "0", *rest)

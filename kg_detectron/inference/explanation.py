@@ -1,0 +1,162 @@
+"""Why a model found the boxes that it found in one image, and why not others (paper, section 2.1 and figure 4)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from ..graph import KEYPOINTS
+from ..modeling import KeypointGraphNet
+from ..modeling.decoder import Candidates
+from .predictor import predict
+
+# What became of a group of keypoints.
+BOX = "became a box"
+TOO_FEW = "too few keypoints"
+NO_COMBINATION = "no combination that gives a box"
+NO_AREA = "corners cross, or lie outside the image"
+SUPPRESSED = "suppressed by a better box"
+FATES = (BOX, SUPPRESSED, NO_AREA, NO_COMBINATION, TOO_FEW)
+
+
+@dataclass(frozen=True)
+class ExplainedScale:
+    """The maps of one scale, and the keypoints found there.
+
+    Attributes:
+        stride: of the scale.
+        heatmap: (5,h,w) probabilities.
+        votes: (5,h,w), smoothed.
+        peaks: (P,4) keypoint, x, y, score; x and y continuous in pixels of the image.
+    """
+
+    stride: int
+    heatmap: np.ndarray
+    votes: np.ndarray
+    peaks: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExplainedGroup:
+    """A group of keypoints. Coordinates are continuous, in pixels of the image.
+
+    Attributes:
+        scale: its index.
+        keypoints: (5,3) x, y, score; score 0 = missing.
+        opener: the keypoint that opened the group, the best of it.
+        expected: (5,2) x, y, where the group offsets of the opener point to; its own place for itself.
+        box: (4,) xyxy where one was retrieved, clipped to the image.
+        fate: one of `FATES`.
+        number: of the box in the result, from 0 by falling score; of a suppressed one, the box that suppressed it.
+    """
+
+    scale: int
+    keypoints: np.ndarray
+    opener: int
+    expected: np.ndarray
+    box: np.ndarray | None
+    fate: str
+    number: int | None
+
+    @property
+    def reason(self) -> str:
+        """The fate in full."""
+        if self.fate == SUPPRESSED:
+            return f"suppressed by box {self.number + 1}"
+        if self.fate in (TOO_FEW, NO_COMBINATION):
+            names = [name for name, point in zip(KEYPOINTS, self.keypoints, strict=True) if point[2] > 0]
+            return f"{self.fate}: {', '.join(names)}"
+        return self.fate
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything between the image and its boxes.
+
+    Attributes:
+        scales: those that the model has.
+        groups: in the order of the scales, and there in the order in which they were opened.
+        input_scale: (x, y), pixels of the image for one of the network's input.
+    """
+
+    scales: list[ExplainedScale]
+    groups: list[ExplainedGroup]
+    input_scale: tuple[float, float]
+
+    def summary(self) -> str:
+        """How many groups met which fate, in a sentence."""
+        counts = [(sum(group.fate == fate for group in self.groups), fate) for fate in FATES]
+        peaks = sum(len(scale.peaks) for scale in self.scales)
+        parts = ", ".join(f"{count} {fate}" for count, fate in counts if count)
+        return f"{peaks} keypoints, {len(self.groups)} groups" + (f": {parts}." if parts else ".")
+
+
+@torch.no_grad()
+def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
+    """Predict, and keep what lies between.
+
+    Args:
+        model, image: as for `predict`.
+
+    Raises:
+        ValueError: as `predict` does.
+    """
+    seen = []
+    hook = model.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    try:
+        predict(model, image)
+    finally:
+        hook.remove()
+    maps, sizes = seen[0]
+    decoder, strides = model.decoder, [scale.stride for scale in maps]
+    factor = np.array([image.shape[1] / sizes[0][1], image.shape[0] / sizes[0][0]])
+
+    peaks = decoder.find(maps)
+    scales = []
+    for index, (scale, votes) in enumerate(zip(maps, decoder.vote(maps), strict=True)):
+        own = peaks.peaks[:, 0] == index  # of one image, the group is the scale
+        keypoint, y, x = peaks.peaks[own, 1:].cpu().numpy().T
+        places = (np.stack((x, y), axis=1) + 0.5) * scale.stride * factor
+        score = peaks.scores[own].cpu().numpy()
+        found = np.column_stack((keypoint, places, score))
+        heatmap = scale.heatmap[0].float().sigmoid().cpu().numpy()
+        scales.append(ExplainedScale(scale.stride, heatmap, votes[0].cpu().numpy(), found))
+
+    candidates = decoder.retrieve(peaks, sizes, strides)
+    kept = decoder.suppress(candidates, 0)
+    fates = _fates(candidates, kept, decoder.nms_threshold)
+    box_of = {graph: r for r, graph in enumerate(candidates.graph.tolist())}
+    displacement_of = {
+        tuple(p): d for p, d in zip(peaks.peaks.tolist(), peaks.displacements.cpu().numpy(), strict=True)
+    }
+    groups = []
+    for g, (graph, scale) in enumerate(zip(candidates.graphs.cpu().numpy(), candidates.group.tolist(), strict=True)):
+        opener = int(graph[:, 2].argmax())
+        x, y = graph[opener, :2]
+        others = [k for k in range(len(KEYPOINTS)) if k != opener]
+        expected = np.tile(graph[opener, :2], (len(KEYPOINTS), 1))
+        expected[others] += displacement_of[scale, opener, int(y), int(x)]
+        to_image = strides[scale] * factor
+        keypoints = np.column_stack(((graph[:, :2] + 0.5) * to_image, graph[:, 2]))
+        box = candidates.boxes[box_of[g]].cpu().numpy() * np.tile(factor, 2) if g in box_of else None
+        fate, number = fates.get(g, (TOO_FEW if (graph[:, 2] > 0).sum() < 2 else NO_COMBINATION, None))
+        groups.append(ExplainedGroup(scale, keypoints, opener, (expected + 0.5) * to_image, box, fate, number))
+    return Explanation(scales, groups, tuple(factor.tolist()))
+
+
+def _fates(candidates: Candidates, kept: Tensor, nms_threshold: float) -> dict[int, tuple[str, int | None]]:
+    """What became of each graph that gave a box: its fate, and the number of the box that it became or yielded to."""
+    place = {r: number for number, r in enumerate(kept.tolist())}
+    over = box_iou(candidates.boxes, candidates.boxes[kept]) > nms_threshold
+    has_area = candidates.has_area.tolist()
+    fates: dict[int, tuple[str, int | None]] = {}
+    for r, graph in enumerate(candidates.graph.tolist()):
+        if r in place:
+            fates[graph] = BOX, place[r]
+        elif has_area[r]:
+            fates[graph] = SUPPRESSED, int(over[r].int().argmax())  # the first, for NMS goes by falling score
+        else:
+            fates[graph] = NO_AREA, None
+    return fates

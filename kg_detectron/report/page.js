@@ -1,0 +1,271 @@
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  // What marks a kind of error besides its line: about the middle (x, y) of the cell, with radius r.
+  const GLYPHS = {
+    missed: (x, y) => `M${x} ${y}h0`,  // a dot
+    false: (x, y, r) => `M${x - r} ${y - r}l${2 * r} ${2 * r}M${x - r} ${y + r}l${2 * r} ${-2 * r}`,
+    merged: (x, y, r) => `M${x - r} ${y}h${2 * r}M${x} ${y - r}v${2 * r}`,
+    split: (x, y, r) => `M${x - r} ${y + r}l${2 * r} ${-2 * r}`,
+  };
+  const byId = (id) => document.getElementById(id);
+  const cards = [...document.querySelectorAll(".card")];
+  const viewer = byId("viewer");
+  const details = new WeakMap();  // of a card: its outlines, read once
+
+  function element(name, attributes = {}, parent = null) {
+    const made = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    if (parent) parent.append(made);
+    return made;
+  }
+
+  function detailOf(card) {
+    const script = card.querySelector("script");
+    if (script) {
+      const detail = JSON.parse(script.textContent);
+      const bytes = Uint8Array.from(atob(detail.image), (c) => c.charCodeAt(0));
+      detail.url = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+      script.remove();
+      delete detail.image;
+      details.set(card, detail);
+    }
+    return details.get(card) ?? null;
+  }
+
+  /* The box [x1, y1, x2, y2] of an outline: absolute starts "Mx y", then pairs of steps, then "z". */
+  function boxOf(outline) {
+    let x1 = Infinity, y1 = Infinity, x2 = -Infinity, y2 = -Infinity;
+    for (const ring of outline.split("M").slice(1)) {
+      const numbers = ring.match(/-?\d+/g).map(Number);
+      let x = 0, y = 0;
+      for (let i = 0; i < numbers.length; i += 2) {
+        x += numbers[i]; y += numbers[i + 1];
+        x1 = Math.min(x1, x); x2 = Math.max(x2, x); y1 = Math.min(y1, y); y2 = Math.max(y2, y);
+      }
+    }
+    return [x1, y1, x2, y2];
+  }
+
+  function addLayer(svg, kind, outlines, always = false) {
+    if (!outlines.length) return;
+    const group = element("g", { class: `layer ${kind}${always ? " always" : ""}` }, svg);
+    const path = outlines.join("");
+    element("path", { class: "halo", d: path }, group);
+    element("path", { class: "stroke", d: path }, group);
+    if (!GLYPHS[kind]) return;
+    const glyphs = outlines.map((outline) => {
+      const [x1, y1, x2, y2] = boxOf(outline);
+      const radius = Math.max(1.5, 0.18 * Math.min(x2 - x1, y2 - y1));
+      return GLYPHS[kind]((x1 + x2) / 2, (y1 + y2) / 2, Math.round(radius * 10) / 10);
+    }).join("");
+    element("path", { class: "glyph-halo", d: glyphs }, group);
+    element("path", { class: "glyph", d: glyphs }, group);
+  }
+
+  const number = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+  const pick = (list, wanted) => list.filter((_, i) => wanted(i));
+
+  function addPanel(parent, detail, caption, draw) {
+    const figure = document.createElement("figure");
+    figure.className = "panel";
+    const text = document.createElement("figcaption");
+    text.textContent = caption;
+    const svg = element("svg", { viewBox: `0 0 ${detail.width} ${detail.height}`, role: "img", "aria-label": caption });
+    const image = { width: detail.width, height: detail.height, href: detail.url, preserveAspectRatio: "none" };
+    element("image", image, element("g", { class: "layer image" }, svg));
+    draw(svg);
+    figure.append(text, svg);
+    parent.append(figure);
+    return svg;
+  }
+
+  /* Input, ground truth and the instances of every model, side by side. */
+  function addPanels(parent, detail) {
+    parent.replaceChildren();
+    addPanel(parent, detail, "Input", () => {});
+    addPanel(parent, detail, `Ground truth, ${number(detail.truth.length, "cell")}`, (svg) => addLayer(svg, "truth", detail.truth, true));
+    detail.models.forEach((model, m) => {
+      const missed = new Set(model.missed), merged = new Set(model.merged), split = new Set(model.split);
+      const caption = `${MODELS[m]}, ${number(model.cells.length, "instance")}`;
+      const svg = addPanel(parent, detail, caption, (svg) => {
+        addLayer(svg, "truth", detail.truth);
+        addLayer(svg, "merged", pick(model.cells, (i) => merged.has(i)));
+        addLayer(svg, "split", pick(detail.truth, (i) => split.has(i)));
+        addLayer(svg, "found", pick(model.cells, (i) => model.found[i] === "1"));
+        addLayer(svg, "false", pick(model.cells, (i) => model.found[i] === "0"));
+        addLayer(svg, "missed", pick(detail.truth, (i) => missed.has(i)));
+      });
+      svg.dataset.model = m;
+    });
+  }
+
+  // Cards get their panels when they come near the screen, and before printing where they have come.
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      watcher.unobserve(entry.target);
+      addPanels(entry.target.querySelector(".panels"), detailOf(entry.target));
+    }
+  }, { rootMargin: "500px 0px" });
+  for (const card of cards) if (card.dataset.detail === "1") watcher.observe(card);
+
+  // Layers
+  const boxes = new Map([...document.querySelectorAll("[data-layer]")].map((box) => [box.getAttribute("aria-keyshortcuts"), box]));
+  function showLayer(box) {
+    document.body.classList.toggle(`hide-${box.dataset.layer}`, !box.checked);
+  }
+  for (const box of boxes.values()) {
+    box.addEventListener("change", () => showLayer(box));
+    showLayer(box);
+  }
+
+  // Order and choice
+  const parts = new Intl.Collator(undefined, { numeric: true });
+  function arrange() {
+    const [key, direction] = byId("order").value.split(" ");
+    const only = byId("only").value, name = byId("name").value.trim().toLowerCase();
+    const sign = direction === "up" ? 1 : -1;
+    const compare = (a, b) => key === "name" ? parts.compare(a.dataset.name, b.dataset.name) : a.dataset[key] - b.dataset[key];
+    const sorted = [...cards].sort((a, b) => sign * compare(a, b) || a.dataset.index - b.dataset.index);
+    let left = 0;
+    for (const card of sorted) {
+      card.hidden = !card.dataset.name.toLowerCase().includes(name) || (only !== "" && !(Number(card.dataset[only]) > 0));
+      left += !card.hidden;
+    }
+    byId("cards").append(...sorted);
+    byId("count").textContent = left === cards.length ? `${left} images` : `${left} of ${cards.length} images`;
+    byId("none").hidden = left > 0;
+  }
+  for (const id of ["order", "only"]) byId(id).addEventListener("change", arrange);
+  byId("name").addEventListener("input", arrange);
+
+  // The viewer: one card enlarged; `view` is the part of the image on show, [x, y, width, height] in its pixels.
+  let current = null, view = null, outlines = [];
+  const context = document.createElement("canvas").getContext("2d");
+
+  function open(card) {
+    const detail = detailOf(card);
+    if (!detail) return;
+    current = card;
+    byId("viewer-title").textContent = card.dataset.name;
+    addPanels(viewer.querySelector(".panels"), detail);
+    viewer.querySelector(".viewer-head").after(byId("layers"));
+    outlines = detail.models.map((model) => model.cells.map((outline) => new Path2D(outline)));
+    show([0, 0, detail.width, detail.height]);
+    if (!viewer.open) viewer.showModal();
+    fit();
+    viewer.querySelector("[data-do=next]").focus({ preventScroll: true });
+  }
+
+  /* As many columns as make the panels largest. */
+  function fit() {
+    const panels = viewer.querySelector(".panels"), count = panels.children.length, caption = 28;
+    const { width, height } = detailOf(current);
+    const widthWith = (columns) => {
+      const high = panels.clientHeight / Math.ceil(count / columns) - caption;
+      return Math.min(panels.clientWidth / columns, Math.max(high, 160) * width / height);
+    };
+    const columns = [...Array(count).keys()].map((i) => i + 1).sort((a, b) => widthWith(b) - widthWith(a) || a - b)[0];
+    panels.style.gridTemplateColumns = `repeat(${columns}, minmax(0, ${Math.floor(widthWith(columns)) - 8}px))`;
+  }
+  addEventListener("resize", () => { if (viewer.open) fit(); });
+
+  function show(wanted) {
+    const { width, height } = detailOf(current);
+    const w = Math.min(width, Math.max(8, wanted[2])), h = w * height / width;
+    view = [Math.min(width - w, Math.max(0, wanted[0])), Math.min(height - h, Math.max(0, wanted[1])), w, h];
+    for (const svg of viewer.querySelectorAll(".panel svg")) svg.setAttribute("viewBox", view.map((v) => v.toFixed(2)).join(" "));
+    const zoom = width / w;
+    byId("readout").textContent = zoom > 1.01 ? `zoom ${zoom.toFixed(1)}` : "";
+  }
+
+  function zoom(factor, x = view[0] + view[2] / 2, y = view[1] + view[3] / 2) {
+    show([x - (x - view[0]) / factor, y - (y - view[1]) / factor, view[2] / factor]);
+  }
+
+  const move = (right, down) => show([view[0] + right * view[2], view[1] + down * view[3], view[2]]);
+
+  function step(by) {
+    const shown = [...byId("cards").children].filter((card) => !card.hidden);
+    const before = viewer.open ? current : document.activeElement.closest?.(".card");
+    let i = shown.indexOf(before) + by;
+    if (before === null || before === undefined) i = by > 0 ? 0 : shown.length - 1;
+    if (viewer.open) {
+      while (shown[i] && shown[i].dataset.detail !== "1") i += by;
+      if (shown[i]) open(shown[i]);
+    } else if (shown[i]) {
+      const target = shown[i].querySelector(".enlarge") || shown[i];
+      if (target === shown[i]) target.tabIndex = -1;
+      target.focus({ preventScroll: true });
+      shown[i].scrollIntoView({ block: "center" });
+    }
+  }
+
+  const ACTIONS = {
+    in: () => zoom(1.5), out: () => zoom(1 / 1.5), whole: () => show([0, 0, Infinity, Infinity]),
+    previous: () => step(-1), next: () => step(1), close: () => viewer.close(),
+  };
+  viewer.addEventListener("click", (event) => ACTIONS[event.target.dataset.do]?.());
+  viewer.addEventListener("close", () => {
+    viewer.querySelector(".panels").replaceChildren();
+    document.querySelector(".bar").prepend(byId("layers"));
+    current?.querySelector(".enlarge").focus({ preventScroll: true });
+  });
+  byId("cards").addEventListener("click", (event) => {
+    if (event.target.closest(".enlarge, .panel svg")) open(event.target.closest(".card"));
+  });
+
+  function pointOf(event, svg) {
+    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    return [at.x, at.y];
+  }
+
+  viewer.addEventListener("wheel", (event) => {
+    const svg = event.target.closest(".panel svg");
+    if (!svg) return;
+    event.preventDefault();
+    zoom(Math.exp(-event.deltaY / 400), ...pointOf(event, svg));
+  }, { passive: false });
+
+  let held = null;  // where the image is held while it is dragged
+  viewer.addEventListener("pointerdown", (event) => {
+    const svg = event.target.closest(".panel svg");
+    if (svg) { held = pointOf(event, svg); svg.setPointerCapture(event.pointerId); event.preventDefault(); }
+  });
+  viewer.addEventListener("pointerup", () => { held = null; });
+  viewer.addEventListener("pointermove", (event) => {
+    const svg = event.target.closest(".panel svg");
+    if (!svg) return;
+    const [x, y] = pointOf(event, svg);
+    if (held) show([view[0] + held[0] - x, view[1] + held[1] - y, view[2]]);
+    else if (svg.dataset.model !== undefined) byId("readout").textContent = describe(Number(svg.dataset.model), x, y);
+  });
+
+  /* The instance under the pointer in words. */
+  function describe(m, x, y) {
+    const model = detailOf(current).models[m];
+    const i = outlines[m].findIndex((outline) => context.isPointInPath(outline, x, y, "evenodd"));
+    if (i < 0) return "";
+    const score = model.scores ? `score ${model.scores[i]}, ` : "";
+    const merged = model.merged.includes(i) ? ", merged" : "";
+    return `${MODELS[m]}: ${score}IoU ${model.iou[i]}, ${model.found[i] === "1" ? "found" : "false"}${merged}`;
+  }
+
+  // Keys
+  const VIEWER_KEYS = {
+    "+": ACTIONS.in, "=": ACTIONS.in, "-": ACTIONS.out, "0": ACTIONS.whole,
+    ArrowLeft: () => move(-0.1, 0), ArrowRight: () => move(0.1, 0), ArrowUp: () => move(0, -0.1), ArrowDown: () => move(0, 0.1),
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=search]")) return;
+    const box = boxes.get(event.key);
+    if (box) { box.checked = !box.checked; showLayer(box); }
+    else if (event.key === "j") step(1);
+    else if (event.key === "k") step(-1);
+    else if (event.key === "/" && !viewer.open) byId("name").focus();
+    else if (viewer.open && VIEWER_KEYS[event.key]) VIEWER_KEYS[event.key]();
+    else return;
+    event.preventDefault();
+  });
+})();
