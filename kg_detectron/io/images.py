@@ -94,9 +94,9 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
     """
     if image.dtype != np.uint8:
         image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
-    blue, green, red = cv2.split(image)
-    is_grey = np.array_equal(blue, green) and np.array_equal(blue, red)
-    Path(path).write_bytes(cv2.imencode(".png", blue if is_grey else image)[1].tobytes())
+    is_grey = all(np.array_equal(image[..., 0], image[..., c]) for c in (1, 2))
+    pixels = np.ascontiguousarray(image[..., 0]) if is_grey else image
+    Path(path).write_bytes(cv2.imencode(".png", pixels)[1])
 
 
 def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
