@@ -382,6 +382,15 @@ def test_rerun_refuses_what_has_changed(images: Path, tmp_path: Path, changed: s
     assert not (tmp_path / "again").exists() and contents(out) == before
 
 
+def test_rerun_writes_nothing_outside_its_folder(images: Path, model: Path, tmp_path: Path):
+    predict_files([images / "good0.png"], model, tmp_path / "out")
+    written = manifest(tmp_path / "out")
+    written["files"][0]["name"] = "../elsewhere"
+    (tmp_path / "out" / "run.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"\.\./elsewhere"):
+        rerun(tmp_path / "out" / "run.json")
+
+
 def test_rerun_of_nothing(tmp_path: Path, images: Path, model: Path):
     with pytest.raises(FileNotFoundError):
         rerun(tmp_path / "run.json")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..io.cells import KINDS, save_cells
 from ..io.checksum import file_sha256
+from ..io.coco import checked_relative_path
 from ..io.images import MAX_PIXELS, read_pages
 from ..io.inputs import Input, find_inputs
 from ..io.normalisation import Normalisation, NormalisedImage
@@ -170,6 +171,8 @@ def rerun(
     done = [record for record in before.files.values() if record.error is None]
     if not done:
         raise ValueError(f"{manifest}: the run has no file that succeeded")
+    # A manifest may come from somebody else: its results must stay in the output folder.
+    found = [Input(Path(record.input), checked_relative_path(record.name).as_posix()) for record in done]
     for path, expected in ((before.model, before.model_sha256), *((r.input, r.sha256) for r in done)):
         if (actual := file_sha256(path)) != expected:
             raise ValueError(f"{path} is not what the run used: its SHA-256 is {actual}, in {manifest.name} {expected}")
@@ -178,7 +181,6 @@ def rerun(
         for name, version in again.versions.items():
             if version != before.versions.get(name):
                 say(f"{name} is {version}, was {before.versions.get(name)}: the labels may differ")
-    found = [Input(Path(record.input), record.name) for record in done]
     output = folder.with_name(folder.name + "_rerun") if output is None else Path(output)
     return _predict_all(found, network, again, settings, output, True, say)
 
