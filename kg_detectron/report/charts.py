@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 # The drawing and its plotting area, in units of the SVG.
 WIDTH, HEIGHT = 380, 270
-LEFT, RIGHT, TOP, BOTTOM = 46, 360, 12, 222
+LEFT, RIGHT, TOP, BOTTOM = 50, 360, 12, 222
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,11 @@ class Bar:
 
 @dataclass
 class Chart:
-    """A chart with its title, its axes, and a sentence for those who do not see it."""
+    """A chart: title, axes, a note below it, and what is drawn."""
 
     title: str
     x: Axis
     y: Axis
-    summary: str = ""
     note: str = ""
     lines: list[Line] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)

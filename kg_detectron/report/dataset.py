@@ -10,7 +10,7 @@ from ..io.annotations import IMAGE_SUFFIXES, ImageCells, image_name, read_cells,
 from ..io.images import read_image
 from .comparison import compare
 from .explained import draw_explanation
-from .page import DETAILS, Explanation, write_page
+from .page import DETAILS, ExplainedPicture, write_page
 from .tables import metric_tables
 
 
@@ -24,7 +24,7 @@ def report_dataset(
     ious: Sequence[float] = (0.5, 0.7),
     score: float | None = None,
     details: int = DETAILS,
-    explanations: Sequence[Explanation] = (),
+    explanations: Sequence[ExplainedPicture] = (),
     progress: bool = False,
 ) -> None:
     """Compare one or several models on one dataset, and write the page.
@@ -66,7 +66,7 @@ def report_dataset(
     )
 
 
-def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> Explanation:
+def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> ExplainedPicture:
     """A picture of how a model found its boxes in an image, see `inference.explanation.explain`.
 
     Args:
@@ -80,7 +80,7 @@ def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> 
     pixels = read_image(image)
     explained = explain(load_model(model, device), pixels)
     name = Path(image).name
-    return Explanation(name, draw_explanation(pixels, explained, name), explained.summary())
+    return ExplainedPicture(name, draw_explanation(pixels, explained, name), explained.summary())
 
 
 def find_images(folder: str | Path, truths: Sequence[ImageCells]) -> dict[str, Path]:

@@ -42,7 +42,7 @@ LAYERS = (
 
 
 @dataclass(frozen=True)
-class Explanation:
+class ExplainedPicture:
     """A picture of how the boxes of one image came about, as PNG, and what it shows in words."""
 
     name: str
@@ -61,7 +61,7 @@ def write_page(
     *,
     title: str,
     tables: Sequence[Table] = (),
-    explanations: Sequence[Explanation] = (),
+    explanations: Sequence[ExplainedPicture] = (),
     details: int = DETAILS,
     progress: bool = False,
 ) -> None:
