@@ -85,6 +85,9 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--tile", type=int, metavar="PIXELS", help="side of the tiles in which large images are predicted"
     )
     parser.add_argument("--overlap", type=int, metavar="PIXELS", help="by how much tiles overlap: the largest cell")
+    parser.add_argument(
+        "--min-score", type=float, metavar="S", help="leave out cells of a lower score, 0..1; default: 0, all are kept"
+    )
     parser.add_argument("--pixel-size", type=float, metavar="UM", help="micrometres a pixel, for the measurements")
     parser.add_argument(
         "--keep-overlaps",
@@ -101,7 +104,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     from kg_detectron.inference.batch import Settings, predict_files
     from kg_detectron.io.cells import KINDS
 
-    names = ("axes", "channels", "normalise", "size", "tile", "overlap", "pixel_size", "keep_overlaps", "max_pixels")
+    names = ("axes", "channels", "normalise", "size", "tile", "overlap", "min_score", "pixel_size")
+    names += ("keep_overlaps", "max_pixels")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if "channels" in given:
         given["channels"] = tuple(given["channels"])

@@ -342,6 +342,15 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
     assert len(found) > len(separate_cells(expected)["scores"])
 
 
+def test_doubtful_cells_can_be_left_out(images: Path, model: Path, tmp_path: Path):
+    image = images / "good0.png"
+    scores = predict(load_model(model), read_image(image))["scores"]
+    limit = float(scores[len(scores) // 2])
+    predict_files([image], model, tmp_path / "out", Settings(save=("coco",), keep_overlaps=True, min_score=limit))
+    found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]
+    assert 0 < len(found) == int((scores >= limit).sum()) < len(scores)
+
+
 def test_rerun_gives_the_same_labels(images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (images / "broken.png").write_text("no image")
     tifffile.imwrite(images / "stack.tif", np.stack([picture(7), picture(8)]))

@@ -253,7 +253,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the small files")
     parser.add_argument("--tables", action="store_true", help="train nothing; make the tables of what is there")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="-- KEY VALUE", help="config keys for all rows")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys and values for all rows"
+    )
     options = parser.parse_args(arguments)
     rows = PLANS[options.plan]
     unknown = set(options.rows or ()) - {row.name for row in rows}
@@ -268,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_gpus=num_gpus,
         minutes=options.minutes,
         pretrained=options.pretrained,
-        changes=[word for word in options.opts if word != "--"],
+        changes=options.opts,
     )
     failed = []
     if not options.tables:

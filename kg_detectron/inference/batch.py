@@ -39,6 +39,7 @@ class Settings:
         size: "training": images are resized to the model's training size; "native": they keep their pixels; "auto":
             they keep them where a side is more than twice the training size's.
         tile, overlap: images that keep their pixels are predicted in such tiles, see `predict_tiled`.
+        min_score: cells of a lower score are left out.
         pixel_size: micrometres, for measurements; None where it is unknown.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
@@ -54,6 +55,7 @@ class Settings:
     size: str = "auto"
     tile: int = 1024
     overlap: int = 256
+    min_score: float = 0.0
     pixel_size: float | None = None
     keep_overlaps: bool = False
     max_pixels: int = MAX_PIXELS
@@ -71,6 +73,8 @@ class Settings:
             raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {self.tile}")
         if self.overlap < 0:
             raise ValueError(f"overlap: expected 0 or more pixels, got {self.overlap}")
+        if not 0 <= self.min_score <= 1:
+            raise ValueError(f"min_score: expected a number of 0..1, got {self.min_score}")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels: expected 1 or more, got {self.max_pixels}")
         if self.size not in ("auto", "training", "native"):
@@ -271,6 +275,8 @@ def _predict_file(
         if len(pages) > 1 and name in names:
             raise ValueError(f"page {number} would have the same names of results as another file, {name}")
         cells, record.network_input = _predict_page(network, page, settings, show)
+        kept = cells["scores"] >= settings.min_score
+        cells = {key: value[kept] for key, value in cells.items()}
         if not settings.keep_overlaps:
             cells = _separate(cells, output)
         stem = output / name

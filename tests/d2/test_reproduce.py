@@ -1,0 +1,90 @@
+"""tools/reproduce.py: rows, resumption, tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "datasets"))
+
+import make_synthetic  # noqa: E402
+import reproduce  # noqa: E402
+
+SMALL = ["INPUT.SIZE", "(64,64)", "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "5"]
+SMALL += ["MODEL.KEYPOINT_GRAPH.PEAK_THRESHOLD", "0.0"]
+HOP = ("MODEL.KEYPOINT_GRAPH.HOPS", "2")
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A plan of one training, and of one row that decodes otherwise, on four small images."""
+    make_synthetic.main(
+        ["--kind", "nuclei", "--train", "4", "--val", "2", "--size", "64", "64", "--cells", "2", "4"]
+        + ["--seed", "0", "--output", str(tmp_path)]
+    )
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    rows = [reproduce.Row("a row", "kg_synthetic"), reproduce.Row("a row: hop", "kg_synthetic", HOP, "a row")]
+    monkeypatch.setitem(reproduce.PLANS, "cpu", rows)
+    return tmp_path
+
+
+def test_rows_are_trained_once_evaluated_and_put_into_tables(plan, monkeypatch, capsys):
+    command = ["cpu", "--dataset", "synthetic_val", "--output", str(plan / "runs"), "--results", str(plan / "results")]
+    assert reproduce.main([*command, "--seeds", "7", "--opts", *SMALL]) == 0
+    first, second = (
+        json.loads((plan / "results" / "cpu" / f"{name}_seed7.json").read_text()) for name in ("a_row", "a_row__hop")
+    )
+    assert (first["row"], first["seed"], first["iterations"], first["images"]) == ("a row", 7, 5, 2)
+    assert first["initial_weights"] == "random" and first["figures"]["parameters_M"] > 0
+    assert first["figures"]["training_minutes"] == second["figures"]["training_minutes"] > 0
+    assert "HOPS: 2" in (plan / "runs" / "cpu" / "a_row__hop_seed7" / "config.yaml").read_text()
+    weights = [plan / "runs" / "cpu" / f"{name}_seed7" / "model_final.pth" for name in ("a_row", "a_row__hop")]
+    assert weights[1].is_file() and all(path.stat().st_size > 1000 for path in weights)
+
+    def refuse(*_: str) -> None:
+        raise AssertionError("what is done is done again")
+
+    monkeypatch.setattr(reproduce, "_python", refuse)
+    assert reproduce.main([*command, "--seeds", "7", "--opts", *SMALL]) == 0
+    table = (plan / "results" / "cpu" / "tables.md").read_text()
+    assert table.count("\n| a row") == 2 and "kg_synthetic, random" in table
+    assert f"{first['figures']['mask_AP@0.5']:.2f}" in table
+
+
+def test_a_row_that_fails_does_not_stop_the_others(plan, monkeypatch, capsys):
+    called = []
+
+    def fail(tool: str, *arguments: str) -> None:
+        called.append(tool)
+        raise subprocess.CalledProcessError(1, [tool])
+
+    monkeypatch.setattr(reproduce, "_python", fail)
+    assert reproduce.main(["cpu", "--output", str(plan / "runs"), "--results", str(plan / "results")]) == 1
+    assert called == ["train_net.py", "train_net.py"]
+    assert capsys.readouterr().err.count("FAILED") == 2
+
+
+def test_mean_and_spread():
+    assert reproduce.spread([1.0]) == "1.00"
+    assert reproduce.spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert reproduce.spread([1.0, None]) == "n/a"
+
+
+def test_every_row_has_its_config_and_its_owner():
+    for rows in reproduce.PLANS.values():
+        names = [row.name for row in rows]
+        assert len({reproduce._file_name(name) for name in names}) == len(names)
+        for row in rows:
+            assert (ROOT / "configs" / f"{row.config}.yaml").is_file()
+            assert not row.weights_of or row.weights_of in names[: names.index(row.name)]
+
+
+def test_an_unknown_row_is_named(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["cpu", "--rows", "kg heavy"])
+    assert "kg heavy" in capsys.readouterr().err
