@@ -60,6 +60,7 @@ EXTRAS = {
         "omegaconf>=2.1,<2.4",
         "packaging",
         "pycocotools>=2.0.2",
+        "pyyaml",
         "setuptools<82",  # its model zoo imports pkg_resources, which setuptools 82 no longer has
         "tabulate",
         "tensorboard",

@@ -69,7 +69,9 @@ def evaluate(
     """
     truths = read_cells(ground_truth)
     found = read_predictions(predictions, truths)
-    return evaluate_cells(truths, found, ious=ious, min_score=min_score, max_detections=max_detections)
+    return evaluate_cells(
+        truths, found, ious=ious, min_score=min_score, max_detections=max_detections, name=str(predictions)
+    )
 
 
 def evaluate_cells(
@@ -79,13 +81,17 @@ def evaluate_cells(
     ious: Sequence[float] = (0.5, 0.7),
     min_score: float = 0.0,
     max_detections: int = 10000,
+    name: str = "predictions",
 ) -> dict:
-    """`evaluate` for cells that are read already: of every image its truth, and what was predicted or None."""
+    """`evaluate` for cells that are read already: of every image its truth, and what was predicted or None.
+
+    ``name`` is what errors call the predictions.
+    """
     paper, matching, coco = PaperMetrics(ious), MatchingMetrics(ious), CocoMetrics(max_detections)
     dsb, area = MatchingMetrics(DSB_IOUS), AreaMetrics()
     scored = {image.scores is not None for image in found if image is not None and len(image.masks)}
     if len(scored) > 1:
-        raise ValueError("predictions: some images have scores and others have none, expected all or none")
+        raise ValueError(f"{name}: some images have scores and others have none, expected all or none")
     has_scores = scored != {False}
     if min_score > 0 and not has_scores:
         raise ValueError(f"min_score: expected 0 for predictions without scores, got {min_score}")

@@ -59,7 +59,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> KeypointGraphNet:
         for (heatmap, single, group), stride in ((s1, 1), (s2, 2))
     ]
     model = network()
-    monkeypatch.setattr(model.keypoint_branch, "forward", lambda features: (scales, [torch.zeros(1, 4, *SIZE)]))
+    monkeypatch.setattr(model.keypoint_branch, "forward", lambda features: (scales, {"s1": torch.zeros(1, 4, *SIZE)}))
     return model
 
 

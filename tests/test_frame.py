@@ -114,7 +114,9 @@ def test_every_import_is_declared() -> None:
             names |= {canonicalize_name(requirement.name) for requirement in declared()[extra]}
         known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names} | sys.stdlib_module_names
         known |= {
-            script.stem for folder in (path.parent, ROOT / "tools", ROOT / "datasets") for script in folder.glob("*.py")
+            script.stem
+            for folder in (path.parent, ROOT / "tools", ROOT / "datasets", ROOT / "tests")
+            for script in folder.glob("*.py")
         }
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
             if isinstance(node, ast.Import):

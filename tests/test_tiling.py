@@ -70,7 +70,7 @@ def models() -> dict[str, KeypointGraphNet]:
         image, target = example(rng)
         with torch.no_grad():
             _, decoded = paper.keypoint_branch(paper.backbone(paper.normalised_batch([image])))
-        loss = every["seg_s1"].mask_head.loss(decoded[:1], [target["boxes"]], [target["masks"]])
+        loss = every["seg_s1"].mask_head.loss([decoded["s1"]], [target["boxes"]], [target["masks"]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
