@@ -134,6 +134,7 @@ def _dataset_cells(file: Path) -> list[ImageCells]:
             raise ValueError(f"{file}: images[{index}]: expected a number as id, got {str(image['id'])[:80]}")
         try:
             check_size(image["height"], image["width"])
+            image_name(str(image["file_name"]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: images[{index}]: {error}") from None
         if image["id"] in own:
