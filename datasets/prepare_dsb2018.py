@@ -4,7 +4,6 @@ import argparse
 import os
 import random
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from kg_detectron.io.images import decode_image
 from kg_detectron.io.normalisation import Normalisation
 
 SPLITS = ("train", "val", "test")
+MAX_BYTES = 2**30  # of a file in a zip file, above which its header is not believed
 
 
 @dataclass
@@ -56,8 +56,12 @@ def open_download(source: Path) -> Iterator[tuple[list[str], Callable[[str], byt
 
         def read(name: str) -> bytes:
             try:
+                size = archive.getinfo(name).file_size  # more than that is not unpacked
+                if size > MAX_BYTES:
+                    raise ValueError(f"it unpacks to {size} bytes, more than the limit of {MAX_BYTES}")
                 return archive.read(name)
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+            # Each kind of compression has errors of its own.
+            except Exception as error:
                 raise ValueError(f"{source}: {name}: {error}") from error
 
         yield names, read

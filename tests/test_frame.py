@@ -149,6 +149,26 @@ def test_the_core_commands_are_listed() -> None:
     assert make_targets() == {"help", "setup", "demo", "test", "sanitize", "lint", "clean"}
 
 
+def test_every_change_passes_lint_tests_and_sanitizers() -> None:
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line.split("#")[0].strip() for line in lines if line.startswith("make")] == [
+        "make lint",
+        "make test",
+        "make sanitize",
+    ]
+
+
+def test_without_sanitizers_it_is_said_and_ci_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "g++").write_text("#!/bin/sh\necho libasan.so\n")
+    (tmp_path / "g++").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    run = subprocess.run(
+        [sys.executable, "tools/sanitize.py"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("NOT TESTED WITH SANITIZERS: libasan.so")
+
+
 def test_commands_of_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))

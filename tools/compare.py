@@ -31,9 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
-from kg_detectron.d2.config import add_kg_config
+from kg_detectron.d2.config import add_kg_config, merge_config
 from kg_detectron.d2.data import CellMapper, register_files
 from kg_detectron.d2.evaluation import CellEvaluators, build_evaluators, mask_rles
+from kg_detectron.io.checkpoint import read_checkpoint
 from kg_detectron.metrics import RLE
 from kg_detectron.report import report_dataset
 
@@ -131,7 +132,7 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
     cfg = get_cfg()
     add_kg_config(cfg)
     try:
-        cfg.merge_from_file(str(run.config), allow_unsafe=False)
+        merge_config(cfg, str(run.config))
     except Exception as error:
         raise CompareError(f"cannot use {run.config}: {error}") from error
     cfg.MODEL.DEVICE = device
@@ -141,7 +142,7 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
     model = build_model(cfg).eval()
     # Detectron2's checkpointer only warns where weights do not fit, and the rest of the model stays random.
     try:
-        model.load_state_dict(torch.load(run.weights, map_location="cpu", weights_only=True)["model"])
+        model.load_state_dict(read_checkpoint(run.weights)["model"])
     except Exception as error:
         raise CompareError(f"cannot load {run.weights} into the model of {run.config}: {error}") from error
     return cfg, model

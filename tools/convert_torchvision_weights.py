@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torchvision
 
+from kg_detectron.io.checkpoint import read_checkpoint
+
 # Depth -> blocks of layer1..layer4. From 50 on a block has three convolutions, below it has two.
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -57,10 +59,13 @@ def convert(state_dict: dict[str, torch.Tensor], depth: int) -> dict[str, torch.
 def load_torchvision(weights: str) -> dict[str, torch.Tensor]:
     """State dict named by a member of torchvision's weight enums, such as ResNet50_Weights.IMAGENET1K_V1, or by a file.
 
-    Errors: a ValueError where ``weights`` is neither.
+    Errors: a ValueError where ``weights`` is neither, or a file that holds more than weights.
     """
     if Path(weights).is_file():
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        state_dict = read_checkpoint(weights)
+        if not isinstance(state_dict, dict) or not all(isinstance(key, str) for key in state_dict):
+            raise ValueError(f"{weights}: expected a dictionary of weights")
+        return state_dict
     try:
         return torchvision.models.get_weight(weights).get_state_dict(progress=True, check_hash=True)
     except (AttributeError, KeyError, ValueError) as error:

@@ -10,6 +10,9 @@ is drawn and written to `OUTPUT_DIR/config.yaml`. Interrupted in any way and res
 without. SIGINT and SIGTERM end the iteration, save and exit with 130 and 143; a second one ends at once.
 
 All datasets are checked before the training, and every fault is named; `--skip-bad` goes on without what is bad.
+
+Configs and checkpoints are read as data. `--trust-pickle` lets those that hold code run it: Detectron2's own `.pkl`
+weights, for example. MODEL.WEIGHTS that are a URL are downloaded where they stand on the command line.
 """
 
 import contextlib
@@ -20,7 +23,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
@@ -33,6 +35,7 @@ from torch import nn
 
 from kg_detectron.d2 import CellMapper, add_kg_config, register_files
 from kg_detectron.d2.checkpoint import WholeCheckpointer
+from kg_detectron.d2.config import merge_config
 from kg_detectron.d2.data import build_train_loader, build_validation_loader
 from kg_detectron.d2.evaluation import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
@@ -141,12 +144,20 @@ def setup(args: Namespace) -> CfgNode:
     """The config of the command line, frozen, with logging, seeds and the output folder set up.
 
     Raises:
-        KeyError, ValueError: for keys that do not exist and datasets that are not registered.
+        KeyError, ValueError: for keys that do not exist, datasets that are not registered, what `merge_config` refuses,
+            and what would be downloaded or run without having been asked for.
     """
     cfg = get_cfg()
     add_kg_config(cfg)
-    cfg.merge_from_file(args.config_file, allow_unsafe=False)
+    merge_config(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
+    if "://" in cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS not in args.opts:
+        raise ValueError(
+            f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} of {args.config_file} is not downloaded unless it stands on the"
+            " command line too"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS and not args.trust_pickle:
+        raise ValueError("MODEL.LOAD_PROPOSALS: files of proposals are pickles, which can run code (--trust-pickle)")
     if args.eval_only or args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the checkpoint has them: nothing need be downloaded
     cfg.SEED = run_seed(cfg, args.resume)
@@ -175,13 +186,14 @@ def main(args: Namespace) -> None:
         names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION, *cfg.DATASETS.TEST]
         check_datasets(names, args.skip_bad, Path(cfg.OUTPUT_DIR, "without_bad"))
         trainer = Trainer(cfg)
+        trainer.checkpointer.trust_pickle = args.trust_pickle
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS FILE to the command")
     model = Trainer.build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    WholeCheckpointer(model, trust_pickle=args.trust_pickle).load(cfg.MODEL.WEIGHTS)
     Trainer.test(cfg, model)
     comm.synchronize()
 
@@ -190,6 +202,11 @@ def build_parser() -> ArgumentParser:
     parser = default_argument_parser()
     parser.add_argument(
         "--skip-bad", action="store_true", help="train without the images and cells that the check finds faulty"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="load checkpoints that can run code, such as Detectron2's .pkl weights; only if you trust their source",
     )
     return parser
 

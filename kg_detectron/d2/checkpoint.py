@@ -7,6 +7,9 @@ from typing import Any, BinaryIO
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from kg_detectron.io.checkpoint import read_checkpoint
 
 # Where a file is written before it takes its name. One name for all: what a killed process leaves, the next save takes.
 _UNFINISHED = ".unfinished"
@@ -16,8 +19,15 @@ class WholeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer for runs that may be killed, or run out of disk, at any moment.
 
     A checkpoint, and ``last_checkpoint`` that names the one to resume from, are on the disk whole before they take
-    their names; until then the former ones stay. Files are read as data only (``weights_only``).
+    their names; until then the former ones stay.
+
+    Files are read as data only. ``trust_pickle`` lets a file run the code that is in it: the one way to load
+    Detectron2's own weights (``.pkl``), those of pycls (``.pyth``) and old checkpoints.
     """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, **parts: Any) -> None:
+        super().__init__(model, save_dir, **parts)
+        self.trust_pickle = trust_pickle
 
     def save(self, name: str, **extra: Any) -> None:
         """Write ``name.pth`` with the model, all checkpointables and ``extra``, in the main process.
@@ -72,9 +82,28 @@ class WholeCheckpointer(DetectionCheckpointer):
             unfinished.unlink(missing_ok=True)
             raise OSError(cause.errno, f"{file} was not written: {cause.strerror}. {self._kept()}") from error
 
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to resume from, "" where there is none.
+
+        Raises:
+            ValueError: ``last_checkpoint`` names a file elsewhere than beside itself.
+        """
+        file = super().get_checkpoint_file()
+        if file and Path(file).parent != Path(self.save_dir):
+            raise ValueError(f"{self.save_dir}/last_checkpoint names {file}, expected a file in its folder")
+        return file
+
     def _kept(self) -> str:
         last = self.get_checkpoint_file()
         return f"The last whole checkpoint is {last}" if last else "There is no earlier checkpoint"
 
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")) and not self.trust_pickle:
+            raise ValueError(
+                f"{filename} was refused: loading a pickle runs the code that is in it. "
+                "If you trust where it comes from, allow it with --trust-pickle"
+            )
+        return super()._load_file(filename)
+
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        return torch.load(f, map_location="cpu", weights_only=False) if self.trust_pickle else read_checkpoint(f)

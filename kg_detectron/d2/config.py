@@ -1,6 +1,34 @@
 """Configuration keys of kg_detectron, added to Detectron2's defaults."""
 
+from typing import TextIO
+
+import yaml
 from detectron2.config import CfgNode as CN
+
+
+class _LocalFiles(CN):
+    """Reads configs without asking the network for them."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> TextIO:
+        if "://" in filename:
+            raise ValueError(f"{filename} was refused: a config is not downloaded, give it as a file")
+        return open(filename, encoding="utf-8")
+
+
+def merge_config(cfg: CN, file: str) -> None:
+    """Merge a config file and its ``_BASE_`` into ``cfg`` (in place), read as data only.
+
+    Raises:
+        OSError: a file is missing.
+        KeyError: a key that does not exist.
+        ValueError: not YAML, more than data, or a ``_BASE_`` to be downloaded.
+    """
+    try:
+        _LocalFiles.load_yaml_with_base(file, allow_unsafe=False)
+        cfg.merge_from_file(file, allow_unsafe=False)
+    except (yaml.YAMLError, AssertionError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} cannot be used as a config: {error}") from error
 
 
 def add_kg_config(cfg: CN) -> None:

@@ -103,8 +103,12 @@ class Manifest:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             records = [FileRecord(**record) for record in content.pop("files")]
+            texts = [content["command"], content["model"], content["model_sha256"], content["device"]]
+            texts += [text for record in records for text in (record.input, record.name, *record.outputs)]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(content["settings"], dict):
+                raise TypeError("an entry is of another type than it should be")
             return cls(**content, files={record.name: record for record in records})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not the manifest of a prediction: {error}") from error
 
     def write(self, folder: Path) -> None:

@@ -1,13 +1,14 @@
 """Model files: weights with the description of their network, loadable without Detectron2 and without running code."""
 
 import json
-import pickle
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
+from ..io.checkpoint import read_checkpoint
 from ..io.files import replacing
+from ..io.images import MAX_PIXELS
 from ..io.normalisation import Normalisation
 from ..modeling import KeypointGraphNet
 
@@ -78,30 +79,41 @@ def load_model(
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no model file {path}")
-    try:
-        if Path(path).suffix == SAFETENSORS:
-            checkpoint = _read_safetensors(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    checkpoint = _read_safetensors(path) if Path(path).suffix == SAFETENSORS else read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not {"model", DESCRIPTION_KEY} <= checkpoint.keys():
         raise ValueError(f"{path} does not describe a keypoint-graph network (no entry {DESCRIPTION_KEY!r})")
     try:
-        model = KeypointGraphNet(**checkpoint[DESCRIPTION_KEY]["model"])
-        Normalisation(model.normalisation, model.percentiles)  # as a check
-        model.load_state_dict(_own_names(checkpoint["model"]))
-    except (TypeError, KeyError, RuntimeError, ValueError) as error:
+        model = _described(checkpoint[DESCRIPTION_KEY]["model"], _own_names(checkpoint["model"]))
+    # Whatever a network makes of nonsense in its description, the user needs the file.
+    except Exception as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
     return model.eval().to(device).accelerate(precision, channels_last, compiled)
 
 
 def _read_safetensors(path: str | Path) -> dict:
-    """The content of a ``.safetensors`` file as `torch.load` gives that of the others."""
-    with safetensors.safe_open(path, "pt") as file:
-        description = (file.metadata() or {}).get(DESCRIPTION_KEY)
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-    return {"model": weights} | ({DESCRIPTION_KEY: json.loads(description)} if description else {})
+    """The content of a ``.safetensors`` file as `read_checkpoint` gives that of the others."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            description = (file.metadata() or {}).get(DESCRIPTION_KEY)
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        return {"model": weights} | ({DESCRIPTION_KEY: json.loads(description)} if description else {})
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _described(arguments: dict, weights: dict[str, torch.Tensor]) -> KeypointGraphNet:
+    """The network of a description that came with its weights."""
+    if "weights" in arguments:
+        raise ValueError("it names weights to download")
+    with torch.device("meta"):  # as a check: a description can claim any size, and here it takes no memory
+        KeypointGraphNet(**arguments).load_state_dict(weights, assign=True)
+    model = KeypointGraphNet(**arguments)
+    model.load_state_dict(weights)
+    Normalisation(model.normalisation, model.percentiles)  # as a check
+    height, width = model.input_size
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise ValueError(f"input_size is {height} x {width} pixels, more than the limit of {MAX_PIXELS}, or none")
+    return model
 
 
 def _own_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

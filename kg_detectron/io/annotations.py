@@ -12,6 +12,7 @@ import numpy as np
 
 from ..masks import MaskCrops
 from .coco import checked_rle, read_json
+from .images import check_size
 from .labels import read_label_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -129,11 +130,18 @@ def _dataset_cells(file: Path) -> list[ImageCells]:
             raise ValueError(
                 f"{file}: images[{index}]: expected id, file_name, height and width, got {str(image)[:80]}"
             )
+        if not isinstance(image["id"], int | str):
+            raise ValueError(f"{file}: images[{index}]: expected a number as id, got {str(image['id'])[:80]}")
+        try:
+            check_size(image["height"], image["width"])
+            image_name(str(image["file_name"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: images[{index}]: {error}") from None
         if image["id"] in own:
             raise ValueError(f"{file}: images[{index}]: duplicate id {image['id']}")
         own[image["id"]] = []
     for where, annotation in _numbered("annotations", annotations, file):
-        if annotation.get("image_id") not in own:
+        if not _has(own, annotation.get("image_id")):
             raise ValueError(f"{file}: {where}: unknown image_id {annotation.get('image_id')!r}")
         if annotation.get("iscrowd"):
             raise ValueError(f"{file}: {where} is a crowd; the figures need one annotation a cell")
@@ -153,7 +161,7 @@ def _result_cells(file: Path, results: list, ground_truth: Sequence[ImageCells])
         raise ValueError(f"{file}: results name images by their ids in a COCO dataset, but the ground truth is none")
     own: dict[int, list[tuple[str, dict]]] = {}
     for where, result in _numbered("results", results, file):
-        if result.get("image_id") not in images:
+        if not _has(images, result.get("image_id")):
             raise ValueError(f"{file}: {where}: the ground truth has no image of id {result.get('image_id')!r}")
         own.setdefault(result["image_id"], []).append((where, result))
     return {id: _image_cells(file, images[id].name, id, images[id].size, entries) for id, entries in own.items()}
@@ -190,11 +198,15 @@ def _image_cells(
 def _numbers(entry: dict, key: str, count: int) -> list[float]:
     try:
         values = [float(value) for value in entry[key]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         values = []
     if len(values) != count or not np.isfinite(values).all():
         raise ValueError(f"{key} must be {count} finite numbers, got {entry.get(key)!r}")
     return values
+
+
+def _has(images: dict, id: object) -> bool:
+    return isinstance(id, int | str) and id in images
 
 
 def _is_unique(names: list[str]) -> bool:

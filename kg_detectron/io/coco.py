@@ -1,7 +1,6 @@
 """Masks as COCO run-length encodings (RLE), and whole datasets as COCO JSON. H, W: height and width in pixels."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ from ..rle import decode_runs
 from . import fault
 from .fault import Fault, FaultError
 from .files import replacing
-from .images import write_png
+from .images import check_size, write_png
 
 _BOX_TOLERANCE = 2.0  # pixels between an annotation's box and its mask's: rasterised polygons, inclusive last pixels
+_MAX_NUMBER = 1e12  # of coordinates: a JSON file may hold integers that are beyond any float
+_MAX_OUTLINE = 10_000_000  # pixels: a polygon takes memory in proportion to its length, not to its file
 _EDGE_TOLERANCE = 0.01  # pixels beyond the image: rounded decimals
 
 
@@ -265,7 +266,7 @@ def read_json(json_file: str | Path, *kinds: type) -> dict | list:
     """The content of a JSON file whose outermost value is a dict or a list, as `kinds` say; else a ValueError."""
     try:
         data = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
         raise ValueError(f"{json_file}: corrupt JSON: {error}") from None
     if not isinstance(data, kinds):
         expected = " or ".join("a JSON object" if kind is dict else "a list" for kind in kinds)
@@ -318,6 +319,10 @@ def _image_record(image: dict, image_root: Path) -> dict:
     for side in ("height", "width"):
         if not isinstance(image[side], int) or image[side] < 1:
             raise FaultError(fault.ENTRY, f"{side} must be a positive integer, got {image[side]!r}")
+    try:
+        check_size(image["height"], image["width"])
+    except ValueError as error:
+        raise FaultError(fault.ENTRY, str(error)) from None
     return {
         "file_name": str(file_name),
         "image_id": image["id"],
@@ -351,7 +356,7 @@ def _xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= _MAX_NUMBER
 
 
 def checked_rle(segmentation: dict | list, height: int, width: int) -> tuple[dict, np.ndarray]:
@@ -388,4 +393,7 @@ def _rle_of_polygons(polygons: list, height: int, width: int) -> dict:
         for values, side in ((polygon[0::2], width), (polygon[1::2], height)):
             if min(values) < -_EDGE_TOLERANCE or max(values) > side + _EDGE_TOLERANCE:
                 raise ValueError(f"its polygon is outside its image of width {width} and height {height}")
+    length = sum(np.abs(np.diff(np.reshape([*p, *p[:2]], (-1, 2)), axis=0)).max(axis=1).sum() for p in polygons)
+    if length > _MAX_OUTLINE:
+        raise ValueError(f"its polygon is {length:.0f} pixels long, more than the limit of {_MAX_OUTLINE}")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

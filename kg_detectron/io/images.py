@@ -4,6 +4,8 @@ Images come with the levels of their files, whatever the type; `kg_detectron.io.
 """
 
 import io
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +20,18 @@ from PIL import Image
 MAX_PIXELS = 1_000_000_000
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
+_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "PPM", "WEBP")  # of all that Pillow reads: one of them runs a program
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.PALETTE)
 _MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read
+_PIXEL_BYTES = 32  # of the largest pixel that is believed: four channels of float64
+# Compressions that tifffile unpacks to whatever length they have, and how many times longer that can be.
+_UNBOUNDED = {
+    tifffile.COMPRESSION.ADOBE_DEFLATE: (zlib.decompressobj, 1032),
+    tifffile.COMPRESSION.DEFLATE: (zlib.decompressobj, 1032),
+    tifffile.COMPRESSION.LZMA: (lzma.LZMADecompressor, 10000),
+}
+_HARMLESS = 2**28  # bytes that a piece of a TIFF may unpack to without being looked at first
 
 
 def read_pages(
@@ -99,6 +110,48 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
     Path(path).write_bytes(cv2.imencode(".png", pixels)[1])
 
 
+def check_size(height: int, width: int, planes: int = 1, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse, by a ValueError, a size that no image has: what a header claims, for which no memory is taken yet."""
+    if min(height, width) < 1:
+        raise ValueError(f"its header says {width} x {height} pixels")
+    if height * width * planes > max_pixels:
+        pages = f" on {planes} pages" if planes > 1 else ""
+        raise ValueError(
+            f"its header says {width} x {height} pixels{pages}, more than the limit of {max_pixels} (--max-pixels)"
+        )
+
+
+def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries], max_pixels: int) -> None:
+    """Refuse, by a ValueError, series of a TIFF that would unpack to more than any image of `max_pixels` has."""
+    packed = [series for series in chosen if series.dataoffset is None]
+    for series in packed:
+        check_size(series.keyframe.imagelength, series.keyframe.imagewidth, max_pixels=max_pixels)
+    claimed, limit = sum(series.nbytes for series in packed), max_pixels * _PIXEL_BYTES
+    if claimed > limit:
+        raise ValueError(f"its header says {claimed} bytes, more than the limit of {limit} (--max-pixels)")
+    for series in packed:
+        decompressor, ratio = _UNBOUNDED.get(series.keyframe.compression, (None, 0))
+        if decompressor is None:
+            continue
+        allowed = int(np.prod(series.keyframe.chunks)) * series.dtype.itemsize
+        for page in filter(None, series.pages):
+            for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
+                if length * ratio > max(allowed, _HARMLESS):
+                    tiff.filehandle.seek(offset)
+                    if len(decompressor().decompress(tiff.filehandle.read(length), allowed + 1)) > allowed:
+                        raise ValueError(f"a piece of it of {length} bytes unpacks to more than its {allowed} bytes")
+
+
+@contextmanager
+def no_limit_of_pillow() -> Iterator[None]:
+    """Pillow's limit on sizes is a constant of the process; ours is checked instead, on the header alone."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
     if len(pages) != 1:
         raise ValueError(f"{name}: it has {len(pages)} pages, expected one image")
@@ -111,7 +164,11 @@ def _decode(
     """A TIFF file, or the content of any."""
     try:
         if isinstance(source, Path) or source.startswith(_TIFF_SIGNATURES):
-            with tifffile.TiffFile(source if isinstance(source, Path) else io.BytesIO(source)) as tiff:
+            # Of several files that belong together only the one that was named is read: the names of the others come
+            # from its metadata, and may lead anywhere.
+            with tifffile.TiffFile(
+                source if isinstance(source, Path) else io.BytesIO(source), _multifile=False
+            ) as tiff:
                 planes = _tiff_planes(tiff, axes, max_pixels)
         else:
             planes = [_decode_other(source, max_pixels)]
@@ -138,23 +195,15 @@ def _to_bgr(plane: np.ndarray, is_colour: bool, channels: Sequence[int] | None) 
     return plane[..., 2::-1] if order == [0, 1, 2] else plane[..., order[::-1]]
 
 
-def _check_size(height: int, width: int, planes: int, max_pixels: int) -> None:
-    if min(height, width) < 1:
-        raise ValueError(f"its header says {width} x {height} pixels")
-    if height * width * planes > max_pixels:
-        pages = f" on {planes} pages" if planes > 1 else ""
-        raise ValueError(
-            f"its header says {width} x {height} pixels{pages}, more than the limit of {max_pixels} (--max-pixels)"
-        )
-
-
 def _decode_other(data: bytes, max_pixels: int) -> tuple[np.ndarray, bool]:
-    """PNG, JPEG and whatever else Pillow reads -> (H,W,C), RGB or grey, and whether it is RGB."""
-    with _no_limit_of_pillow(), iio.imopen(data, "r", plugin="pillow") as file:
+    """PNG, JPEG and the other `_FORMATS` -> (H,W,C), RGB or grey, and whether it is RGB."""
+    with no_limit_of_pillow():
+        Image.open(io.BytesIO(data), formats=_FORMATS).close()
+    with no_limit_of_pillow(), iio.imopen(data, "r", plugin="pillow") as file:
         properties = file.properties()
         if properties.n_images is not None:
             raise ValueError(f"it holds {properties.n_images} frames, expected one image")
-        _check_size(*properties.shape[:2], 1, max_pixels)
+        check_size(*properties.shape[:2], max_pixels=max_pixels)
         if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] != 0:
             # Pillow cuts PNGs of 16 bits and several channels to 8 bits; OpenCV keeps them.
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -170,22 +219,13 @@ def _decode_other(data: bytes, max_pixels: int) -> tuple[np.ndarray, bool]:
     return image[..., :3], True
 
 
-@contextmanager
-def _no_limit_of_pillow() -> Iterator[None]:
-    """Pillow's limit on sizes is a constant of the process; ours is checked instead, on the header alone."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
 def _tiff_planes(tiff: tifffile.TiffFile, axes: str | None, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
     """Every plane (H,W,C) of a TIFF, and whether its channels are RGB."""
     if not tiff.series:
         raise ValueError("it is corrupt: it has no page")
     # Slides hold a thumbnail and a label beside the pyramid, as series of their own.
     chosen = tiff.series[:1] if tiff.series[0].is_pyramidal else tiff.series
+    check_tiff(tiff, chosen, max_pixels)
     return [plane for series in chosen for plane in _series_planes(tiff, series, axes, max_pixels)]
 
 
@@ -197,7 +237,7 @@ def _series_planes(
     size = dict(zip(order, series.shape, strict=True))
     mapped = series.dataoffset is not None and not series.is_multifile
     planes = 1 if mapped else int(np.prod([n for axis, n in size.items() if axis not in "YXSC"]))
-    _check_size(size["Y"], size["X"], planes, max_pixels)
+    check_size(size["Y"], size["X"], planes, max_pixels)
 
     alphas = sum(sample in _ALPHA for sample in page.extrasamples)
     if page.compression not in tifffile.TIFF.DECOMPRESSORS and not alphas and page.samplesperpixel in (1, 3):

@@ -1,12 +1,15 @@
 """Label images: a whole number a pixel, 0 background, 1..N the cells."""
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
+from PIL import Image
 
 from .files import replacing
+from .images import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
 _LARGE = 4096 * 4096  # pixels; larger images are written in tiles, which Fiji's own reader lacks (Bio-Formats has it)
@@ -34,16 +37,22 @@ def read_label_image(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no image, corrupt, not of whole numbers, negative, or with channels or several pages. The message
-            names the file.
+        ValueError: no image, corrupt, too large, not of whole numbers, negative, or with channels or several pages. The
+            message names the file.
     """
     path = Path(path)
     data = path.read_bytes()
     try:
         if data.startswith(_TIFF_SIGNATURES):
-            labels = tifffile.imread(path)
+            with tifffile.TiffFile(path, _multifile=False) as tiff:
+                series = tiff.series[0]
+                check_size(series.keyframe.imagelength, series.keyframe.imagewidth, len(series.pages))
+                check_tiff(tiff, [series], MAX_PIXELS)
+                labels = series.asarray()
         else:
-            labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+            with no_limit_of_pillow(), Image.open(io.BytesIO(data), formats=("PNG",)) as header:
+                check_size(header.height, header.width)
+            labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if labels is None or labels.size == 0:
             raise ValueError("it is neither TIFF nor PNG, or corrupt")
     # Whatever a decoder makes of broken bytes, the user needs the file.
