@@ -16,21 +16,23 @@ constexpr int64_t kMostPixels = int64_t{1} << 31;
 // hashed into buckets, at least twice as many as there are peaks: memory and time follow the peaks, however large the
 // image. A bucket may hold peaks of other bins, types and groups; whoever looks into it compares.
 struct Bins {
-    double side;
+    double per_pixel;  // 1 / side
     uint64_t buckets;  // a power of two
 
-    Bins(int64_t peaks, double match_radius, double reject_radius) : side(16), buckets(1) {
-        side = std::fmax(side, std::fmax(match_radius, reject_radius) + 1);
+    Bins(int64_t peaks, double match_radius, double reject_radius)
+        : per_pixel(1 / std::fmax(16.0, std::fmax(match_radius, reject_radius) + 1)), buckets(1) {
         while (buckets < 2 * static_cast<uint64_t>(peaks)) {
             buckets *= 2;
         }
     }
-    KG_HOST_DEVICE int64_t index(double at) const { return static_cast<int64_t>(floor(at / side)); }
+    // at: not negative.
+    KG_HOST_DEVICE int64_t index(double at) const { return static_cast<int64_t>(at * per_pixel); }
     KG_HOST_DEVICE int64_t bucket(int64_t group, int64_t k, int64_t row, int64_t column) const {
-        // Neighbouring columns are neighbouring buckets; odd factors mix the rest.
-        const uint64_t line = (static_cast<uint64_t>(group) * kKeypoints + k) * 0x9e3779b97f4a7c15 +
-                              static_cast<uint64_t>(row) * 0xc2b2ae3d27d4eb4f;
-        return static_cast<int64_t>(((line >> 20) + static_cast<uint64_t>(column)) & (buckets - 1));
+        // All types of a bin and its neighbours in the row are neighbouring buckets: one cell lies within few cache
+        // lines. Odd factors mix the rest.
+        const uint64_t line =
+            static_cast<uint64_t>(group) * 0x9e3779b97f4a7c15 + static_cast<uint64_t>(row) * 0xc2b2ae3d27d4eb4f;
+        return static_cast<int64_t>(((line >> 20) + static_cast<uint64_t>(column * kKeypoints + k)) & (buckets - 1));
     }
 };
 

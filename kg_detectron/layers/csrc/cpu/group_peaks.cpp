@@ -1,3 +1,4 @@
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -6,7 +7,6 @@
 #include <limits>
 #include <numeric>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "../checks.h"
@@ -16,119 +16,123 @@
 namespace kg {
 namespace {
 
-// Counting sort: `order` lists 0 .. keys.size() - 1 by key, stable; those of key b are order[first[b]] .. [first[b +
-// 1]].
-struct Buckets {
-    std::vector<int32_t> first, order;
-
-    Buckets(const std::vector<int64_t>& keys, int64_t count) : first(count + 1), order(keys.size()) {
-        for (int64_t key : keys) {
-            ++first[key + 1];
-        }
-        std::partial_sum(first.begin(), first.end(), first.begin());
-        std::vector<int32_t> next(first.begin(), first.end() - 1);
-        for (size_t i = 0; i < keys.size(); ++i) {
-            order[next[keys[i]]++] = static_cast<int32_t>(i);
-        }
-    }
-};
-
 struct Radii {
     double match, reject;
 };
 
-// The peaks of one group and what has become of them. Peaks are numbered by their place in the queue.
+// Peaks by which memory is asked for ahead: those that follow in the queue lie anywhere in the map.
+constexpr int64_t kAhead = 8;
+
+// The peaks of one group and what has become of them. Peaks are numbered by their place in the queue, and kept by bin:
+// what a search meets lies together.
 class Queue {
   public:
+    struct Spot {
+        int32_t peak, y, x;
+        int8_t k;
+        bool queued, rejected;
+    };
+
     // peak [P,4]: image, keypoint, y, x; members: the peaks of this group in their order.
     Queue(const int64_t* peak, const int32_t* members, int64_t count, const Radii& radii)
-        : queued(count, 1), rejected(count, 0), members_(members), bins_(count, radii.match, radii.reject) {
-        spots_.reserve(count);
-        std::vector<int64_t> bin;
-        bin.reserve(count);
+        : members_(members),
+          bins_(count, radii.match, radii.reject),
+          spots_(count),
+          place_(count),
+          first_(bins_.buckets + 1) {
+        // Counting sort. First the bucket of each peak stands for its place.
         for (int64_t p = 0; p < count; ++p) {
-            const int64_t *own = peak + 4 * members[p], k = own[1], y = own[2], x = own[3];
-            spots_.push_back(
-                {static_cast<int32_t>(p), static_cast<int32_t>(k), static_cast<int32_t>(y), static_cast<int32_t>(x)});
-            bin.push_back(bins_.bucket(0, k, bins_.index(y), bins_.index(x)));
+            const int64_t* own = peak + 4 * members[p];
+            place_[p] = static_cast<int32_t>(bins_.bucket(0, own[1], bins_.index(own[2]), bins_.index(own[3])));
+            ++first_[place_[p]];
         }
-        Buckets buckets(bin, static_cast<int64_t>(bins_.buckets));
-        first_ = std::move(buckets.first);
-        binned_.reserve(count);
-        for (int32_t p : buckets.order) {
-            binned_.push_back(spots_[p]);
+        std::partial_sum(first_.begin(), first_.end(), first_.begin());
+        for (int64_t p = count - 1; p >= 0; --p) {
+            const int64_t* own = peak + 4 * members[p];
+            place_[p] = --first_[place_[p]];
+            spots_[place_[p]] = {static_cast<int32_t>(p),      static_cast<int32_t>(own[2]),
+                                 static_cast<int32_t>(own[3]), static_cast<int8_t>(own[1]),
+                                 /*queued=*/true,              /*rejected=*/false};
         }
     }
 
-    int64_t size() const { return static_cast<int64_t>(spots_.size()); }
+    int64_t size() const { return static_cast<int64_t>(place_.size()); }
     int64_t index(int64_t p) const { return members_[p]; }
-    int keypoint(int64_t p) const { return spots_[p].k; }
-    int64_t y(int64_t p) const { return spots_[p].y; }
-    int64_t x(int64_t p) const { return spots_[p].x; }
+    Spot& operator[](int64_t p) { return spots_[place_[p]]; }
+    const Spot& operator[](int64_t p) const { return spots_[place_[p]]; }
 
-    // Calls visit(peak, squared distance) for the peaks of type k around a point: all within reach, and some beyond.
+    void prefetch(int64_t p) const {
+#ifdef __GNUC__
+        __builtin_prefetch(&spots_[place_[p]]);
+#endif
+    }
+
+    // Calls visit(spot, squared distance) for the peaks of type k around a point: all within reach, and some beyond.
     template <typename Visit>
-    void around(int64_t k, double at_x, double at_y, double reach, Visit visit) const {
+    void around(int64_t k, double at_x, double at_y, double reach, Visit visit) {
         const Window window(bins_, at_x, at_y, reach);
         for (int64_t row = window.first_row; row <= window.last_row; ++row) {
             for (int64_t column = window.first_column; column <= window.last_column; ++column) {
                 const int64_t bucket = bins_.bucket(0, k, row, column);
                 for (int64_t i = first_[bucket]; i < first_[bucket + 1]; ++i) {
-                    if (binned_[i].k == k) {
-                        visit(binned_[i].peak, squared_norm(binned_[i].x - at_x, binned_[i].y - at_y));
+                    if (spots_[i].k == k) {
+                        visit(spots_[i], squared_norm(spots_[i].x - at_x, spots_[i].y - at_y));
                     }
                 }
             }
         }
     }
 
-    std::vector<uint8_t> queued, rejected;
-
   private:
-    struct Spot {
-        int32_t peak, k, y, x;
-    };
-
     const int32_t* members_;
     Bins bins_;
-    std::vector<Spot> spots_, binned_;  // in the order of the queue, and by bin
-    std::vector<int32_t> first_;        // of each bin, in binned_
+    std::vector<Spot> spots_;     // by bucket, in each in the order of the queue
+    std::vector<int32_t> place_;  // of each peak, in spots_
+    std::vector<int32_t> first_;  // of each bucket, in spots_
 };
 
 void join(Queue& queue, int64_t p, const Radii& radii, std::array<int64_t, kKeypoints>& graph) {
-    const int64_t k = queue.keypoint(p);
-    graph[k] = p;
-    queue.queued[p] = 0;
-    queue.around(k, queue.x(p), queue.y(p), radii.reject, [&](int64_t other, double squared) {
-        queue.rejected[other] |= squared <= radii.reject * radii.reject;
+    Queue::Spot& own = queue[p];
+    graph[own.k] = p;
+    own.queued = false;
+    queue.around(own.k, own.x, own.y, radii.reject, [&](Queue::Spot& other, double squared) {
+        other.rejected |= squared <= radii.reject * radii.reject;
     });
 }
 
 // The partner of type l, -1 if there is none; displacements [P,4,2].
-int64_t partner(const Queue& queue, const double* displacements, int64_t source, int l, const Radii& radii) {
-    const double* by =
-        displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(queue.keypoint(source), l));
+template <typename T>
+int64_t partner(Queue& queue, const T* displacements, int64_t source, int l, const Radii& radii) {
+    const Queue::Spot& own = queue[source];
+    // As doubles, which hold every displacement to the letter.
+    const T* by = displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(own.k, l));
     Nearest nearest;
-    queue.around(l, queue.x(source) + by[0], queue.y(source) + by[1], radii.match, [&](int64_t p, double squared) {
-        if (queue.queued[p] && squared <= radii.match * radii.match) {
-            nearest.offer(squared, p);
-        }
-    });
+    queue.around(l, own.x + static_cast<double>(by[0]), own.y + static_cast<double>(by[1]), radii.match,
+                 [&](const Queue::Spot& other, double squared) {
+                     if (other.queued && squared <= radii.match * radii.match) {
+                         nearest.offer(squared, other.peak);
+                     }
+                 });
     return nearest.peak;
 }
 
 using Graph = std::array<int64_t, kKeypoints>;  // the peak of each keypoint, -1 = missing
 
 // Graphs of one group, in the order in which they are opened.
-std::vector<Graph> group_queue(Queue& queue, const double* scores, const double* displacements, const Radii& radii,
+template <typename T>
+std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* displacements, const Radii& radii,
                                int64_t hops) {
     std::vector<Graph> graphs;
     for (int64_t start = 0; start < queue.size(); ++start) {
-        if (!queue.queued[start]) {
+        if (start + kAhead < queue.size()) {
+            queue.prefetch(start + kAhead);
+        }
+        Queue::Spot& own = queue[start];
+        if (!own.queued) {
             continue;
         }
-        queue.queued[start] = 0;
-        if (queue.rejected[start]) {
+        own.queued = false;
+        if (own.rejected) {
             continue;
         }
         Graph graph;
@@ -176,8 +180,8 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
                           "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative, got ", peak[i],
                           " in column ", i % 4);
     }
-    // As doubles, which hold every score and displacement to the letter.
-    const at::Tensor values = scores.to(at::kDouble).contiguous(), by = displacements.to(at::kDouble).contiguous();
+    // As doubles, which hold every score to the letter.
+    const at::Tensor values = scores.to(at::kDouble).contiguous(), by = displacements.contiguous();
     const Radii radii{match_radius, reject_radius};
 
     std::vector<int32_t> order(count);
@@ -195,9 +199,11 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
     const int64_t groups = static_cast<int64_t>(first.size());
     first.push_back(count);
     std::vector<std::vector<Graph>> found(groups);
-    each_task(groups, [&](int64_t g) {
-        Queue queue(peak, order.data() + first[g], first[g + 1] - first[g], radii);
-        found[g] = group_queue(queue, values.const_data_ptr<double>(), by.const_data_ptr<double>(), radii, hops);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, by.scalar_type(), "group_peaks", [&] {
+        each_task(groups, [&](int64_t g) {
+            Queue queue(peak, order.data() + first[g], first[g + 1] - first[g], radii);
+            found[g] = group_queue(queue, values.const_data_ptr<double>(), by.const_data_ptr<scalar_t>(), radii, hops);
+        });
     });
 
     int64_t total = 0;
