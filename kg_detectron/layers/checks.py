@@ -79,8 +79,11 @@ def check_positions(peaks: Tensor, group_offsets: Tensor) -> None:
     """For `group_keypoints`: every peak is a pixel of the maps."""
     n, _, h, w = group_offsets.shape
     limit = torch.tensor([n, NUM_KEYPOINTS, h, w], device=peaks.device)
-    if len(peaks) and bool(((peaks < 0) | (peaks >= limit)).any()):
-        raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {peaks.amax(0).tolist()}")
+    if not len(peaks):
+        return
+    lowest, highest = peaks.aminmax(dim=0)
+    if bool(((lowest < 0) | (highest >= limit)).any()):
+        raise ValueError(f"peaks: expected image, keypoint, y, x below {limit.tolist()}, got {highest.tolist()}")
 
 
 def check_grouping(

@@ -28,11 +28,10 @@ struct Bins {
     // at: not negative.
     KG_HOST_DEVICE int64_t index(double at) const { return static_cast<int64_t>(at * per_pixel); }
     KG_HOST_DEVICE int64_t bucket(int64_t group, int64_t k, int64_t row, int64_t column) const {
-        // All types of a bin and its neighbours in the row are neighbouring buckets: one cell lies within few cache
-        // lines. Odd factors mix the rest.
-        const uint64_t line =
-            static_cast<uint64_t>(group) * 0x9e3779b97f4a7c15 + static_cast<uint64_t>(row) * 0xc2b2ae3d27d4eb4f;
-        return static_cast<int64_t>(((line >> 20) + static_cast<uint64_t>(column * kKeypoints + k)) & (buckets - 1));
+        // Neighbouring columns are neighbouring buckets; odd factors mix the rest.
+        const uint64_t line = (static_cast<uint64_t>(group) * kKeypoints + k) * 0x9e3779b97f4a7c15 +
+                              static_cast<uint64_t>(row) * 0xc2b2ae3d27d4eb4f;
+        return static_cast<int64_t>(((line >> 20) + static_cast<uint64_t>(column)) & (buckets - 1));
     }
 };
 

@@ -30,7 +30,7 @@ class Queue {
     struct Spot {
         int32_t peak, y, x;
         int8_t k;
-        bool queued, rejected;
+        bool queued;
     };
 
     // peak [P,4]: image, keypoint, y, x; members: the peaks of this group in their order.
@@ -39,7 +39,9 @@ class Queue {
           bins_(count, radii.match, radii.reject),
           spots_(count),
           place_(count),
-          first_(bins_.buckets + 1) {
+          first_(bins_.buckets + 1),
+          joined_(bins_.buckets, -1),
+          next_(count) {
         // Counting sort. First the bucket of each peak stands for its place.
         for (int64_t p = 0; p < count; ++p) {
             const int64_t* own = peak + 4 * members[p];
@@ -50,15 +52,13 @@ class Queue {
         for (int64_t p = count - 1; p >= 0; --p) {
             const int64_t* own = peak + 4 * members[p];
             place_[p] = --first_[place_[p]];
-            spots_[place_[p]] = {static_cast<int32_t>(p),      static_cast<int32_t>(own[2]),
-                                 static_cast<int32_t>(own[3]), static_cast<int8_t>(own[1]),
-                                 /*queued=*/true,              /*rejected=*/false};
+            spots_[place_[p]] = {static_cast<int32_t>(p), static_cast<int32_t>(own[2]), static_cast<int32_t>(own[3]),
+                                 static_cast<int8_t>(own[1]), /*queued=*/true};
         }
     }
 
     int64_t size() const { return static_cast<int64_t>(place_.size()); }
     int64_t index(int64_t p) const { return members_[p]; }
-    Spot& operator[](int64_t p) { return spots_[place_[p]]; }
     const Spot& operator[](int64_t p) const { return spots_[place_[p]]; }
 
     void prefetch(int64_t p) const {
@@ -67,49 +67,79 @@ class Queue {
 #endif
     }
 
-    // Calls visit(spot, squared distance) for the peaks of type k around a point: all within reach, and some beyond.
-    template <typename Visit>
-    void around(int64_t k, double at_x, double at_y, double reach, Visit visit) {
-        const Window window(bins_, at_x, at_y, reach);
+    void drop(int64_t p) { spots_[place_[p]].queued = false; }
+
+    // Takes a peak out of the queue, into a graph.
+    void join(int64_t p) {
+        Spot& own = spots_[place_[p]];
+        own.queued = false;
+        int32_t& head = joined_[bins_.bucket(0, own.k, bins_.index(own.y), bins_.index(own.x))];
+        next_[place_[p]] = head;
+        head = place_[p];
+    }
+
+    // Whether a peak in a graph, of the type of this one, lies within reach. Peaks in graphs are few: looking for them
+    // when another graph is to be opened takes less than marking what lies around each of them.
+    bool is_near_joined(const Spot& own, double reach) const {
+        const Window window(bins_, own.x, own.y, reach);
         for (int64_t row = window.first_row; row <= window.last_row; ++row) {
             for (int64_t column = window.first_column; column <= window.last_column; ++column) {
-                const int64_t bucket = bins_.bucket(0, k, row, column);
-                for (int64_t i = first_[bucket]; i < first_[bucket + 1]; ++i) {
-                    if (spots_[i].k == k) {
-                        visit(spots_[i], squared_norm(spots_[i].x - at_x, spots_[i].y - at_y));
+                for (int32_t i = joined_[bins_.bucket(0, own.k, row, column)]; i >= 0; i = next_[i]) {
+                    const double squared = squared_norm(static_cast<double>(spots_[i].x - own.x),
+                                                        static_cast<double>(spots_[i].y - own.y));
+                    if (spots_[i].k == own.k && squared <= reach * reach) {
+                        return true;
                     }
                 }
+            }
+        }
+        return false;
+    }
+
+    // Calls visit(spot, squared distance, whether it is of type k) for peaks around a point: all of type k within reach,
+    // and some others. What it does with these should need no branch: nothing would foretell it.
+    template <typename Visit>
+    void around(int64_t k, double at_x, double at_y, double reach, Visit visit) const {
+        const Window window(bins_, at_x, at_y, reach);
+        const int64_t buckets = static_cast<int64_t>(bins_.buckets), width = window.last_column - window.first_column;
+        for (int64_t row = window.first_row; row <= window.last_row; ++row) {
+            // The bins of a row are neighbouring buckets, the first after the last: one run of peaks, seldom two.
+            const int64_t first = bins_.bucket(0, k, row, window.first_column), end = first + width + 1;
+            visit_run(k, at_x, at_y, first, std::min(end, buckets), visit);
+            if (end > buckets) {
+                visit_run(k, at_x, at_y, 0, std::min(end - buckets, buckets), visit);
             }
         }
     }
 
   private:
+    // Calls visit(spot, squared distance, whether it is of type k) for the peaks of buckets first .. end - 1.
+    template <typename Visit>
+    void visit_run(int64_t k, double at_x, double at_y, int64_t first, int64_t end, Visit visit) const {
+        for (int64_t i = first_[first]; i < first_[end]; ++i) {
+            visit(spots_[i], squared_norm(spots_[i].x - at_x, spots_[i].y - at_y), spots_[i].k == k);
+        }
+    }
+
     const int32_t* members_;
     Bins bins_;
     std::vector<Spot> spots_;     // by bucket, in each in the order of the queue
     std::vector<int32_t> place_;  // of each peak, in spots_
     std::vector<int32_t> first_;  // of each bucket, in spots_
+    // Peaks in graphs, as places in spots_: one of each bucket, and after each of them the next in its bucket; -1: none.
+    std::vector<int32_t> joined_, next_;
 };
-
-void join(Queue& queue, int64_t p, const Radii& radii, std::array<int64_t, kKeypoints>& graph) {
-    Queue::Spot& own = queue[p];
-    graph[own.k] = p;
-    own.queued = false;
-    queue.around(own.k, own.x, own.y, radii.reject, [&](Queue::Spot& other, double squared) {
-        other.rejected |= squared <= radii.reject * radii.reject;
-    });
-}
 
 // The partner of type l, -1 if there is none; displacements [P,4,2].
 template <typename T>
-int64_t partner(Queue& queue, const T* displacements, int64_t source, int l, const Radii& radii) {
+int64_t partner(const Queue& queue, const T* displacements, int64_t source, int l, const Radii& radii) {
     const Queue::Spot& own = queue[source];
     // As doubles, which hold every displacement to the letter.
     const T* by = displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(own.k, l));
     Nearest nearest;
     queue.around(l, own.x + static_cast<double>(by[0]), own.y + static_cast<double>(by[1]), radii.match,
-                 [&](const Queue::Spot& other, double squared) {
-                     if (other.queued && squared <= radii.match * radii.match) {
+                 [&](const Queue::Spot& other, double squared, bool same) {
+                     if (same & other.queued & (squared <= radii.match * radii.match)) {
                          nearest.offer(squared, other.peak);
                      }
                  });
@@ -127,26 +157,30 @@ std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* disp
         if (start + kAhead < queue.size()) {
             queue.prefetch(start + kAhead);
         }
-        Queue::Spot& own = queue[start];
+        const Queue::Spot& own = queue[start];
         if (!own.queued) {
             continue;
         }
-        own.queued = false;
-        if (own.rejected) {
+        queue.drop(start);
+        if (queue.is_near_joined(own, radii.reject)) {
             continue;
         }
         Graph graph;
         graph.fill(-1);
-        join(queue, start, radii, graph);
+        const auto join = [&](int64_t p) {
+            graph[queue[p].k] = p;
+            queue.join(p);
+        };
+        join(start);
         // Partners of the start by falling score, of equal ones by ascending type.
         Graph joined;
         int count = 0;
         for (int l = 0; l < kKeypoints; ++l) {
             const int64_t found = graph[l] < 0 ? partner(queue, displacements, start, l, radii) : -1;
             if (found >= 0) {
-                join(queue, found, radii, graph);
+                join(found);
                 int place = count++;
-                for (; place > 0 && scores[queue.index(joined[place - 1])] < scores[queue.index(found)]; --place) {
+                for (; hops == 2 && place > 0 && scores[queue.index(joined[place - 1])] < scores[queue.index(found)]; --place) {
                     joined[place] = joined[place - 1];
                 }
                 joined[place] = found;
@@ -156,7 +190,7 @@ std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* disp
             for (int j = 0; j < count && graph[l] < 0; ++j) {
                 const int64_t found = partner(queue, displacements, joined[j], l, radii);
                 if (found >= 0) {
-                    join(queue, found, radii, graph);
+                    join(found);
                 }
             }
         }
