@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 from kg_detectron import load_model
 from kg_detectron.cli import main
@@ -182,6 +183,13 @@ def test_colour_masks_run_nothing(tmp_path: Path, marker: Path, folder: str):
         assert not marker.exists() and not list((tmp_path / "out").rglob("*.json"))
 
 
+def test_the_refusal_of_a_checkpoint_names_the_cause_and_no_way_around(tmp_path: Path, marker: Path):
+    path = malicious("torch", tmp_path / "bad.pth", marker)
+    with pytest.raises(ValueError, match=rf"{path} was refused: .*could run code .*mkdir") as error:
+        read_checkpoint(path)
+    assert "weights_only" not in str(error.value)
+
+
 # Names that lead elsewhere
 
 
@@ -241,6 +249,17 @@ def test_markup_in_names_is_text_in_the_report(work: Path):
 
 
 # Sizes that are claimed
+
+
+def test_a_jpeg_of_absurd_size_is_refused_with_its_numbers(tmp_path: Path):
+    buffer = io.BytesIO()
+    Image.fromarray(MASK).convert("L").save(buffer, "jpeg")
+    data = bytearray(buffer.getvalue())
+    place = data.index(b"\xff\xc0") + 5  # of the height in the header of the frame
+    data[place : place + 4] = struct.pack(">HH", 50000, 60000)
+    (tmp_path / "bomb.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"bomb\.jpg.*60000 x 50000 pixels, more than the limit of {MAX_PIXELS}"):
+        read_image(tmp_path / "bomb.jpg")
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path: Path):

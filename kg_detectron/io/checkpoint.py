@@ -1,6 +1,7 @@
 """Checkpoints of PyTorch, read as data: no file makes this run code, or take memory beyond its own size."""
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ def read_checkpoint(path: str | Path) -> Any:
                 raise ValueError(f"it has {length} bytes and says that it unpacks to {unpacked}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own text advises to load the file with the code that is in it.
-        reason = str(error).partition("\n")[0]
+        # The cause alone: PyTorch's text around it advises to run the code that is in the file.
+        cause = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} was refused: it is corrupt, or holds more than weights, and loading it could run code ({reason})"
+            f"{path} was refused: it is corrupt, or holds more than weights, and loading it could run code"
+            + (f" ({cause[1]})" if cause else "")
         ) from None
     # Whatever PyTorch makes of broken bytes (RuntimeError, KeyError, struct.error, ...), the user needs the file.
     except Exception as error:

@@ -20,7 +20,7 @@ from PIL import Image
 MAX_PIXELS = 1_000_000_000
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "PPM", "WEBP")  # of all that Pillow reads: one of them runs a program
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")  # of all that Pillow reads: one of them runs a program
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.PALETTE)
 _MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read

@@ -147,7 +147,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     bad.write_text(f"_BASE_: {CONFIG}\nMODEL:\n  KEYPOINT_GRAPH:\n    COLOUR: 1\n")
     with pytest.raises(KeyError, match="MODEL.KEYPOINT_GRAPH.COLOUR"):
         train_net.setup(arguments(config=bad))
-    with pytest.raises(AssertionError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
         train_net.setup(arguments(config=tmp_path / "nowhere.yaml"))
     options = ("OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu")
     with pytest.raises(ValueError, match="MODEL.WEIGHTS"):
