@@ -106,3 +106,24 @@ def test_names_what_is_wrong(files, tmp_path, capsys, figure: str, extra: list[s
     with pytest.raises(SystemExit) as stop:
         run(files, figure, tmp_path / "x.png", *extra)
     assert stop.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_curves_of_a_training(tmp_path: Path) -> None:
+    lines = [{"iteration": i, "loss_mask": 1 / (i + 1), "total_loss": 2 / (i + 1), "lr": 1e-3} for i in range(30)]
+    lines += [{"iteration": 30, "validation/total_loss": 0.5, "paper/box_AP@0.5": 60.0}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    losses, rate, aps = figures.training_figure(tmp_path / "metrics.json").axes
+    drawn = {line.get_label(): line for line in losses.lines}
+    assert drawn.keys() == {"loss_mask", "total_loss", "validation/total_loss"}
+    np.testing.assert_allclose(drawn["total_loss"].get_ydata(), [line["total_loss"] for line in lines[:30]])
+    assert drawn["total_loss"].get_color() == drawn["validation/total_loss"].get_color()
+    assert len(rate.lines[0].get_xdata()) == 30 and aps.lines[0].get_ydata() == [60.0]
+    figures.main(["training", str(tmp_path), "-o", str(tmp_path / "curves.png")])
+    assert cv2.imread(str(tmp_path / "curves.png")).shape[1] > 1000
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"loss": 1}', '{"iteration": 1, "lr": 1}'])
+def test_metrics_that_are_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match="metrics.json"):
+        figures.training_figure(tmp_path / "metrics.json")

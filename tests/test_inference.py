@@ -1,11 +1,18 @@
 """Model files and prediction with the core alone."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.io.images import read_image
+from kg_detectron.metrics import mask_iou
 from kg_detectron.modeling import KeypointGraphNet
+
+ROOT = Path(__file__).parents[1]
 
 
 def network() -> KeypointGraphNet:
@@ -56,6 +63,21 @@ def test_a_model_is_loaded_in_the_mode_that_was_asked_for(tmp_path):
         load_model(tmp_path / "model.pth", precision="int8")
 
 
+@pytest.mark.cuda
+def test_gpu_and_cpu_find_the_same(shared):
+    """The tolerance that README states, on real images."""
+    files = sorted((shared / "dsb2018" / "val").glob("*.png"))[:4]
+    on_cpu, on_gpu = (load_model(ROOT / "models" / "kg_lite_dsb2018.safetensors", device) for device in ("cpu", "cuda"))
+    total = agreeing = 0
+    for file in files:
+        expected, found = predict(on_cpu, read_image(file)), predict(on_gpu, read_image(file))
+        distance = torch.cdist(expected["boxes"], found["boxes"].cpu(), p=torch.inf)
+        alike = (distance < 0.05) & ((expected["scores"][:, None] - found["scores"].cpu()).abs() < 1e-3)
+        total += max(distance.shape)
+        agreeing += int(alike.any(1).sum())
+    assert agreeing >= 0.99 * total > 0
+
+
 def test_results_are_in_the_frame_of_the_image():
     found = predict(network(), IMAGE)
     assert (found["boxes"] >= 0).all()
@@ -91,3 +113,15 @@ def test_bad_files_and_images_are_named(tmp_path):
         predict(model, IMAGE[..., 0])
     with pytest.raises(ValueError, match="eval"):
         predict(model.train(), IMAGE)
+
+
+def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
+    """At the figures of its card: F1 of 0.70 over all validation images."""
+    model = load_model(ROOT / "models" / "kg_lite_dsb2018.safetensors")
+    assert model.normalisation == "percentile" and model.input_size == (512, 512)
+    cells = predict(model, read_image(shared / "dsb2018" / "val" / "9e4f8ec60a0d622a.png"))
+    truths = json.loads((shared / "dsb2018" / "instances_val.json").read_text())
+    (image,) = [one["id"] for one in truths["images"] if one["file_name"].endswith("9e4f8ec60a0d622a.png")]
+    masks = [one["segmentation"] for one in truths["annotations"] if one["image_id"] == image]
+    overlap = mask_iou(cells["masks"][cells["scores"] >= 0.01].rle(), masks)
+    assert (overlap.max(axis=1) > 0.5).mean() > 0.7 and (overlap.max(axis=0) > 0.5).mean() > 0.6

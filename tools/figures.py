@@ -1,8 +1,9 @@
-"""Make the paper's Figures 2, 3 and 4 from predictions and a trained model.
+"""Make the paper's Figures 2, 3 and 4 from predictions and a trained model, and the curves of a training.
 
     python tools/figures.py comparison GT PRED [PRED ...] --images DIR -o figure2.png
     python tools/figures.py cells GT PRED_S1 PRED_BRANCH --images DIR -o figure3.png
     python tools/figures.py scales IMAGE -m MODEL -o figure4.png
+    python tools/figures.py training RUN_DIR -o training.png
 
 GT is a COCO JSON or a folder of label images; PRED is the same or COCO results, such as the ``predictions.json`` that
 `compare.py` writes for every run. Models are named by what tells their paths apart, or by ``--names``. Instances are
@@ -11,6 +12,7 @@ drawn from the score on at which F1 over all images is highest, for each model.
 
 import argparse
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -150,6 +152,42 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
+def training_figure(metrics: Path) -> Figure:
+    """Losses by name, those of validation dashed; learning rate; AP on validation, over the iterations of a run.
+
+    Args:
+        metrics: ``metrics.json`` of the run, one JSON object a line.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; a line that is not JSON; no losses in it.
+    """
+    curves: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            iteration = record.pop("iteration")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{metrics}, line {number}: expected a JSON object with an iteration: {error}") from error
+        for name, value in record.items():
+            curves.setdefault(name, {})[iteration] = value
+    losses = sorted(name for name in curves if "loss" in name.rpartition("/")[2])
+    if not losses:
+        raise ValueError(f"{metrics}: it has no losses")
+    rates, aps = ["lr"] if "lr" in curves else [], sorted(name for name in curves if name.startswith("paper/"))
+    panels = {"loss": losses, "learning rate": rates, "AP and IOU on validation, %": aps}
+    figure = Figure(figsize=(4 * PANEL, 1.6 * PANEL), dpi=150, layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        own = [name.removeprefix("validation/") for name in names]
+        for name, base in zip(names, own, strict=True):
+            style = {"color": f"C{sorted(set(own)).index(base)}", "linestyle": "-" if name == base else "--"}
+            points = sorted(curves[name].items())
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else "", **style)
+        axes.set(title=title, xlabel="iteration", yscale="log" if title == "loss" else "linear")
+        if names:
+            axes.legend(fontsize=6)
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
@@ -168,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scales = commands.add_parser("scales", help="Figure 4: heatmaps and groups at every scale")
     scales.add_argument("image", metavar="IMAGE")
     scales.add_argument("-m", "--model", required=True, help="model file, or checkpoint of train_net.py")
+    training = commands.add_parser("training", help="losses, learning rate and AP over the iterations")
+    training.add_argument("run", metavar="RUN_DIR", type=Path, help="folder that train_net.py wrote")
     for command in commands.choices.values():
         command.add_argument("-o", "--output", required=True, type=Path, metavar="PNG")
     options = parser.parse_args(arguments)
@@ -183,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _draw(options: argparse.Namespace) -> bytes:
     if options.figure == "scales":
         return explain_image(options.model, options.image).png
+    if options.figure == "training":
+        return _png(training_figure(options.run / "metrics.json"))
     if options.count < 1:
         raise ValueError(f"--count: expected at least 1, got {options.count}")
     comparison, files = _compare(options)
