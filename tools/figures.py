@@ -184,7 +184,7 @@ def training_figure(metrics: Path) -> Figure:
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else "", **style)
         axes.set(title=title, xlabel="iteration", yscale="log" if title == "loss" else "linear")
         if names:
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
 
 
