@@ -42,6 +42,7 @@ def test_killed_at_any_moment_of_a_save(saved, monkeypatch, name):
     for moment in range(100):
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # threads do not survive a fork, and would be waited for
             calls = iter(range(100))
 
             def kill_or(act, calls=calls, moment=moment):
