@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -206,13 +207,23 @@ for moment, out in zip(map(int, runs[::2]), runs[1::2]):
 """
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_killed_run_leaves_whole_files_and_is_finished_by_the_next(images: Path, model: Path, tmp_path: Path):
+def test_a_killed_run_leaves_whole_files_and_is_finished_by_the_next(
+    images: Path, model: Path, tmp_path: Path, one_thread: None
+):
     whole, moments = tmp_path / "whole", (0, 4, 8)  # the manifest, in the first image, in the second
     predict_files([images], model, whole, Settings(save=KINDS))
     runs = [str(part) for moment in moments for part in (moment, tmp_path / str(moment))]
     command = [sys.executable, "-c", KILLED, str(images), str(model), *runs]
-    # One thread, for threads do not survive a fork.
+    # One thread, here as there, for threads do not survive a fork, and their number shows in the last digit.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stderr

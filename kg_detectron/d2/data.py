@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -437,7 +437,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
         raise ValueError(f"SOLVER.IMS_PER_BATCH must be a positive multiple of the {processes} processes, got {batch}")
     names = list(cfg.DATASETS.TRAIN)
     records = get_detection_dataset_dicts(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    return DataLoader(
+    return _SteadyLoader(
         # A list that worker processes share, instead of a copy for each.
         SampleDataset(DatasetFromList(records, copy=False), CellMapper(cfg, is_train=True)),
         sampler=EndlessSampler(len(records), cfg.SEED, rank=rank, world_size=processes),
@@ -448,6 +448,19 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
         # The loader draws a number for its workers, which nobody uses; without this, from the training's generator.
         generator=torch.Generator(),
     )
+
+
+class _SteadyLoader(DataLoader):
+    """A loader whose workers are born with SIGTERM blocked, in all their threads, those of libraries too."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_main_process(worker: int) -> None:

@@ -131,6 +131,6 @@ def test_checkpoints_are_data(saved):
             return os.mkdir, (str(saved / "made by a checkpoint"),)
 
     torch.save({"model": Code()}, saved / "model_0000001.pth")
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match="could run code"):
         loaded(saved)
     assert not (saved / "made by a checkpoint").exists()
