@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
@@ -33,10 +33,10 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from kg_detectron.d2 import CellMapper, add_kg_config, register_files
+from kg_detectron.d2 import add_kg_config, register_files
 from kg_detectron.d2.checkpoint import WholeCheckpointer
 from kg_detectron.d2.config import merge_config
-from kg_detectron.d2.data import build_train_loader, build_validation_loader
+from kg_detectron.d2.data import build_test_loader, build_train_loader, build_validation_loader
 from kg_detectron.d2.evaluation import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
 from kg_detectron.d2.modeling import ModelDescription
@@ -62,7 +62,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return build_detection_test_loader(cfg, dataset_name, mapper=CellMapper(cfg, is_train=False))
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -490,4 +490,21 @@ def build_validation_loader(cfg: CfgNode) -> Iterable[list[dict[str, Any]]]:
     if not cfg.DATASETS.VALIDATION:
         raise ValueError("DATASETS.VALIDATION is empty: the validation loss needs a dataset")
     mapper = CellMapper(cfg, is_train=False, with_targets=True)
-    return build_detection_test_loader(cfg, list(cfg.DATASETS.VALIDATION), mapper=mapper)
+    return _build_finite_loader(cfg, list(cfg.DATASETS.VALIDATION), mapper)
+
+
+def build_test_loader(cfg: CfgNode, name: str) -> Iterable[list[dict[str, Any]]]:
+    """Every image of the dataset `name` once, without targets and augmentation, one image a batch."""
+    return _build_finite_loader(cfg, name, CellMapper(cfg, is_train=False))
+
+
+def _build_finite_loader(cfg: CfgNode, names: str | list[str], mapper: CellMapper) -> DataLoader:
+    loader = build_detection_test_loader(cfg, names, mapper=mapper)
+    return _SteadyLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=loader.sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=_leave_signals_to_main_process,
+    )

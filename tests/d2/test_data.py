@@ -2,6 +2,9 @@
 
 import collections
 import copy
+import multiprocessing
+import subprocess
+import time
 
 import cv2
 import numpy as np
@@ -458,6 +461,21 @@ def test_validation_loader_is_finite_and_fixed(dataset):
     assert first[0][0]["instances"].gt_boxes.tensor.shape == (0, 4)
     assert first[0][0]["instances"].gt_masks.tensor.shape == (0, 48, 64)
     assert all(torch.equal(a[0]["image"], b[0]["image"]) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["validation", "test"])
+def test_signals_to_all_processes_leave_an_evaluation_its_workers(dataset, kind):
+    cfg = make_cfg()
+    cfg.DATASETS.VALIDATION = (NAME,)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    loader = data.build_validation_loader(cfg) if kind == "validation" else data.build_test_loader(cfg, NAME)
+    batches = iter(loader)
+    seen = [next(batches)]
+    for worker in multiprocessing.active_children():
+        for name in ("-INT", "-TERM"):
+            subprocess.run(["kill", name, str(worker.pid)], check=True)  # not from the main process
+    time.sleep(0.5)
+    assert len(seen + list(batches)) == 3
 
 
 def test_validation_needs_a_dataset():
