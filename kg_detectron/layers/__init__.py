@@ -2,6 +2,7 @@
 
 from .nms import nms
 from .ops import (
+    convolve_resized,
     find_peaks,
     gather_displacements,
     graphs_to_boxes,
@@ -11,10 +12,12 @@ from .ops import (
     render_targets,
     smooth_votes,
 )
-from .reference import box_keypoints
+from .reference import box_keypoints, crop_pixels
 
 __all__ = [
     "box_keypoints",
+    "convolve_resized",
+    "crop_pixels",
     "find_peaks",
     "gather_displacements",
     "graphs_to_boxes",

@@ -117,3 +117,24 @@ def check_graphs(graphs: Tensor) -> None:
         raise ValueError(
             f"graphs: expected a floating-point tensor (G,5,3), got {graphs.dtype} of shape {tuple(graphs.shape)}"
         )
+
+
+def check_crops(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> None:
+    """For `convolve_resized`."""
+    if products.dim() != 3 or products.shape[1] != 9 or not products.is_floating_point():
+        raise ValueError(
+            f"products: expected a floating-point tensor (P,9,C), got {products.dtype} of shape {tuple(products.shape)}"
+        )
+    for name, table in (("before", before), ("after", after), ("places", places)):
+        if table.shape != (len(before), 2) or table.dtype != torch.int64 or table.device.type != "cpu":
+            raise ValueError(
+                f"{name}: expected int64 ({len(before)},2) on the CPU, "
+                f"got {table.dtype} of shape {tuple(table.shape)} on {table.device}"
+            )
+    if len(before) and min(before.min(), after.min()) < 1:
+        raise ValueError(f"before, after: expected sides of at least 1, got {before.min()} and {after.min()}")
+    if before.prod(1).sum() != len(products):
+        raise ValueError(f"products: expected {before.prod(1).sum()} pixels, as `before` says, got {len(products)}")
+    last = places[:, 0] + (after[:, 0] - 1) * places[:, 1] + after[:, 1]
+    if bool(((places[:, 0] < 0) | (places[:, 1] < after[:, 1]) | (last > pixels)).any()):
+        raise ValueError(f"places: expected crops within {pixels} pixels, got {places.tolist()}")

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..graph import GROUP_OFFSET_CHANNELS, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
 from . import reference
 from .checks import (
+    check_crops,
     check_gathering,
     check_graphs,
     check_grouping,
@@ -26,7 +28,7 @@ from .checks import (
     check_votes,
 )
 
-# Those that are compiled.
+# Those that are compiled for every device, and those for the CPU alone.
 OPERATORS = (
     "hough_vote",
     "smooth_votes",
@@ -36,6 +38,7 @@ OPERATORS = (
     "graphs_to_boxes",
     "render_targets",
 )
+CPU_OPERATORS = ("convolve_resized", "convolve_resized_backward")
 
 
 def _load() -> frozenset[str]:
@@ -52,7 +55,9 @@ def _load() -> frozenset[str]:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     try:
         return frozenset(
-            key.lower() for key in ("CPU", "CUDA") if all(has(f"kg_detectron::{name}", key) for name in OPERATORS)
+            key.lower()
+            for key, names in (("CPU", OPERATORS + CPU_OPERATORS), ("CUDA", OPERATORS))
+            if all(has(f"kg_detectron::{name}", key) for name in names)
         )
     except RuntimeError as error:  # built from older sources, without one of them
         warnings.warn(f"kg_detectron: {library.name} is out of date ({error})", stacklevel=2)
@@ -215,7 +220,43 @@ def _(
     )
 
 
+def convolve_resized(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> Tensor:
+    check_crops(products, before, after, places, pixels)
+    if products.device.type != "cpu" or not _is_compiled(products.device):
+        # Gathering and adding is all that a kernel of its own could do on a GPU.
+        return reference.convolve_resized(products, before, after, places, pixels)
+    tables = (table.contiguous() for table in (before, after, places))
+    return torch.ops.kg_detectron.convolve_resized(products, *tables, pixels)
+
+
+@_register_fake("convolve_resized")
+def _(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> Tensor:
+    return products.new_empty((pixels, products.shape[2]))
+
+
+@_register_fake("convolve_resized_backward")
+def _(gradient: Tensor, products: int, before: Tensor, after: Tensor, places: Tensor) -> Tensor:
+    return gradient.new_empty((products, 9, gradient.shape[1]))
+
+
+def _keep_tables(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    products, *tables, _ = inputs
+    ctx.count = len(products)
+    ctx.save_for_backward(*tables)
+
+
+def _propagate_resized(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    products = torch.ops.kg_detectron.convolve_resized_backward(gradient, ctx.count, *ctx.saved_tensors)
+    return products, None, None, None, None
+
+
+if COMPILED_FOR:
+    torch.library.register_autograd(
+        "kg_detectron::convolve_resized", _propagate_resized, setup_context=_keep_tables
+    )
+
 for _operator in (
+    convolve_resized,
     hough_vote,
     smooth_votes,
     find_peaks,

@@ -1,7 +1,7 @@
 """The keypoint-graph operators in plain PyTorch: the specification, and the fallback where nothing was compiled.
 
 Letters: N images, K keypoint types, H x W pixels of one scale, P peaks, G graphs, R boxes. x points right, y down;
-coordinates are pixel indices of that scale. Nothing here is differentiable.
+coordinates are pixel indices of that scale. Nothing here but `convolve_resized` is differentiable.
 """
 
 import math
@@ -23,6 +23,7 @@ from ..graph import (
     TOP,
 )
 from .checks import (
+    check_crops,
     check_gathering,
     check_graphs,
     check_grouping,
@@ -435,3 +436,80 @@ def render_targets(
         offset = keypoints[box[of], target] - at[of]
         group[i[of], 2 * e, y[of], x[of]], group[i[of], 2 * e + 1, y[of], x[of]] = offset.unbind(1)
     return heatmap, single, group
+
+
+def convolve_resized(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> Tensor:
+    """Convolution 3x3 of resized crops, each by itself (paper, figure 1b: up-sampling and the convolution after it).
+
+    Resizing (bilinear, align_corners False) and the convolution are linear: the nine matrices of the kernel may be
+    applied before resizing, to the fewer pixels. This does the rest: it resizes the nine products of every crop and adds
+    them up, each shifted by its place in the kernel, with zeros around the crop.
+
+    Args:
+        products: (P,9,C): the pixels of R crops, row by row, one crop after another, times each matrix of the kernel,
+            from its upper left to its lower right.
+        before: (R,2) int64 on the CPU, height and width of the crops.
+        after: (R,2) int64 on the CPU, height and width to which they are resized.
+        places: (R,2) int64 on the CPU, where the resized crops lie in the result: the first pixel, and from there to
+            the next row of the crop. They must not overlap.
+        pixels: of the result.
+
+    Returns:
+        (pixels, C): the resized and convolved crops, without bias; 0 elsewhere.
+
+    Raises:
+        ValueError: for shapes, types, sizes or places that do not fit.
+    """
+    check_crops(products, before, after, places, pixels)
+    result = products.new_zeros(pixels, products.shape[2])
+    if not len(before):
+        return result
+    channels, device = products.shape[2], products.device
+    # Down the columns: from the pixels before to lines of the crop's width before and its height after, [L,3,C].
+    crop, y, x = crop_pixels(torch.stack((after[:, 0], before[:, 1]), dim=1), device)
+    first = (before.prod(1).cumsum(0) - before.prod(1)).to(device)
+    height, width = before.to(device).unbind(1)
+    rows = products.view(-1, 3, 3, channels)
+    lines = products.new_zeros(len(crop), 3, channels)
+    for tap in range(3):
+        for source, weight in _resized_sources(y + tap - 1, height[crop], after[:, 0].to(device)[crop]):
+            lines = lines + weight.to(lines)[:, None, None] * rows[first[crop] + source * width[crop] + x, tap]
+    # Along the lines.
+    lengths = after[:, 0] * before[:, 1]
+    first = (lengths.cumsum(0) - lengths).to(device)
+    crop, y, x = crop_pixels(after, device)
+    resized = products.new_zeros(len(crop), channels)
+    for tap in range(3):
+        for source, weight in _resized_sources(x + tap - 1, width[crop], after[:, 1].to(device)[crop]):
+            resized = resized + weight.to(resized)[:, None] * lines[first[crop] + y * width[crop] + source, tap]
+    first, stride = places.to(device).unbind(1)
+    return result.index_copy(0, first[crop] + y * stride[crop] + x, resized)
+
+
+def crop_pixels(sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All pixels of crops, row by row, one crop after another.
+
+    Args:
+        sizes: (R,2) int64 on the CPU, height and width.
+        device: of the results.
+
+    Returns:
+        Crop, y and x of each pixel, (P,) int64.
+    """
+    areas = sizes.prod(1)
+    first = (areas.cumsum(0) - areas).to(device)
+    crop = torch.repeat_interleave(torch.arange(len(sizes), device=device), areas.to(device), output_size=areas.sum())
+    place = torch.arange(len(crop), device=device) - first[crop]
+    width = sizes[:, 1].to(device)[crop]
+    return crop, place // width, place % width
+
+
+def _resized_sources(place: Tensor, before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels (P,), and their weights, that bilinear resizing takes for a place; weight 0 outside the crop."""
+    last = before - 1
+    source = torch.minimum(((place + 0.5) * (before / after) - 0.5).clamp(min=0), last)
+    low = source.floor()
+    inside = (place >= 0) & (place < after)
+    high_weight = source - low
+    low = low.long()
+    return [(low, (1 - high_weight) * inside), (torch.minimum(low + 1, last), high_weight * inside)]

@@ -1,9 +1,10 @@
 """Segmentation branch: cut every cell out of the feature maps and segment it there (paper, figure 1b, section 2.2).
 
-Crops have the box's own size, so a batch holds crops of different sizes: those of like size are padded to one, and what
-lies outside a crop is kept at zero wherever a convolution could see it. The result equals that of each crop alone.
+Crops have the box's own size, so a batch holds crops of different sizes. Their pixels lie one after another in a table,
+which is all that pixel by pixel work asks for; those at full resolution lie side by side on a canvas, zeros between
+them, for the last convolutions. The result equals that of each crop alone.
 
-Letters: N images, L maps, R boxes, C channels; B crops of one group; P pixels, those of many crops one after another.
+Letters: N images, L maps, R boxes, C channels, P pixels.
 """
 
 from collections.abc import Sequence
@@ -11,26 +12,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear, pad
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from ..layers import convolve_resized, crop_pixels
 from ..masks import MaskCrops
 from .keypoint_branch import UpCombine, convolution
 from .losses import mask_loss
 
-# A crop with a longer side goes alone: the matrices that resize many at once grow with the square of the side.
-LARGEST_IN_COMPANY = 128
+# Pixels of a row of a canvas, roughly.
+CANVAS_WIDTH = 1024
 
 
-class Group(NamedTuple):
-    """Crops of like size, padded to one size."""
+class Canvas(NamedTuple):
+    """Crops side by side in rows, with at least one empty pixel between any two."""
 
-    members: Tensor  # [B] int64 on the CPU, which of the boxes
-    shapes: list[tuple[int, int]]  # (h, w) at strides 1, 2, ..., as deep as these crops reach
-
-    def pixels(self, level: int = 0) -> int:
-        height, width = self.shapes[level]
-        return len(self.members) * height * width
+    shape: tuple[int, int]
+    places: Tensor  # [R,2] int64 on the CPU: first pixel of each crop, pixels from row to row
+    pixels: Tensor  # [P] int64, where the pixels of the crops lie, one crop after another
+    gaps: Tensor  # int64, the empty pixels
+    rising: int  # pixels of the rows that hold crops with deeper levels; the other crops lie in the rows below
 
 
 class SegmentationBranch(nn.Module):
@@ -41,8 +42,8 @@ class SegmentationBranch(nn.Module):
     Args:
         in_channels: channels of the L maps.
         widths: channels of the results at the first L - 1 maps (one number where L is 1).
-        pixels_in_flight: pixels of padded crops that go through the branch together. It bounds the memory, in training
-            too: where there are several flights, each is computed again for its gradients. A larger crop goes alone.
+        pixels_in_flight: pixels of crops that go through the branch together; one crop more may begin within them. It
+            bounds the memory, in training too: where there are several flights, each is computed again for its gradients.
 
     Raises:
         ValueError: for widths that do not fit, or a number of pixels that is not positive.
@@ -134,103 +135,89 @@ class SegmentationBranch(nn.Module):
         windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
         if not len(image):
             return features[0].new_zeros(0), windows[0]
-        flights = self._flights(window_sizes(windows))
-        several = torch.is_grad_enabled() and len(flights) > 1
         tables = [f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features]
-        parts, first, width, pixels = [], torch.zeros_like(image), torch.zeros_like(image), 0
-        for flight in flights:
-            members = torch.cat([group.members for group in flight])
-            if _goes_alone(flight[0]):
-                own, segment = int(image[members]), self._segment_alone
-                arguments = [f[own : own + 1] for f in features], windows[:, members[0]], flight[0]
-            else:
-                segment = self._segment_together
-                places = [(image[g.members].to(device), windows[:, g.members].to(device)) for g in flight]
-                arguments = tables, [f.shape[2:] for f in features], flight, places
-            parts.append(checkpoint(segment, *arguments, use_reentrant=False) if several else segment(*arguments))
-            for group in flight:
-                height, width[group.members] = group.shapes[0]
-                first[group.members] = pixels + torch.arange(len(group.members)) * height * group.shapes[0][1]
-                pixels += group.pixels()
-        crop, y, x = crop_pixels(window_sizes(windows[0]), device)
-        return torch.cat(parts)[first.to(device)[crop] + y * width.to(device)[crop] + x], windows[0]
-
-    def _flights(self, sizes: Tensor) -> list[list[Group]]:
-        """Groups of crops of like size [L,R,2], those that reach deepest first.
-
-        A flight has at most `pixels_in_flight` pixels, or is one crop.
-        """
+        shapes = [f.shape[2:] for f in features]
+        sizes = window_sizes(windows)
         depth = (sizes >= 2).all(2).cumprod(0).sum(0).clamp(min=1)
-        alone = sizes[0].amax(1) > LARGEST_IN_COMPANY
-        bucket = (sizes[0].double().log2() * 2).ceil().long()  # sides within a factor of 1.41
-        bucket[alone, 0] = -1 - torch.arange(int(alone.sum()))
-        keys, group = torch.cat((-depth[:, None], bucket), dim=1).unique(dim=0, return_inverse=True)
-        flights: list[list[Group]] = []
-        room = 0
-        for g, (negative_depth, *_) in enumerate(keys.tolist()):
-            members = (group == g).nonzero()[:, 0]
-            largest = int(sizes[0, members].amax(0).prod())
-            for part in members.split(max(1, self.pixels_in_flight // largest)):
-                shapes = [tuple(shape) for shape in sizes[:-negative_depth, part].amax(1).tolist()]
-                new = Group(part, shapes)
-                if new.pixels() > room or _goes_alone(new):
-                    flights.append([])
-                    room = 0 if _goes_alone(new) else self.pixels_in_flight
-                flights[-1].append(new)
-                room -= new.pixels()
-        return flights
+        flights = self._flights(sizes[0])
+        parts = []
+        for flight in flights:
+            flight = flight[depth[flight].argsort(descending=True, stable=True)]
+            arguments = tables, shapes, image[flight], windows[:, flight], depth[flight]
+            if torch.is_grad_enabled() and len(flights) > 1:
+                parts.append(checkpoint(self._segment, *arguments, use_reentrant=False))
+            else:
+                parts.append(self._segment(*arguments))
+        # Back from the order of the flights to that of the boxes.
+        order = torch.cat([flight[depth[flight].argsort(descending=True, stable=True)] for flight in flights])
+        areas = sizes[0].prod(1)
+        first = torch.empty_like(areas)
+        first[order] = areas[order].cumsum(0) - areas[order]
+        crop, y, x = crop_pixels(sizes[0], device)
+        return torch.cat(parts)[first.to(device)[crop] + y * sizes[0, :, 1].to(device)[crop] + x], windows[0]
 
-    def _segment_alone(self, features: list[Tensor], windows: Tensor, group: Group) -> Tensor:
-        """One crop [L,4] of maps [1,C,h,w], by the definition -> logits [P]."""
-        crops = [f[:, :, y1:y2, x1:x2] for f, (x1, y1, x2, y2) in zip(features, windows.tolist(), strict=True)][
-            : len(group.shapes)
-        ]
-        result = crops[-1]
-        if len(crops) <= len(self.starts):
-            result = self.starts[len(crops) - 1](result)
-        for step, crop in zip(reversed(self.steps[: len(crops) - 1]), reversed(crops[:-1]), strict=True):
-            result = step(interpolate(result, crop.shape[2:], mode="bilinear", align_corners=False), crop)
-        return self.predict(self.hidden(result)).flatten()
+    def _flights(self, sizes: Tensor) -> list[Tensor]:
+        """Crops of sizes [R,2] that go through the branch together, of like height: on a canvas they fill rows."""
+        order = sizes[:, 0].argsort(descending=True, stable=True)
+        areas = sizes[order].prod(1)
+        height = sizes[order, 0].double().log2().floor().long()
+        part = (areas.cumsum(0) - areas) // self.pixels_in_flight
+        _, counts = torch.stack((height, part), dim=1).unique_consecutive(dim=0, return_counts=True)
+        return list(order.split(counts.tolist()))
 
-    def _segment_together(
-        self,
-        tables: list[Tensor],
-        shapes: list[tuple[int, int]],
-        flight: list[Group],
-        places: list[tuple[Tensor, Tensor]],
+    def _segment(
+        self, tables: list[Tensor], shapes: list[tuple[int, int]], image: Tensor, windows: Tensor, depth: Tensor
     ) -> Tensor:
-        """The crops of a flight -> logits [P], padding included.
-
-        What works pixel by pixel runs once for the whole flight; resizing and the last convolutions, group by group.
+        """The crops of a flight -> logits [P].
 
         Args:
             tables: the L maps, [N*h*w,C].
             shapes: (h, w) of each map.
-            flight: groups, those that reach deepest first.
-            places: for each group its images [B] and windows [L,B,4], on the device.
+            image: [R], on the CPU like the next.
+            windows: [L,R,4].
+            depth: [R] number of maps that each crop reaches, falling.
         """
+        device = tables[0].device
+        sizes = window_sizes(windows)
         pixels = tables[0].new_zeros(0)
-        for level in reversed(range(len(flight[0].shapes))):
-            here = [(g, *place) for g, place in zip(flight, places, strict=True) if len(g.shapes) > level]
-            index = [_crop_index(image, windows[level], g.shapes[level], shapes[level]) for g, image, windows in here]
-            shallow = tables[level].index_select(0, torch.cat(index))
-            rising = [group for group in here if len(group[0].shapes) > level + 1]
-            count = sum(group.pixels(level) for group, _, _ in rising)
+        for level in reversed(range(int(depth[0]))):
+            here, rising = int((depth > level).sum()), int((depth > level + 1).sum())
+            crop, y, x = crop_pixels(sizes[level, :here], device)
+            height, width = shapes[level]
+            left, top = windows[level, :here, :2].unbind(1)
+            first = (image[:here] * height + top) * width + left
+            index = first.to(device)[crop] + y * width + x
+            if level == 0:
+                canvas = fill_canvas(sizes[0], rising, device)
+                # Empty pixels take any pixel.
+                index = index.new_zeros(canvas.shape[0] * canvas.shape[1]).index_copy_(0, canvas.pixels, index)
+                places, count = canvas.places, canvas.rising
+            else:
+                areas = sizes[level, :here].prod(1)
+                places = torch.stack((areas.cumsum(0) - areas, sizes[level, :here, 1]), dim=1)
+                count = int(areas[:rising].sum())
+            shallow = tables[level].index_select(0, index)
             parts = []
+            if rising:
+                parts.append(self._rise(level, pixels, sizes[:, :rising], places[:rising], shallow[:count]))
             if count < len(shallow):
                 parts.append(self._start(level, shallow[count:]))
-            if rising:
-                deep, layer = self._up(level, pixels, rising), self.steps[level].combine[0]
-                of_deep, of_shallow = layer.weight[:, :, 0, 0].split((deep.shape[1], shallow.shape[1]), dim=1)
-                combined = torch.addmm(linear(deep, of_deep, layer.bias), shallow[:count], of_shallow.T)
-                parts.insert(0, combined.relu_())
             pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
-        logits = []
-        for group, own, (_, windows) in zip(flight, pixels.split([g.pixels() for g in flight]), places, strict=True):
-            inside = _inside(windows[0], group.shapes[0])[:, None].to(own.dtype)
-            crops = own.view(len(group.members), *group.shapes[0], -1).permute(0, 3, 1, 2)
-            logits.append(self.predict(self.hidden(crops * inside) * inside).flatten())
-        return torch.cat(logits)
+        pixels = _clear(pixels, canvas.gaps)
+        hidden = self.hidden(pixels.view(1, *canvas.shape, -1).permute(0, 3, 1, 2))
+        hidden = _clear(hidden.permute(0, 2, 3, 1).reshape(len(pixels), -1), canvas.gaps)
+        logits = self.predict(hidden.view(1, *canvas.shape, -1).permute(0, 3, 1, 2))
+        return logits.flatten()[canvas.pixels]
+
+    def _rise(self, level: int, pixels: Tensor, sizes: Tensor, places: Tensor, shallow: Tensor) -> Tensor:
+        """Crops [P,C] of the next deeper level, resized to this one, conv3x3, ReLU, joined with `shallow` [p,c]."""
+        up, combine = self.steps[level].up[0], self.steps[level].combine[0]
+        # The nine matrices of the kernel are applied before resizing, to a quarter of the pixels.
+        matrices = up.weight.permute(2, 3, 0, 1).reshape(9 * up.out_channels, -1)
+        products = linear(pixels, matrices).view(len(pixels), 9, -1)
+        deep = convolve_resized(products, sizes[level + 1], sizes[level], places, len(shallow)).add_(up.bias).relu_()
+        of_deep, of_shallow = combine.weight[:, :, 0, 0].split((up.out_channels, shallow.shape[1]), dim=1)
+        return torch.addmm(linear(deep, of_deep, combine.bias), shallow, of_shallow.T).relu_()
 
     def _start(self, level: int, pixels: Tensor) -> Tensor:
         """Pixels [P,C] of crops whose deepest level this is."""
@@ -238,37 +225,6 @@ class SegmentationBranch(nn.Module):
             return pixels
         layer = self.starts[level][0]
         return linear(pixels, layer.weight[:, :, 0, 0], layer.bias).relu_()
-
-    def _up(self, level: int, pixels: Tensor, groups: list[tuple[Group, Tensor, Tensor]]) -> Tensor:
-        """Crops [P,C] of the next deeper level, resized to this one, conv3x3, ReLU -> [P,C].
-
-        Resizing is linear, and so is the convolution: each of its nine weight matrices is applied before resizing, to a
-        quarter of the pixels, and the resized results are added up, each shifted by its place in the kernel.
-        """
-        layer = self.steps[level].up[0]
-        channels = layer.out_channels
-        counts = [group.pixels(level + 1) for group, _, _ in groups]
-        taps = [
-            linear(pixels, layer.weight[:, :, dy].permute(2, 0, 1).reshape(3 * channels, -1)).split(counts)
-            for dy in range(3)
-        ]
-        # The matrices of all groups at once, in the size of the largest.
-        before, after = (window_sizes(torch.cat([w[l] for _, _, w in groups])) for l in (level + 1, level))
-        rows, columns = (max(max(group.shapes[l]) for group, _, _ in groups) for l in (level, level + 1))
-        vertical, horizontal = (
-            _shifted(_interpolation(before[:, axis], after[:, axis], columns, rows).to(pixels)) for axis in (0, 1)
-        )
-        results, first = [], 0
-        for g, (group, _, _) in enumerate(groups):
-            b, (h, w), (height, width) = len(group.members), group.shapes[level + 1], group.shapes[level]
-            own = slice(first, first + b)
-            first += b
-            up, at, down = (tap[g].view(b, h, w * 3 * channels) for tap in taps)
-            above, level_with, below = (matrix[own, :height, :h] for matrix in vertical.unbind(3))
-            tall = torch.baddbmm(torch.baddbmm(torch.bmm(above, up), level_with, at), below, down)
-            across = horizontal[own, :width, :w].reshape(b, 1, width, w * 3)
-            results.append(torch.matmul(across, tall.view(b, height, w * 3, channels)).view(-1, channels))
-        return torch.cat(results).add_(layer.bias).relu_()
 
 
 def crop_windows(boxes: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -295,14 +251,28 @@ def window_sizes(windows: Tensor) -> Tensor:
     return (windows[..., 2:] - windows[..., :2]).flip(-1)
 
 
-def crop_pixels(sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All pixels of crops of sizes [R,2], row by row, one crop after another: crop, y, x [P] int64."""
-    areas = sizes.prod(1)
-    first = (areas.cumsum(0) - areas).to(device)
-    crop = torch.repeat_interleave(torch.arange(len(sizes), device=device), areas.to(device), output_size=areas.sum())
-    place = torch.arange(len(crop), device=device) - first[crop]
-    width = sizes[:, 1].to(device)[crop]
-    return crop, place // width, place % width
+def fill_canvas(sizes: Tensor, rising: int, device: torch.device) -> Canvas:
+    """Places for crops of sizes [R,2]; those from `rising` on lie in rows below the others."""
+    below = (torch.arange(len(sizes)) >= rising).long()
+    order = (below * (1 + sizes[:, 0].max()) - sizes[:, 0]).argsort(stable=True)  # each row as high as its first crop
+    height, width = (sizes[order] + 1).unbind(1)
+    before = width.cumsum(0) - width
+    full = (before - below[order] * before[min(rising, len(sizes) - 1)]) // CANVAS_WIDTH
+    _, row, counts = torch.stack((below[order], full)).unique_consecutive(
+        dim=1, return_inverse=True, return_counts=True
+    )
+    first = counts.cumsum(0) - counts
+    left = before - before[first][row]
+    bottom = height[first].cumsum(0)
+    top = (bottom - height[first])[row]
+    shape = int(bottom[-1]), int((left + width).max())
+    places = torch.empty_like(sizes)
+    places[order] = torch.stack((top * shape[1] + left, torch.full_like(top, shape[1])), dim=1)
+    crop, y, x = crop_pixels(sizes, device)
+    pixels = places[:, 0].to(device)[crop] + y * shape[1] + x
+    empty = torch.ones(shape[0] * shape[1], dtype=torch.bool, device=device).index_fill_(0, pixels, False)
+    rows_of_rising = int(bottom[row[rising - 1]]) if rising else 0
+    return Canvas(shape, places, pixels, empty.nonzero()[:, 0], rows_of_rising * shape[1])
 
 
 def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:
@@ -315,41 +285,6 @@ def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:
     return pixels[first.to(pixels.device)[crop] + y * width.to(pixels.device)[crop] + x]
 
 
-def _goes_alone(group: Group) -> bool:
-    return max(group.shapes[0]) > LARGEST_IN_COMPANY
-
-
-def _crop_index(image: Tensor, windows: Tensor, padded: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Rows of the table [N*h*w,C] that padded crops hold, [B*H*W]; in the padding, some row of the crop."""
-    y, x = (
-        torch.minimum(windows[:, 1 - a, None] + torch.arange(side, device=image.device), windows[:, 3 - a, None] - 1)
-        for a, side in enumerate(padded)
-    )
-    return ((image[:, None, None] * shape[0] + y[:, :, None]) * shape[1] + x[:, None]).flatten()
-
-
-def _inside(windows: Tensor, padded: tuple[int, int]) -> Tensor:
-    """Which pixels of padded crops belong to the crop, [B,H,W] bool."""
-    rows, columns = (
-        torch.arange(side, device=windows.device) < window_sizes(windows)[:, a, None] for a, side in enumerate(padded)
-    )
-    return rows[:, :, None] & columns[:, None]
-
-
-def _interpolation(before: Tensor, after: Tensor, columns: int, rows: int) -> Tensor:
-    """Matrices [B,rows,columns] of bilinear resizing (align_corners False) from `before` to `after`; 0 beyond."""
-    place = torch.arange(rows, device=before.device)
-    last = (before - 1)[:, None]
-    source = torch.minimum(((place + 0.5) * (before / after)[:, None] - 0.5).clamp(min=0), last)
-    low = source.floor()
-    weight = source - low
-    low = low.long()
-    matrix = weight.new_zeros(len(before), rows, columns)
-    matrix.scatter_add_(2, low[..., None], (1 - weight)[..., None])
-    matrix.scatter_add_(2, torch.minimum(low + 1, last)[..., None], weight[..., None])
-    return matrix * (place < after[:, None])[..., None]
-
-
-def _shifted(matrix: Tensor) -> Tensor:
-    """[B,rows,columns,3] from matrices [B,rows,columns]: rows i - 1, i and i + 1 in the place of row i, 0 beyond."""
-    return pad(matrix, (0, 0, 1, 1)).unfold(1, matrix.shape[1], 1).permute(0, 3, 2, 1).contiguous()
+def _clear(pixels: Tensor, gaps: Tensor) -> Tensor:
+    """Zeros at some pixels of [P,C], in place where nothing needs the old values."""
+    return pixels.index_fill(0, gaps, 0) if pixels.requires_grad else pixels.index_fill_(0, gaps, 0)
