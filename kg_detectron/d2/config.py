@@ -75,7 +75,7 @@ def add_kg_config(cfg: CN) -> None:
     # Intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
     kg.NMS_THRESHOLD = 0.5
     # Pixels of mask crops that go through the segmentation branch together; bounds its memory, in training too.
-    kg.PIXELS_IN_FLIGHT = 2**19
+    kg.PIXELS_IN_FLIGHT = 2**18
     # Mask probability from which a pixel belongs to the cell.
     kg.MASK_THRESHOLD = 0.5
 

@@ -251,9 +251,7 @@ def _propagate_resized(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, 
 
 
 if COMPILED_FOR:
-    torch.library.register_autograd(
-        "kg_detectron::convolve_resized", _propagate_resized, setup_context=_keep_tables
-    )
+    torch.library.register_autograd("kg_detectron::convolve_resized", _propagate_resized, setup_context=_keep_tables)
 
 for _operator in (
     convolve_resized,

@@ -442,8 +442,8 @@ def convolve_resized(products: Tensor, before: Tensor, after: Tensor, places: Te
     """Convolution 3x3 of resized crops, each by itself (paper, figure 1b: up-sampling and the convolution after it).
 
     Resizing (bilinear, align_corners False) and the convolution are linear: the nine matrices of the kernel may be
-    applied before resizing, to the fewer pixels. This does the rest: it resizes the nine products of every crop and adds
-    them up, each shifted by its place in the kernel, with zeros around the crop.
+    applied before resizing, to the fewer pixels. This does the rest: it resizes the nine products of every crop and
+    adds them up, each shifted by its place in the kernel, with zeros around the crop.
 
     Args:
         products: (P,9,C): the pixels of R crops, row by row, one crop after another, times each matrix of the kernel,
@@ -507,7 +507,7 @@ def crop_pixels(sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Te
 def _resized_sources(place: Tensor, before: Tensor, after: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The two pixels (P,), and their weights, that bilinear resizing takes for a place; weight 0 outside the crop."""
     last = before - 1
-    source = torch.minimum(((place + 0.5) * (before / after) - 0.5).clamp(min=0), last)
+    source = torch.minimum(((place + 0.5) * (before.double() / after) - 0.5).clamp(min=0), last)
     low = source.floor()
     inside = (place >= 0) & (place < after)
     high_weight = source - low

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import convolve_resized, crop_pixels
@@ -43,7 +43,7 @@ class SegmentationBranch(nn.Module):
         in_channels: channels of the L maps.
         widths: channels of the results at the first L - 1 maps (one number where L is 1).
         pixels_in_flight: pixels of crops that go through the branch together; one crop more may begin within them. It
-            bounds the memory, in training too: where there are several flights, each is computed again for its gradients.
+            bounds the memory, in training too: where there are more, they are computed again for their gradients.
 
     Raises:
         ValueError: for widths that do not fit, or a number of pixels that is not positive.
@@ -53,7 +53,7 @@ class SegmentationBranch(nn.Module):
         self,
         in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
         widths: Sequence[int] = (64, 64, 256, 512),
-        pixels_in_flight: int = 2**19,
+        pixels_in_flight: int = 2**18,
     ) -> None:
         super().__init__()
         expected = max(1, len(in_channels) - 1)
@@ -135,44 +135,55 @@ class SegmentationBranch(nn.Module):
         windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
         if not len(image):
             return features[0].new_zeros(0), windows[0]
-        tables = [f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features]
+        tables = [_table(f) for f in features]
+        # The nine matrices of each 3x3 kernel after resizing, [9*C',C].
+        matrices = [step.up[0].weight.permute(2, 3, 0, 1).flatten(0, 2) for step in self.steps]
         shapes = [f.shape[2:] for f in features]
         sizes = window_sizes(windows)
         depth = (sizes >= 2).all(2).cumprod(0).sum(0).clamp(min=1)
-        flights = self._flights(sizes[0])
+        areas = sizes[0].prod(1)
+        many = torch.is_grad_enabled() and int(areas.sum()) > self.pixels_in_flight
+        flights = self._flights(sizes[0], depth)
         parts = []
         for flight in flights:
-            flight = flight[depth[flight].argsort(descending=True, stable=True)]
-            arguments = tables, shapes, image[flight], windows[:, flight], depth[flight]
-            if torch.is_grad_enabled() and len(flights) > 1:
-                parts.append(checkpoint(self._segment, *arguments, use_reentrant=False))
-            else:
-                parts.append(self._segment(*arguments))
+            arguments = tables, shapes, matrices, image[flight], windows[:, flight], depth[flight]
+            parts.append(
+                checkpoint(self._segment, *arguments, use_reentrant=False) if many else self._segment(*arguments)
+            )
         # Back from the order of the flights to that of the boxes.
-        order = torch.cat([flight[depth[flight].argsort(descending=True, stable=True)] for flight in flights])
-        areas = sizes[0].prod(1)
+        order = torch.cat(flights)
         first = torch.empty_like(areas)
         first[order] = areas[order].cumsum(0) - areas[order]
         crop, y, x = crop_pixels(sizes[0], device)
         return torch.cat(parts)[first.to(device)[crop] + y * sizes[0, :, 1].to(device)[crop] + x], windows[0]
 
-    def _flights(self, sizes: Tensor) -> list[Tensor]:
-        """Crops of sizes [R,2] that go through the branch together, of like height: on a canvas they fill rows."""
+    def _flights(self, sizes: Tensor, depth: Tensor) -> list[Tensor]:
+        """Crops of sizes [R,2] that go through the branch together, those that reach deepest first.
+
+        They are of like height, within a factor of two: so they fill the rows of a canvas.
+        """
         order = sizes[:, 0].argsort(descending=True, stable=True)
         areas = sizes[order].prod(1)
         height = sizes[order, 0].double().log2().floor().long()
         part = (areas.cumsum(0) - areas) // self.pixels_in_flight
         _, counts = torch.stack((height, part), dim=1).unique_consecutive(dim=0, return_counts=True)
-        return list(order.split(counts.tolist()))
+        return [part[depth[part].argsort(descending=True, stable=True)] for part in order.split(counts.tolist())]
 
     def _segment(
-        self, tables: list[Tensor], shapes: list[tuple[int, int]], image: Tensor, windows: Tensor, depth: Tensor
+        self,
+        tables: list[Tensor],
+        shapes: list[tuple[int, int]],
+        matrices: list[Tensor],
+        image: Tensor,
+        windows: Tensor,
+        depth: Tensor,
     ) -> Tensor:
         """The crops of a flight -> logits [P].
 
         Args:
             tables: the L maps, [N*h*w,C].
             shapes: (h, w) of each map.
+            matrices: see `_rise`, of each step.
             image: [R], on the CPU like the next.
             windows: [L,R,4].
             depth: [R] number of maps that each crop reaches, falling.
@@ -199,25 +210,37 @@ class SegmentationBranch(nn.Module):
             shallow = tables[level].index_select(0, index)
             parts = []
             if rising:
-                parts.append(self._rise(level, pixels, sizes[:, :rising], places[:rising], shallow[:count]))
+                deep = self._rise(level, matrices[level], pixels, sizes[:, :rising], places[:rising], count)
+                parts.append(self._join(level, deep, shallow[:count]))
             if count < len(shallow):
                 parts.append(self._start(level, shallow[count:]))
             pixels = torch.cat(parts) if len(parts) > 1 else parts[0]
         pixels = _clear(pixels, canvas.gaps)
         hidden = self.hidden(pixels.view(1, *canvas.shape, -1).permute(0, 3, 1, 2))
         hidden = _clear(hidden.permute(0, 2, 3, 1).reshape(len(pixels), -1), canvas.gaps)
-        logits = self.predict(hidden.view(1, *canvas.shape, -1).permute(0, 3, 1, 2))
-        return logits.flatten()[canvas.pixels]
+        return self._predict(hidden, canvas.shape).flatten()[canvas.pixels]
 
-    def _rise(self, level: int, pixels: Tensor, sizes: Tensor, places: Tensor, shallow: Tensor) -> Tensor:
-        """Crops [P,C] of the next deeper level, resized to this one, conv3x3, ReLU, joined with `shallow` [p,c]."""
-        up, combine = self.steps[level].up[0], self.steps[level].combine[0]
-        # The nine matrices of the kernel are applied before resizing, to a quarter of the pixels.
-        matrices = up.weight.permute(2, 3, 0, 1).reshape(9 * up.out_channels, -1)
+    def _predict(self, pixels: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The last convolution on a canvas [H*W,C] -> [H,W]. Of one channel, it is faster as nine shifted planes."""
+        planes = (self.predict.weight[0].flatten(1).T @ pixels.T).view(3, 3, *shape)
+        planes = pad(planes, (1, 1, 1, 1))
+        shifted = [planes[y, x, y : y + shape[0], x : x + shape[1]] for y in range(3) for x in range(3)]
+        return sum(shifted) + self.predict.bias
+
+    def _rise(self, level: int, matrices: Tensor, pixels: Tensor, sizes: Tensor, places: Tensor, count: int) -> Tensor:
+        """Crops [P,C] of the next deeper level, resized to this one, conv3x3, ReLU -> [count,C'].
+
+        The nine matrices of the kernel, [9*C',C], are applied before resizing, to a quarter of the pixels.
+        """
         products = linear(pixels, matrices).view(len(pixels), 9, -1)
-        deep = convolve_resized(products, sizes[level + 1], sizes[level], places, len(shallow)).add_(up.bias).relu_()
-        of_deep, of_shallow = combine.weight[:, :, 0, 0].split((up.out_channels, shallow.shape[1]), dim=1)
-        return torch.addmm(linear(deep, of_deep, combine.bias), shallow, of_shallow.T).relu_()
+        deep = convolve_resized(products, sizes[level + 1], sizes[level], places, count)
+        return deep.add_(self.steps[level].up[0].bias).relu_()
+
+    def _join(self, level: int, deep: Tensor, shallow: Tensor) -> Tensor:
+        """Concatenation, conv1x1, ReLU of pixels [P,C] and [P,c]."""
+        layer = self.steps[level].combine[0]
+        of_deep, of_shallow = layer.weight[:, :, 0, 0].split((deep.shape[1], shallow.shape[1]), dim=1)
+        return torch.addmm(linear(deep, of_deep, layer.bias), shallow, of_shallow.T).relu_()
 
     def _start(self, level: int, pixels: Tensor) -> Tensor:
         """Pixels [P,C] of crops whose deepest level this is."""
@@ -283,6 +306,14 @@ def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:
     first = (height * width).cumsum(0) - height * width + windows[:, 1] * width + windows[:, 0]
     crop, y, x = crop_pixels(window_sizes(windows), pixels.device)
     return pixels[first.to(pixels.device)[crop] + y * width.to(pixels.device)[crop] + x]
+
+
+def _table(maps: Tensor) -> Tensor:
+    """Maps [N,C,h,w] as rows of pixels [N*h*w,C]."""
+    if maps.is_contiguous(memory_format=torch.channels_last):
+        return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    images = [image.flatten(1).t().contiguous() for image in maps]  # faster than a permutation of the whole
+    return torch.cat(images) if len(images) > 1 else images[0]
 
 
 def _clear(pixels: Tensor, gaps: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class KeypointGraphNet(nn.Module):
         hops: int = 1,
         corner_and_centre: bool = False,
         nms_threshold: float = 0.5,
-        pixels_in_flight: int = 2**19,
+        pixels_in_flight: int = 2**18,
         mask_threshold: float = 0.5,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
         pixel_std: Sequence[float] = (255.0, 255.0, 255.0),

@@ -1,5 +1,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/prod.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -32,60 +34,30 @@ std::vector<Source<T>> sources(int64_t before, int64_t after) {
     return line;
 }
 
-// Up to three taps of two pixels each.
+// Three taps of two pixels each. A tap outside the crop has weight 0, and any line.
 template <typename T, typename Pointer>
 struct Terms {
-    int count = 0;
     T weights[6];
     Pointer lines[6];
-
-    void add(T weight, Pointer line) {
-        weights[count] = weight;
-        lines[count++] = line;
-    }
 };
 
-// Blocks of a fixed length stay in registers.
+// out[i] = sum of weights[t] * lines[t][i], in one plain loop, which compilers vectorise.
 template <typename T>
-constexpr int64_t kBlock = 64 / sizeof(T);
-
-// out[i] = sum of weights[t] * lines[t][i]
-template <typename T>
-KG_INLINE void blend_lines(const Terms<T, const T*>& terms, int64_t length, T* out) {
-    int64_t i = 0;
-    for (; i + kBlock<T> <= length; i += kBlock<T>) {
-        T sum[kBlock<T>] = {};
-        for (int t = 0; t < terms.count; ++t) {
-            for (int64_t b = 0; b < kBlock<T>; ++b) {
-                sum[b] += terms.weights[t] * terms.lines[t][i + b];
-            }
-        }
-        for (int64_t b = 0; b < kBlock<T>; ++b) {
-            out[i + b] = sum[b];
-        }
+KG_INLINE void blend(const Terms<T, const T*>& terms, int64_t length, T* __restrict out) {
+    const T *a = terms.lines[0], *b = terms.lines[1], *c = terms.lines[2], *d = terms.lines[3], *e = terms.lines[4],
+            *f = terms.lines[5];
+    const T u = terms.weights[0], v = terms.weights[1], w = terms.weights[2], x = terms.weights[3],
+            y = terms.weights[4], z = terms.weights[5];
+    for (int64_t i = 0; i < length; ++i) {
+        out[i] = (u * a[i] + v * b[i]) + (w * c[i] + x * d[i]) + (y * e[i] + z * f[i]);
     }
-    for (; i < length; ++i) {
-        T sum = 0;
-        for (int t = 0; t < terms.count; ++t) {
-            sum += terms.weights[t] * terms.lines[t][i];
-        }
-        out[i] = sum;
-    }
-}
-
-KG_VECTORIZE void blend(const Terms<float, const float*>& terms, int64_t length, float* out) {
-    blend_lines(terms, length, out);
-}
-
-KG_VECTORIZE void blend(const Terms<double, const double*>& terms, int64_t length, double* out) {
-    blend_lines(terms, length, out);
 }
 
 // The reverse: lines[t][i] += weights[t] * in[i]
 template <typename T>
-KG_INLINE void spread_line(const Terms<T, T*>& terms, int64_t length, const T* in) {
-    for (int t = 0; t < terms.count; ++t) {
-        T* line = terms.lines[t];
+KG_INLINE void spread(const Terms<T, T*>& terms, int64_t length, const T* __restrict in) {
+    for (int t = 0; t < 6; ++t) {
+        T* __restrict line = terms.lines[t];
         const T weight = terms.weights[t];
         for (int64_t i = 0; i < length; ++i) {
             line[i] += weight * in[i];
@@ -93,12 +65,21 @@ KG_INLINE void spread_line(const Terms<T, T*>& terms, int64_t length, const T* i
     }
 }
 
-KG_VECTORIZE void spread(const Terms<float, float*>& terms, int64_t length, const float* in) {
-    spread_line(terms, length, in);
-}
-
-KG_VECTORIZE void spread(const Terms<double, double*>& terms, int64_t length, const double* in) {
-    spread_line(terms, length, in);
+// The terms of place i of a resized line; lines(place, tap): where those of a place before resizing begin.
+template <typename T, typename Lines>
+KG_INLINE auto terms_at(const std::vector<Source<T>>& places, int64_t i, const Lines& lines) {
+    Terms<T, decltype(lines(0, 0))> terms;
+    const int64_t last = static_cast<int64_t>(places.size()) - 1;
+    for (int64_t tap = 0; tap < 3; ++tap) {
+        const int64_t at = i + tap - 1;
+        const Source<T>& from = places[std::min(std::max<int64_t>(at, 0), last)];
+        const T inside = at >= 0 && at <= last;
+        terms.weights[2 * tap] = inside * from.weights[0];
+        terms.weights[2 * tap + 1] = inside * from.weights[1];
+        terms.lines[2 * tap] = lines(from.low, tap);
+        terms.lines[2 * tap + 1] = lines(from.high, tap);
+    }
+    return terms;
 }
 
 // One crop, its products [h,w,3,3,C] and its place in the result [H,W,C], whose rows lie `stride` pixels apart. A line is
@@ -118,55 +99,59 @@ struct Crop {
 
     // Of row y of the result, at column x of the products.
     template <typename Pointer>
-    Terms<T, Pointer> vertical(Pointer products, int64_t y, int64_t x) const {
-        Terms<T, Pointer> terms;
-        for (int64_t tap = 0; tap < 3; ++tap) {
-            if (const int64_t at = y + tap - 1; at >= 0 && at < static_cast<int64_t>(rows.size())) {
-                const Source<T>& row = rows[at];
-                terms.add(row.weights[0], products + ((row.low * width + x) * 3 + tap) * 3 * channels);
-                terms.add(row.weights[1], products + ((row.high * width + x) * 3 + tap) * 3 * channels);
-            }
-        }
-        return terms;
+    KG_INLINE auto vertical(Pointer products, int64_t y, int64_t x) const {
+        return terms_at(rows, y, [&](int64_t row, int64_t tap) {
+            return products + ((row * width + x) * 3 + tap) * 3 * channels;
+        });
     }
 
+    // Of column x of the result.
     template <typename Pointer>
-    Terms<T, Pointer> horizontal(Pointer line, int64_t x) const {
-        Terms<T, Pointer> terms;
-        for (int64_t tap = 0; tap < 3; ++tap) {
-            if (const int64_t at = x + tap - 1; at >= 0 && at < static_cast<int64_t>(columns.size())) {
-                const Source<T>& column = columns[at];
-                terms.add(column.weights[0], line + (column.low * 3 + tap) * channels);
-                terms.add(column.weights[1], line + (column.high * 3 + tap) * channels);
-            }
-        }
-        return terms;
+    KG_INLINE auto horizontal(Pointer line, int64_t x) const {
+        return terms_at(columns, x, [&](int64_t column, int64_t tap) { return line + (column * 3 + tap) * channels; });
     }
 
-    void convolve(const T* products, T* out, int64_t stride, std::vector<T>& line) const {
-        line.resize(line_length());
+    KG_INLINE void convolve(const T* products, T* out, int64_t stride, T* line) const {
         for (size_t y = 0; y < rows.size(); ++y) {
             for (int64_t x = 0; x < width; ++x) {
-                blend(vertical(products, y, x), 3 * channels, line.data() + x * 3 * channels);
+                blend<T>(vertical(products, y, x), 3 * channels, line + x * 3 * channels);
             }
             for (size_t x = 0; x < columns.size(); ++x) {
-                blend(horizontal<const T*>(line.data(), x), channels, out + (y * stride + x) * channels);
+                blend<T>(horizontal<const T*>(line, x), channels, out + (y * stride + x) * channels);
             }
         }
     }
 
-    void propagate(T* products, const T* out, int64_t stride, std::vector<T>& line) const {
+    KG_INLINE void propagate(T* products, const T* out, int64_t stride, T* line) const {
         for (size_t y = 0; y < rows.size(); ++y) {
-            line.assign(line_length(), 0);
+            std::fill_n(line, line_length(), T(0));
             for (size_t x = 0; x < columns.size(); ++x) {
-                spread(horizontal<T*>(line.data(), x), channels, out + (y * stride + x) * channels);
+                spread<T>(horizontal(line, x), channels, out + (y * stride + x) * channels);
             }
             for (int64_t x = 0; x < width; ++x) {
-                spread(vertical(products, y, x), 3 * channels, line.data() + x * 3 * channels);
+                spread<T>(vertical(products, y, x), 3 * channels, line + x * 3 * channels);
             }
         }
     }
 };
+
+KG_VECTORIZE void convolve(const Crop<float>& crop, const float* products, float* out, int64_t stride, float* line) {
+    crop.convolve(products, out, stride, line);
+}
+
+KG_VECTORIZE void convolve(const Crop<double>& crop, const double* products, double* out, int64_t stride,
+                           double* line) {
+    crop.convolve(products, out, stride, line);
+}
+
+KG_VECTORIZE void propagate(const Crop<float>& crop, float* products, const float* out, int64_t stride, float* line) {
+    crop.propagate(products, out, stride, line);
+}
+
+KG_VECTORIZE void propagate(const Crop<double>& crop, double* products, const double* out, int64_t stride,
+                            double* line) {
+    crop.propagate(products, out, stride, line);
+}
 
 // The crops' first rows among the products; all crops lie where they should.
 std::vector<int64_t> check_crops(int64_t products, const at::Tensor& before, const at::Tensor& after,
@@ -221,16 +206,17 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
     const std::vector<int64_t> first = check_crops(products.size(0), before, after, places, pixels);
     const at::Tensor in = products.to(c10::promoteTypes(products.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(2);
-    at::Tensor out = at::zeros({pixels, channels}, in.options());
+    const bool full = after.prod(1).sum().item<int64_t>() == pixels;
+    at::Tensor out = full ? at::empty({pixels, channels}, in.options()) : at::zeros({pixels, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized", [&] {
         const auto* from = in.const_data_ptr<scalar_t>();
         auto* to = out.mutable_data_ptr<scalar_t>();
         const auto *sizes = before.const_data_ptr<int64_t>(), *resized = after.const_data_ptr<int64_t>(),
                    *place = places.const_data_ptr<int64_t>();
         each_crop(after, [&](int64_t r) {
-            thread_local std::vector<scalar_t> line;
-            Crop<scalar_t>(sizes + 2 * r, resized + 2 * r, channels)
-                .convolve(from + first[r] * 9 * channels, to + place[2 * r] * channels, place[2 * r + 1], line);
+            const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
+            std::vector<scalar_t> line(crop.line_length());
+            convolve(crop, from + first[r] * 9 * channels, to + place[2 * r] * channels, place[2 * r + 1], line.data());
         });
     });
     return out.to(products.scalar_type());
@@ -249,9 +235,10 @@ at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t product
         const auto *sizes = before.const_data_ptr<int64_t>(), *resized = after.const_data_ptr<int64_t>(),
                    *place = places.const_data_ptr<int64_t>();
         each_crop(after, [&](int64_t r) {
-            thread_local std::vector<scalar_t> line;
-            Crop<scalar_t>(sizes + 2 * r, resized + 2 * r, channels)
-                .propagate(to + first[r] * 9 * channels, from + place[2 * r] * channels, place[2 * r + 1], line);
+            const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
+            std::vector<scalar_t> line(crop.line_length());
+            propagate(crop, to + first[r] * 9 * channels, from + place[2 * r] * channels, place[2 * r + 1],
+                      line.data());
         });
     });
     return out.to(gradient.scalar_type());
