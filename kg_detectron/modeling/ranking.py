@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from ..masks import MaskCrops
 
 # Pairs of boxes that are compared at once: bounds the memory where an image holds very many cells.
-PAIRS_AT_ONCE = 2**24
+PAIRS_AT_ONCE = 2**22
 
 
 class CellRanking(nn.Module):
