@@ -12,7 +12,7 @@ from kg_detectron.cli import main
 from kg_detectron.graph import EDGE_INDEX, KEYPOINTS
 from kg_detectron.inference import predict, save_model
 from kg_detectron.inference.explanation import BOX, NO_AREA, NO_COMBINATION, SUPPRESSED, TOO_FEW, explain
-from kg_detectron.modeling import KeypointGraphNet, KeypointMaps, keypoint_targets
+from kg_detectron.modeling import CellRanking, KeypointGraphNet, KeypointMaps, keypoint_targets
 from kg_detectron.report.explained import draw_explanation
 
 TL, TR, BL, BR, CENTRE = range(len(KEYPOINTS))
@@ -80,10 +80,12 @@ def test_every_fate(scene: KeypointGraphNet) -> None:
     assert ", 5 groups: 1 became a box, 1 suppressed by a better box, 1 corners cross" in explanation.summary()
 
 
-@pytest.mark.parametrize("seen", ["scene", "random"])
+@pytest.mark.parametrize("seen", ["scene", "random", "ranked"])
 def test_boxes_are_those_of_the_prediction(seen: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue("scene") if seen == "scene" else network()
-    model.decoder.peak_threshold = 0.0 if seen == "random" else model.decoder.peak_threshold
+    model.decoder.peak_threshold = model.decoder.peak_threshold if seen == "scene" else 0.0
+    if seen == "ranked":
+        model.ranking = CellRanking(blur_weight=1.0, overlap_sigma=0.1)
     boxes = predict(model, IMAGE)["boxes"].numpy()
     kept = sorted(
         (group for group in explain(model, IMAGE).groups if group.fate == BOX), key=lambda group: group.number
@@ -102,7 +104,7 @@ def test_nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_model_predicts_as_before(scene: KeypointGraphNet) -> None:
     explain(scene, IMAGE)
-    assert not scene.decoder._forward_pre_hooks
+    assert not scene.decoder._forward_pre_hooks and not scene.ranking._forward_hooks
 
 
 def test_command_draws_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

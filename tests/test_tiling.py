@@ -29,6 +29,7 @@ VARIANTS = {
     "paper": {},
     "single_scale": {"scales": (1,), "peak_threshold": 0.001},  # finds little after so short a training
     "seg_s1": {"segmentation": "s1"},
+    "ranked": {"blur_weight": 1.0, "overlap_sigma": 0.1, "nms_threshold": 0.7},
 }
 
 
@@ -118,6 +119,7 @@ class Slices:
         ("paper", (903, 120), 224, 30),  # some cells are larger than the overlap
         ("single_scale", (101, 800), 160, 64),
         ("seg_s1", (100, 780), 192, 64),
+        ("ranked", (90, 801), 160, 64),
         # Corners of four tiles, with surroundings that end inside the image and with many tiles.
         ("paper", (610, 620), 320, 64),
         ("seg_s1", (233, 221), 96, 40),

@@ -54,15 +54,25 @@ class Row:
 def _decoding(base: str, config: str) -> list[Row]:
     """Ablations that need no training of their own."""
     key = "MODEL.KEYPOINT_GRAPH."
+
+    def ranked(name: str, nms: str, blur: str, overlap: str) -> Row:
+        changes = (key + "NMS_THRESHOLD", nms, key + "BLUR_WEIGHT", blur, key + "OVERLAP_SIGMA", overlap)
+        return Row(f"{base}: ranked by {name}", config, changes, base)
+
     return [
         Row(f"{base}: second hop", config, (key + "HOPS", "2"), base),
         Row(f"{base}: corner and centre", config, (key + "CORNER_AND_CENTRE", "True"), base),
+        ranked("votes", "0.5", "0.0", "0.0"),
+        ranked("votes and overlap", "0.7", "0.0", "0.05"),
+        ranked("votes and blur", "0.5", "1.0", "0.0"),
+        ranked("votes, blur and overlap", "0.7", "1.0", "0.05"),
     ]
 
 
 PLANS: dict[str, list[Row]] = {
     "gpu": [
         Row("kg", "kg_dsb2018"),
+        Row("kg plus", "kg_dsb2018_plus"),
         Row("kg lite", "kg_dsb2018_lite"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),

@@ -74,6 +74,12 @@ def add_kg_config(cfg: CN) -> None:
     kg.CORNER_AND_CENTRE = False
     # Intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
     kg.NMS_THRESHOLD = 0.5
+    # Scores: each is multiplied by exp(-BLUR_WEIGHT * blur), blur being the pixels of doubt across the outline of the
+    # mask; per pixel, 0 leaves the paper's mean of the votes.
+    kg.BLUR_WEIGHT = 0.0
+    # Then by exp(-u^2 / OVERLAP_SIGMA), u being the greatest intersection over union of the box with that of a cell of
+    # higher score; 0 is off. With it NMS_THRESHOLD may be higher.
+    kg.OVERLAP_SIGMA = 0.0
     # Pixels of mask crops that go through the segmentation branch together; bounds its memory, in training too.
     kg.PIXELS_IN_FLIGHT = 2**18
     # Mask probability from which a pixel belongs to the cell.

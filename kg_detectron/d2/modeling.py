@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..inference.model_file import DESCRIPTION_KEY
 from ..masks import MaskCrops
 from ..modeling import (
+    CellRanking,
     KeypointBranch,
     KeypointDecoder,
     ResNetC4,
@@ -200,13 +201,18 @@ class KGROIHeads(nn.Module):
     """Proposals are the detections; a mask is cut out for each. Boxes are not refined, classes are all 0."""
 
     @configurable
-    def __init__(self, *, mask_head: MaskHead) -> None:
+    def __init__(self, *, mask_head: MaskHead, ranking: CellRanking) -> None:
         super().__init__()
         self.mask_head = mask_head
+        self.ranking = ranking
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        return {"mask_head": build_mask_head(cfg, input_shape)}
+        kg = cfg.MODEL.KEYPOINT_GRAPH
+        return {
+            "mask_head": build_mask_head(cfg, input_shape),
+            "ranking": CellRanking(kg.BLUR_WEIGHT, kg.OVERLAP_SIGMA),
+        }
 
     def forward(
         self,
@@ -218,7 +224,14 @@ class KGROIHeads(nn.Module):
         """In training the mask loss; in testing ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``."""
         if self.training:
             return proposals, self.mask_head.losses(features, targets)
-        return self.forward_with_given_boxes(features, [_detections(p) for p in proposals]), {}
+        detections = self.forward_with_given_boxes(features, [_detections(p) for p in proposals])
+        return [self._ranked(own) for own in detections], {}
+
+    def _ranked(self, own: Instances) -> Instances:
+        order, scores = self.ranking(own.pred_boxes.tensor, own.scores, own.pred_masks)
+        ranked = own[order]
+        ranked.scores = scores
+        return ranked
 
     def forward_with_given_boxes(self, features: dict[str, Tensor], instances: list[Instances]) -> list[Instances]:
         """Add ``pred_masks`` to instances that have ``pred_boxes``."""
@@ -324,6 +337,8 @@ class ModelDescription:
                 "hops": kg.HOPS,
                 "corner_and_centre": kg.CORNER_AND_CENTRE,
                 "nms_threshold": kg.NMS_THRESHOLD,
+                "blur_weight": kg.BLUR_WEIGHT,
+                "overlap_sigma": kg.OVERLAP_SIGMA,
                 "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
                 "mask_threshold": kg.MASK_THRESHOLD,
                 "pixel_mean": list(model.PIXEL_MEAN),

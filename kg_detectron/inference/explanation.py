@@ -104,12 +104,16 @@ def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
         ValueError: as `predict` does.
     """
     seen = []
-    hook = model.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments))
+    hooks = [
+        model.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments)),
+        model.ranking.register_forward_hook(lambda _, arguments, ranked: seen.append(ranked)),
+    ]
     try:
         predict(model, image)
     finally:
-        hook.remove()
-    maps, sizes = seen[0]
+        for hook in hooks:
+            hook.remove()
+    (maps, sizes), (order, _) = seen
     decoder, strides = model.decoder, [scale.stride for scale in maps]
     factor = np.array([image.shape[1] / sizes[0][1], image.shape[0] / sizes[0][0]])
 
@@ -126,7 +130,7 @@ def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
 
     candidates = decoder.retrieve(peaks, sizes, strides)
     kept = decoder.suppress(candidates, 0)
-    fates = _fates(candidates, kept, decoder.nms_threshold)
+    fates = _fates(candidates, kept, order, decoder.nms_threshold)
     box_of = {graph: r for r, graph in enumerate(candidates.graph.tolist())}
     displacement_of = {
         tuple(p): d for p, d in zip(peaks.peaks.tolist(), peaks.displacements.cpu().numpy(), strict=True)
@@ -146,9 +150,17 @@ def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
     return Explanation(scales, groups, tuple(factor.tolist()))
 
 
-def _fates(candidates: Candidates, kept: Tensor, nms_threshold: float) -> dict[int, tuple[str, int | None]]:
-    """What became of each graph that gave a box: its fate, and the number of the box that it became or yielded to."""
-    place = {r: number for number, r in enumerate(kept.tolist())}
+def _fates(
+    candidates: Candidates, kept: Tensor, order: Tensor, nms_threshold: float
+) -> dict[int, tuple[str, int | None]]:
+    """What became of each graph that gave a box: its fate, and the number of the box that it became or yielded to.
+
+    Args:
+        kept: the boxes that remain, by falling score as NMS saw it.
+        order: of these boxes in the result.
+    """
+    number = order.argsort().tolist()
+    place = {r: number[i] for i, r in enumerate(kept.tolist())}
     over = box_iou(candidates.boxes, candidates.boxes[kept]) > nms_threshold
     has_area = candidates.has_area.tolist()
     fates: dict[int, tuple[str, int | None]] = {}
@@ -156,7 +168,7 @@ def _fates(candidates: Candidates, kept: Tensor, nms_threshold: float) -> dict[i
         if r in place:
             fates[graph] = BOX, place[r]
         elif has_area[r]:
-            fates[graph] = SUPPRESSED, int(over[r].int().argmax())  # the first, for NMS goes by falling score
+            fates[graph] = SUPPRESSED, number[int(over[r].int().argmax())]  # the first, for NMS goes by falling score
         else:
             fates[graph] = NO_AREA, None
     return fates

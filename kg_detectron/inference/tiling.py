@@ -3,7 +3,8 @@
 Up to the peaks, and for each mask, the network looks at a bounded part of the image; between the two there are only
 peaks, few enough to be treated for the whole image at once. So every map is computed on a tile with as much of its
 surroundings as its values depend on, and only the peaks in the tile itself are kept; grouping, retrieval and NMS see
-the peaks of all tiles and never learn where the seams were; then the masks are cut from the features around them.
+the peaks of all tiles and never learn where the seams were; then the masks are cut from the features around them, and
+the cells of all tiles are ranked together.
 """
 
 import warnings
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskCrops
-from ..modeling import KeypointGraphNet, Peaks
+from ..modeling import KeypointGraphNet, Peaks, outline_blur
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
 from ..modeling.keypoint_branch import SCALES
 
@@ -152,22 +153,24 @@ def predict_tiled(
 
     crops: list[Tensor | None] = [None] * len(boxes)
     places = torch.zeros(len(boxes), 4, dtype=torch.long)
+    blur = torch.zeros_like(scores)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
     for done, core in enumerate(tiles, len(tiles) + 1):
         own = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1).nonzero()[:, 0]
         large = longest[own] > overlap
         for together in (own[~large], *own[large].split(1)):
             if len(together):
-                masks = network.masks(boxes[together])
+                masks, blur[together] = network.masks(boxes[together])
                 places[together] = masks.windows
                 for box, crop in zip(together.tolist(), masks.crops, strict=True):
                     crops[box] = crop
         report(done)
+    order, scores = model.ranking.rank(boxes, scores, blur)
     return {
-        "boxes": boxes,
+        "boxes": boxes[order],
         "scores": scores,
         "labels": torch.ones_like(scores, dtype=torch.long),
-        "masks": MaskCrops(crops, places, image.shape[:2], model.mask_threshold),
+        "masks": MaskCrops(crops, places, image.shape[:2], model.mask_threshold)[order],
     }
 
 
@@ -211,8 +214,8 @@ class _LocalNetwork:
         inside = ((at >= at.new_tensor([core.y1, core.x1])) & (at < at.new_tensor([core.y2, core.x2]))).all(1)
         return Peaks(peaks[inside], scores[inside], displacements[inside])
 
-    def masks(self, boxes: Tensor) -> MaskCrops:
-        """The masks of boxes (R,4), input pixels, that lie close together."""
+    def masks(self, boxes: Tensor) -> tuple[MaskCrops, Tensor]:
+        """The masks of boxes (R,4), input pixels, that lie close together, and the `outline_blur` (R,) of each."""
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation == "branch":
             place = around.grown(STRIDES[-1], self.whole)  # the edges of crops are rounded, to pixels of c4 at most
@@ -226,12 +229,13 @@ class _LocalNetwork:
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
         pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1).cumsum(0)
         _, counts = (pixels / CROP_PIXELS).long().unique_consecutive(return_counts=True)
-        crops, windows = [], []
+        crops, windows, blurs = [], [], []
         for part in (boxes - origin.to(boxes)).split(counts.tolist()):
             (masks,) = self.model.mask_head.predict_masks(maps, [part], [size], threshold)
             crops += _binary(masks).crops
             windows.append(masks.windows + origin)
-        return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold)
+            blurs.append(outline_blur(masks))
+        return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold), torch.cat(blurs)
 
     def _features(self, places: list[Window | None]) -> list[Tensor | None]:
         """c0..c4, each on a window of its own, if any; that of c4 holds the others."""

@@ -6,9 +6,11 @@ from .keypoint_branch import KeypointBranch, KeypointMaps
 from .losses import keypoint_losses, mask_loss
 from .mask_head import SegmentationBranch
 from .network import KeypointGraphNet, build_keypoint_branch
+from .ranking import CellRanking, outline_blur
 from .targets import box_keypoints, keypoint_targets
 
 __all__ = [
+    "CellRanking",
     "KeypointBranch",
     "KeypointDecoder",
     "KeypointGraphNet",
@@ -21,4 +23,5 @@ __all__ = [
     "keypoint_losses",
     "keypoint_targets",
     "mask_loss",
+    "outline_blur",
 ]

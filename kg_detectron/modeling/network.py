@@ -14,6 +14,7 @@ from .lite_branch import LiteHeads, LiteStep
 from .losses import keypoint_losses
 from .mask_head import SegmentationBranch
 from .precision import autocast, check_precision, full_precision
+from .ranking import CellRanking
 
 
 def segmentation_branch(
@@ -72,6 +73,7 @@ class KeypointGraphNet(nn.Module):
         radius: disc radius r, pixels of each scale.
         heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
         smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
+        blur_weight, overlap_sigma: see `CellRanking`.
         pixels_in_flight: see `SegmentationBranch`.
         mask_threshold: probability from which a pixel belongs to the cell.
         pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
@@ -104,6 +106,8 @@ class KeypointGraphNet(nn.Module):
         hops: int = 1,
         corner_and_centre: bool = False,
         nms_threshold: float = 0.5,
+        blur_weight: float = 0.0,
+        overlap_sigma: float = 0.0,
         pixels_in_flight: int = 2**18,
         mask_threshold: float = 0.5,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
@@ -121,6 +125,7 @@ class KeypointGraphNet(nn.Module):
         self.keypoint_branch = build_keypoint_branch(branch, self.backbone.channels, widths, head_kernel, scales, norm)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
         self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, scales, pixels_in_flight)
+        self.ranking = CellRanking(blur_weight, overlap_sigma)
         self.segmentation = segmentation
         self.loss_weights = {
             "heatmap_weight": heatmap_weight,
@@ -190,10 +195,12 @@ class KeypointGraphNet(nn.Module):
                 detections = self.decoder(maps, sizes)
             boxes = [own for own, _ in detections]
             masks = self.mask_head.predict_masks(crop_from, boxes, sizes, self.mask_threshold)
-        return [
-            {"boxes": boxes, "scores": scores, "labels": torch.ones_like(scores, dtype=torch.long), "masks": mask}
-            for (boxes, scores), mask in zip(detections, masks, strict=True)
-        ]
+        results = []
+        for (own, scores), mask in zip(detections, masks, strict=True):
+            order, scores = self.ranking(own, scores, mask)
+            labels = torch.ones_like(scores, dtype=torch.long)
+            results.append({"boxes": own[order], "scores": scores, "labels": labels, "masks": mask[order]})
+        return results
 
     def normalised_batch(self, images: list[Tensor]) -> Tensor:
         """What the backbone sees of images (3,H,W), 0..255: normalised, padded and stacked, see `pad_to_batch`."""

@@ -1,0 +1,78 @@
+"""Scores of the cells by what is known only after segmentation: AP is about their order.
+
+Our own (DESIGN.md section 8). The paper's score is the mean of the keypoints' votes. It knows nothing of the mask, and
+a second box on a cell that has one may outrank the box of another cell.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from ..masks import MaskCrops
+
+# Pairs of boxes that are compared at once: bounds the memory where an image holds very many cells.
+PAIRS_AT_ONCE = 2**22
+
+
+class CellRanking(nn.Module):
+    """New scores, and the order of the cells by them. With both arguments 0, the paper's: scores and order stay.
+
+    Args:
+        blur_weight: the score is multiplied by exp(-blur_weight * blur), see `outline_blur`; per pixel.
+        overlap_sigma: after that, the score of a cell is multiplied by exp(-u^2 / overlap_sigma), u being the greatest
+            intersection over union of its box with that of a cell that had a higher score; 0 is off. It makes a higher
+            threshold of NMS harmless, which leaves close cells their boxes.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    def __init__(self, blur_weight: float = 0.0, overlap_sigma: float = 0.0) -> None:
+        super().__init__()
+        for name, value in (("blur_weight", blur_weight), ("overlap_sigma", overlap_sigma)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {value}")
+        self.blur_weight = blur_weight
+        self.overlap_sigma = overlap_sigma
+
+    def forward(self, boxes: Tensor, scores: Tensor, masks: MaskCrops) -> tuple[Tensor, Tensor]:
+        """Rank the cells of one image.
+
+        Args:
+            boxes: (R,4) xyxy, input pixels.
+            scores: (R,), falling.
+            masks: of the R boxes, probabilities, input pixels.
+
+        Returns:
+            The order (R,) int64, and the scores in that order, falling; of equal ones the first given comes first.
+        """
+        blur = outline_blur(masks).to(scores.device) if self.blur_weight else torch.zeros_like(scores)
+        return self.rank(boxes, scores, blur)
+
+    def rank(self, boxes: Tensor, scores: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the (R,) `outline_blur` of the masks in their place."""
+        scores, order = (scores * torch.exp(-self.blur_weight * blur)).sort(descending=True, stable=True)
+        if not self.overlap_sigma:
+            return order, scores
+        overlap = _overlap_with_earlier(boxes[order])
+        scores, again = (scores * torch.exp(-overlap.square() / self.overlap_sigma)).sort(descending=True, stable=True)
+        return order[again], scores
+
+
+def outline_blur(masks: MaskCrops) -> Tensor:
+    """How far each outline is from sharp, (R,): about pixels of doubt across it.
+
+    A pixel of probability p is in doubt by 1 - |2p - 1|, and the sum of that over a crop is divided by its height plus
+    width, as a cell's outline grows with them: small cells, of which much is outline, lose nothing.
+    """
+    doubts = [(1 - (2 * crop - 1).abs()).sum() / sum(crop.shape) for crop in masks.crops]
+    return torch.stack(doubts) if doubts else torch.zeros(0)
+
+
+def _overlap_with_earlier(boxes: Tensor) -> Tensor:
+    """The greatest intersection over union of each box (R,4) with those before it, (R,); 0 for the first."""
+    rows = max(1, PAIRS_AT_ONCE // max(1, len(boxes)))
+    parts = [
+        box_iou(some, boxes).tril(rows * part - 1).amax(1) for part, some in enumerate(boxes.split(rows)) if len(some)
+    ]
+    return torch.cat(parts) if parts else boxes.new_zeros(0)
