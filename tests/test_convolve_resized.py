@@ -104,14 +104,20 @@ class TestCompiled:
         arguments = (torch.randn(26, 9, 3, requires_grad=True), *sizes, places, pixels)
         torch.library.opcheck(torch.ops.kg_detectron.convolve_resized.default, arguments)
 
-    @pytest.mark.parametrize("wrong", ["before", "after", "places", "pixels", "products"])
+    @pytest.mark.parametrize("wrong", ["before", "huge", "after", "places", "far", "pixels", "products"])
     def test_a_call_past_the_wrapper_stays_inside_its_memory(self, wrong):
         before, after, places, pixels = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)])
         arguments = {"products": torch.zeros(26, 9, 3), "before": before, "after": after, "places": places}
         arguments["pixels"] = pixels
-        arguments[wrong] = {
-            "before": before.int(), "after": after + 1, "places": places * 2, "pixels": 90, "products": before.float()
-        }[wrong]  # fmt: skip
+        arguments |= {
+            "before": {"before": before.int()},
+            "huge": {"before": torch.full_like(before, 2**32)},  # whose area is 2^64, which counts as 0
+            "after": {"after": after + 1},
+            "places": {"places": places * 2},
+            "far": {"places": torch.full_like(places, 2**62)},
+            "pixels": {"pixels": 90},
+            "products": {"products": before.float()},
+        }[wrong]
         with pytest.raises(ValueError, match="expected"):
             torch.ops.kg_detectron.convolve_resized(*arguments.values())
         gradient = torch.zeros(90, 3)

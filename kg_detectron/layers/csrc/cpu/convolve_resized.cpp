@@ -1,7 +1,5 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/prod.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -82,8 +80,8 @@ KG_INLINE auto terms_at(const std::vector<Source<T>>& places, int64_t i, const L
     return terms;
 }
 
-// One crop, its products [h,w,3,3,C] and its place in the result [H,W,C], whose rows lie `stride` pixels apart. A line is
-// what the products of all rows give for one row of the result: [w,3,C].
+// One crop, its products [h,w,3,3,C] and its place in the result [H,W,C], whose rows lie `stride` pixels apart. A line
+// is what the products of all rows give for one row of the result: [w,3,C].
 template <typename T>
 struct Crop {
     std::vector<Source<T>> rows, columns;
@@ -100,9 +98,8 @@ struct Crop {
     // Of row y of the result, at column x of the products.
     template <typename Pointer>
     KG_INLINE auto vertical(Pointer products, int64_t y, int64_t x) const {
-        return terms_at(rows, y, [&](int64_t row, int64_t tap) {
-            return products + ((row * width + x) * 3 + tap) * 3 * channels;
-        });
+        return terms_at(
+            rows, y, [&](int64_t row, int64_t tap) { return products + ((row * width + x) * 3 + tap) * 3 * channels; });
     }
 
     // Of column x of the result.
@@ -153,31 +150,45 @@ KG_VECTORIZE void propagate(const Crop<double>& crop, double* products, const do
     crop.propagate(products, out, stride, line);
 }
 
-// The crops' first rows among the products; all crops lie where they should.
-std::vector<int64_t> check_crops(int64_t products, const at::Tensor& before, const at::Tensor& after,
-                                 const at::Tensor& places, int64_t pixels) {
+// Where each crop begins among the products, and how many pixels all have in the result.
+struct Crops {
+    std::vector<int64_t> first;
+    int64_t resized = 0;
+};
+
+// All crops lie within the products and the result, whatever the tables say.
+Crops check_crops(int64_t products, const at::Tensor& before, const at::Tensor& after, const at::Tensor& places,
+                  int64_t pixels) {
     const int64_t crops = before.size(0);
     for (const at::Tensor* table : {&before, &after, &places}) {
         TORCH_CHECK_VALUE(table->dim() == 2 && table->size(0) == crops && table->size(1) == 2 &&
                               table->scalar_type() == at::kLong && table->is_contiguous() && table->device().is_cpu(),
-                          "before, after and places: expected contiguous int64 (R,2) on the CPU, got ",
-                          before.sizes(), ", ", after.sizes(), " and ", places.sizes());
+                          "before, after and places: expected contiguous int64 (R,2) on the CPU, got ", before.sizes(),
+                          ", ", after.sizes(), " and ", places.sizes());
     }
     const auto *from = before.const_data_ptr<int64_t>(), *to = after.const_data_ptr<int64_t>(),
                *place = places.const_data_ptr<int64_t>();
-    std::vector<int64_t> first(crops);
+    Crops checked;
     int64_t used = 0;
     for (int64_t r = 0; r < crops; ++r, from += 2, to += 2, place += 2) {
-        TORCH_CHECK_VALUE(from[0] > 0 && from[1] > 0 && to[0] > 0 && to[1] > 0, "before and after: expected sides of ",
-                          "at least 1, got ", from[0], " x ", from[1], " and ", to[0], " x ", to[1]);
+        for (int side = 0; side < 2; ++side) {
+            TORCH_CHECK_VALUE(from[side] > 0 && from[side] <= products && to[side] > 0 && to[side] <= pixels,
+                              "before and after: expected sides from 1 to ", products, " and ", pixels, ", got ",
+                              from[side], " and ", to[side]);
+        }
+        TORCH_CHECK_VALUE(place[0] >= 0 && place[0] < pixels && place[1] >= to[1] && place[1] <= pixels,
+                          "places: expected crops within ", pixels, " pixels, got ", place[0], " with ", place[1],
+                          " pixels a row");
         const int64_t last = place[0] + (to[0] - 1) * place[1] + to[1] - 1;
-        TORCH_CHECK_VALUE(place[0] >= 0 && place[1] >= to[1] && last < pixels, "places: expected crops within ", pixels,
-                          " pixels, got ", place[0], " with ", place[1], " pixels a row for ", to[0], " x ", to[1]);
-        first[r] = used;
+        TORCH_CHECK_VALUE(last < pixels, "places: expected crops within ", pixels, " pixels, got ", place[0], " with ",
+                          place[1], " pixels a row for ", to[0], " x ", to[1]);
+        checked.first.push_back(used);
+        checked.resized += to[0] * to[1];
         used += from[0] * from[1];
+        TORCH_CHECK_VALUE(used <= products, "products: expected ", used, " pixels or more, got ", products);
     }
     TORCH_CHECK_VALUE(used == products, "products: expected ", used, " pixels, got ", products);
-    return first;
+    return checked;
 }
 
 // Larger crops first: the last thread to finish should have little left to do.
@@ -203,10 +214,10 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
                             const at::Tensor& places, int64_t pixels) {
     TORCH_CHECK_VALUE(products.dim() == 3 && products.size(1) == 9, "products: expected (P,9,C), got ",
                       products.sizes());
-    const std::vector<int64_t> first = check_crops(products.size(0), before, after, places, pixels);
+    const Crops crops = check_crops(products.size(0), before, after, places, pixels);
     const at::Tensor in = products.to(c10::promoteTypes(products.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(2);
-    const bool full = after.prod(1).sum().item<int64_t>() == pixels;
+    const bool full = crops.resized == pixels;
     at::Tensor out = full ? at::empty({pixels, channels}, in.options()) : at::zeros({pixels, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized", [&] {
         const auto* from = in.const_data_ptr<scalar_t>();
@@ -216,7 +227,8 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
         each_crop(after, [&](int64_t r) {
             const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
             std::vector<scalar_t> line(crop.line_length());
-            convolve(crop, from + first[r] * 9 * channels, to + place[2 * r] * channels, place[2 * r + 1], line.data());
+            convolve(crop, from + crops.first[r] * 9 * channels, to + place[2 * r] * channels, place[2 * r + 1],
+                     line.data());
         });
     });
     return out.to(products.scalar_type());
@@ -225,7 +237,7 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
 at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t products, const at::Tensor& before,
                                      const at::Tensor& after, const at::Tensor& places) {
     TORCH_CHECK_VALUE(gradient.dim() == 2, "gradient: expected (pixels,C), got ", gradient.sizes());
-    const std::vector<int64_t> first = check_crops(products, before, after, places, gradient.size(0));
+    const Crops crops = check_crops(products, before, after, places, gradient.size(0));
     const at::Tensor in = gradient.to(c10::promoteTypes(gradient.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(1);
     at::Tensor out = at::zeros({products, 9, channels}, in.options());
@@ -237,7 +249,7 @@ at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t product
         each_crop(after, [&](int64_t r) {
             const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
             std::vector<scalar_t> line(crop.line_length());
-            propagate(crop, to + first[r] * 9 * channels, from + place[2 * r] * channels, place[2 * r + 1],
+            propagate(crop, to + crops.first[r] * 9 * channels, from + place[2 * r] * channels, place[2 * r + 1],
                       line.data());
         });
     });
