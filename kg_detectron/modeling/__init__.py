@@ -6,7 +6,7 @@ from .keypoint_branch import KeypointBranch, KeypointMaps
 from .losses import keypoint_losses, mask_loss
 from .mask_head import SegmentationBranch
 from .network import KeypointGraphNet, build_keypoint_branch
-from .targets import box_keypoints, keypoint_targets
+from .targets import box_keypoints, jittered_boxes, keypoint_targets
 
 __all__ = [
     "KeypointBranch",
@@ -18,6 +18,7 @@ __all__ = [
     "SegmentationBranch",
     "box_keypoints",
     "build_keypoint_branch",
+    "jittered_boxes",
     "keypoint_losses",
     "keypoint_targets",
     "mask_loss",
