@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps, Peaks, keypoint_targets
+from kg_detectron.modeling import KeypointDecoder, KeypointMaps, Peaks, jittered_boxes, keypoint_targets
 
 seeds = st.integers(0, 2**31)
 
@@ -134,3 +134,26 @@ def test_input_that_does_not_fit_is_named():
         keypoint_targets([], (64, 64), 1)
     with pytest.raises(ValueError, match="radius"):
         keypoint_targets([torch.zeros(0, 4)], (64, 64), 1, radius=0)
+
+
+@given(seed=seeds, amount=st.floats(0, 0.49))
+def test_jittered_boxes_stay_in_the_image_and_near_their_cells(seed, amount):
+    """No edge moves further than the amount, none crosses the other, so every box keeps the centre of its cell."""
+    size = (60, 90)
+    boxes = random_boxes(seed, 40, *size, smallest=2)
+    torch.manual_seed(seed)
+    jittered = jittered_boxes(boxes, size, amount)
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    assert ((jittered - boxes).abs() <= amount * sides + 1e-4).all()
+    assert (jittered >= 0).all() and (jittered <= torch.tensor([90, 60, 90, 60])).all()
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    assert (jittered[:, :2] < centre).all() and (jittered[:, 2:] > centre).all()
+
+
+def test_jitter_uses_the_whole_amount_each_edge_on_its_own():
+    boxes = torch.tensor([[100.0, 100, 200, 140]]).repeat(4000, 1)
+    torch.manual_seed(0)
+    moves = (jittered_boxes(boxes, (300, 300), 0.2) - boxes) / torch.tensor([100, 40, 100, 40])
+    assert (moves.amin(0) < -0.19).all() and (moves.amax(0) > 0.19).all()
+    assert (torch.corrcoef(moves.T) - torch.eye(4)).abs().max() < 0.1
+    torch.testing.assert_close(jittered_boxes(boxes, (300, 300), 0.0), boxes)

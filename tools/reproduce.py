@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRIAL_ITERATIONS = 40  # of which the last 20 are timed
 SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", "")
 
+KEY = "MODEL.KEYPOINT_GRAPH."
+
 COLUMNS = {
     "mask_AP@0.5": "mask AP@.5",
     "mask_AP@0.7": "mask AP@.7",
@@ -53,15 +55,14 @@ class Row:
 
 def _decoding(base: str, config: str) -> list[Row]:
     """Ablations that need no training of their own."""
-    key = "MODEL.KEYPOINT_GRAPH."
 
     def ranked(name: str, nms: str, blur: str, overlap: str) -> Row:
-        changes = (key + "NMS_THRESHOLD", nms, key + "BLUR_WEIGHT", blur, key + "OVERLAP_SIGMA", overlap)
+        changes = (KEY + "NMS_THRESHOLD", nms, KEY + "BLUR_WEIGHT", blur, KEY + "OVERLAP_SIGMA", overlap)
         return Row(f"{base}: ranked by {name}", config, changes, base)
 
     return [
-        Row(f"{base}: second hop", config, (key + "HOPS", "2"), base),
-        Row(f"{base}: corner and centre", config, (key + "CORNER_AND_CENTRE", "True"), base),
+        Row(f"{base}: second hop", config, (KEY + "HOPS", "2"), base),
+        Row(f"{base}: corner and centre", config, (KEY + "CORNER_AND_CENTRE", "True"), base),
         ranked("votes", "0.5", "0.0", "0.0"),
         ranked("votes and overlap", "0.7", "0.0", "0.05"),
         ranked("votes and blur", "0.5", "1.0", "0.0"),
@@ -83,10 +84,15 @@ PLANS: dict[str, list[Row]] = {
     ],
     "cpu": [
         Row("kg lite", "kg_dsb2018_lite_tiny"),
+        Row(
+            "kg lite plus",
+            "kg_dsb2018_lite_tiny",
+            (KEY + "BOX_JITTER", "0.2", KEY + "RADIUS", "2.0", KEY + "HEATMAP_WEIGHT", "5.0"),
+        ),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
         Row("kg", "kg_dsb2018_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
-        Row("kg single scale", "kg_dsb2018_tiny", ("MODEL.KEYPOINT_GRAPH.SCALES", "[1]")),
+        Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]")),
         *_decoding("kg lite", "kg_dsb2018_lite_tiny"),
     ],
 }

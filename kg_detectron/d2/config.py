@@ -63,6 +63,9 @@ def add_kg_config(cfg: CN) -> None:
     kg.SINGLE_OFFSET_WEIGHT = 1.0
     kg.GROUP_OFFSET_WEIGHT = 0.25
     kg.MASK_WEIGHT = 1.0
+    # Training of the masks: every edge of a ground-truth box is moved at random by up to this fraction of the box's
+    # side, as detected boxes are off; at least 0, off, and below 0.5.
+    kg.BOX_JITTER = 0.0
 
     # Standard deviation of the Gaussian on the votes, pixels of each scale.
     kg.SMOOTH_SIGMA = 2.0

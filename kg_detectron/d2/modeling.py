@@ -28,6 +28,7 @@ from ..modeling import (
     ResNetC4,
     SegmentationBranch,
     build_keypoint_branch,
+    jittered_boxes,
     keypoint_losses,
 )
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
@@ -138,9 +139,15 @@ class MaskHead(SegmentationBranch):
         pixels_in_flight: int,
         loss_weight: float,
         threshold: float,
+        box_jitter: float = 0.0,
     ) -> None:
+        if not 0 <= box_jitter < 0.5:
+            raise ValueError(
+                f"MODEL.KEYPOINT_GRAPH.BOX_JITTER: expected a fraction from 0 to below 0.5, got {box_jitter}"
+            )
         super().__init__(in_channels, widths, pixels_in_flight)
         self.in_features = in_features
+        self.box_jitter = box_jitter
         self.loss_weight = loss_weight
         self.threshold = threshold
 
@@ -152,12 +159,11 @@ class MaskHead(SegmentationBranch):
         )
 
     def losses(self, features: dict[str, Tensor], targets: list[Instances]) -> dict[str, Tensor]:
-        """The mask loss on the ``gt_boxes`` and ``gt_masks`` of each image."""
-        loss = self.loss(
-            [features[name] for name in self.in_features],
-            [t.gt_boxes.tensor for t in targets],
-            [t.gt_masks.tensor for t in targets],
-        )
+        """The mask loss on the ``gt_boxes``, jittered where asked for, and ``gt_masks`` of each image."""
+        boxes = [t.gt_boxes.tensor for t in targets]
+        if self.box_jitter:
+            boxes = [jittered_boxes(b, t.image_size, self.box_jitter) for b, t in zip(boxes, targets, strict=True)]
+        loss = self.loss([features[name] for name in self.in_features], boxes, [t.gt_masks.tensor for t in targets])
         return {"loss_mask": self.loss_weight * loss}
 
 
@@ -170,6 +176,7 @@ def _mask_head_arguments(cfg: CfgNode, in_features: Sequence[str], in_channels: 
         "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
         "loss_weight": kg.MASK_WEIGHT,
         "threshold": kg.MASK_THRESHOLD,
+        "box_jitter": kg.BOX_JITTER,
     }
 
 

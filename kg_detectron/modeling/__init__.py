@@ -7,7 +7,7 @@ from .losses import keypoint_losses, mask_loss
 from .mask_head import SegmentationBranch
 from .network import KeypointGraphNet, build_keypoint_branch
 from .ranking import CellRanking, outline_blur
-from .targets import box_keypoints, keypoint_targets
+from .targets import box_keypoints, jittered_boxes, keypoint_targets
 
 __all__ = [
     "CellRanking",
@@ -20,6 +20,7 @@ __all__ = [
     "SegmentationBranch",
     "box_keypoints",
     "build_keypoint_branch",
+    "jittered_boxes",
     "keypoint_losses",
     "keypoint_targets",
     "mask_loss",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layers import box_keypoints, render_targets
 
-__all__ = ["box_keypoints", "keypoint_targets"]
+__all__ = ["box_keypoints", "jittered_boxes", "keypoint_targets"]
 
 
 def keypoint_targets(
@@ -42,3 +42,21 @@ def keypoint_targets(
     height, width = (math.ceil(side / stride) for side in size)
     every = torch.cat(boxes).float()
     return render_targets(every, image.to(every.device, non_blocking=True), len(boxes), height, width, stride, radius)
+
+
+def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tensor:
+    """Boxes that are off as decoded ones are: each edge moved at random, uniformly by up to `amount` of the box's side.
+
+    Args:
+        boxes: (M,4), xyxy continuous, input pixels.
+        size: (H, W) of the image, which the result stays in.
+        amount: fraction of the width (left, right) or height (top, bottom), at least 0 and below 0.5, so that edges
+            never cross.
+
+    Returns:
+        (M,4); the random numbers are those of PyTorch's generator of the boxes' device.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    moved = boxes + (2 * torch.rand_like(boxes) - 1) * amount * sides
+    height, width = size
+    return moved.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))

@@ -144,6 +144,31 @@ def test_ground_truth_that_is_no_target_still_trains_the_masks():
     assert losses["loss_mask"] == 0 and all(torch.isfinite(v) for v in losses.values())
 
 
+def test_jitter_moves_the_boxes_of_the_masks_in_training_alone():
+    torch.manual_seed(0)
+    plain = build_model(small_config())
+    cfg = small_config("MODEL.KEYPOINT_GRAPH.BOX_JITTER", 0.2)
+    model, inputs = build_model(cfg), scene()
+    model.load_state_dict(plain.state_dict())
+    assert ModelDescription.of(cfg).arguments == ModelDescription.of(small_config()).arguments
+
+    seen = []
+    model.roi_heads.mask_head.loss = lambda features, boxes, masks: seen.append(boxes) or features[0].sum() * 0
+    expected, losses = plain(inputs), model(inputs)
+    truth = inputs[0]["instances"].gt_boxes.tensor
+    ((jittered, none),) = seen
+    assert jittered.shape == truth.shape and (jittered != truth).any() and len(none) == 0
+    for name in ("loss_heatmap", "loss_single_offset", "loss_group_offset"):  # keypoints are those of the true boxes
+        torch.testing.assert_close(losses[name], expected[name])
+
+    with torch.no_grad():
+        found, same = (m.eval()(inputs)[0]["instances"] for m in (model, plain))
+    assert torch.equal(found.pred_boxes.tensor, same.pred_boxes.tensor)
+    assert found.pred_masks.rle() == same.pred_masks.rle()
+    with pytest.raises(ValueError, match=r"BOX_JITTER.*0\.5"):
+        build_model(small_config("MODEL.KEYPOINT_GRAPH.BOX_JITTER", 0.5))
+
+
 def test_precision_is_that_of_the_core():
     torch.manual_seed(0)
     model = build_model(small_config("MODEL.KEYPOINT_GRAPH.PRECISION", "bfloat16")).eval()

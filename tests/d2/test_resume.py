@@ -57,7 +57,7 @@ def config(model: str, output: Path, *options: object) -> CfgNode:
     small += ["DATASETS.TRAIN", ("resume_train",), "DATASETS.VALIDATION", ("resume_val",), "DATASETS.TEST", ()]
     small += ["TEST.EVAL_PERIOD", 2, "SOLVER.EARLY_STOPPING.PATIENCE", 9, "SOLVER.WARMUP_ITERS", 4]
     small += ["MODEL.KEYPOINT_GRAPH.WIDTHS", [8, 8, 8, 8], "MODEL.KEYPOINT_GRAPH.C0_CHANNELS", 8]
-    small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.FPN.OUT_CHANNELS", 32]
+    small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.KEYPOINT_GRAPH.BOX_JITTER", 0.2]
     cfg.merge_from_list([str(value) if isinstance(value, Path) else value for value in (*small, *options)])
     return cfg
 
