@@ -53,21 +53,32 @@ class Row:
     weights_of: str = ""  # a row whose training serves this one too, which differs in decoding only
 
 
+# What decoding and ranking gained, one step after another, beginning with the paper's.
+DECODING = {
+    "the paper's decoding": {
+        "SMOOTH_SIGMA": "2.0",
+        "PEAK_THRESHOLD": "0.004",
+        "HOPS": "1",
+        "CORNER_AND_CENTRE": "False",
+        "NMS_THRESHOLD": "0.5",
+        "BLUR_WEIGHT": "0.0",
+        "OVERLAP_SIGMA": "0.0",
+    },
+    "+ sharper votes": {"SMOOTH_SIGMA": "0.8", "PEAK_THRESHOLD": "0.002"},
+    "+ second hop": {"HOPS": "2"},
+    "+ corner and centre": {"CORNER_AND_CENTRE": "True"},
+    "+ ranked by blur": {"BLUR_WEIGHT": "1.0"},
+    "+ ranked by overlap": {"NMS_THRESHOLD": "0.7", "OVERLAP_SIGMA": "0.05"},
+}
+
+
 def _decoding(base: str, config: str) -> list[Row]:
     """Ablations that need no training of their own."""
-
-    def ranked(name: str, nms: str, blur: str, overlap: str) -> Row:
-        changes = (KEY + "NMS_THRESHOLD", nms, KEY + "BLUR_WEIGHT", blur, KEY + "OVERLAP_SIGMA", overlap)
-        return Row(f"{base}: ranked by {name}", config, changes, base)
-
-    return [
-        Row(f"{base}: second hop", config, (KEY + "HOPS", "2"), base),
-        Row(f"{base}: corner and centre", config, (KEY + "CORNER_AND_CENTRE", "True"), base),
-        ranked("votes", "0.5", "0.0", "0.0"),
-        ranked("votes and overlap", "0.7", "0.0", "0.05"),
-        ranked("votes and blur", "0.5", "1.0", "0.0"),
-        ranked("votes, blur and overlap", "0.7", "1.0", "0.05"),
-    ]
+    rows, keys = [], {}
+    for name, step in DECODING.items():
+        keys |= step
+        rows.append(Row(f"{base}: {name}", config, tuple(t for k, v in keys.items() for t in (KEY + k, v)), base))
+    return rows
 
 
 PLANS: dict[str, list[Row]] = {
