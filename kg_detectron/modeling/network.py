@@ -147,7 +147,8 @@ class KeypointGraphNet(nn.Module):
         """Set how the model runs in evaluation, in place, and return the model. Decoding runs in float32 in any case.
 
         Args:
-            precision: of the convolutions: "float32", "bfloat16" or "float16".
+            precision: of the convolutions: "float32", "bfloat16" or "float16"; the last is for GPUs, and takes CPUs
+                without such instructions up to a hundred times as long.
             channels_last: keep the maps with the channels last: faster on CPUs, and on GPUs in half precision.
             compiled: let `torch.compile` compile backbone and keypoint branch, for good: a minute at the first image,
                 and a C++ compiler at hand.
