@@ -95,11 +95,7 @@ PLANS: dict[str, list[Row]] = {
     ],
     "cpu": [
         Row("kg lite", "kg_dsb2018_lite_tiny"),
-        Row(
-            "kg lite plus",
-            "kg_dsb2018_lite_tiny",
-            (KEY + "BOX_JITTER", "0.2", KEY + "RADIUS", "2.0", KEY + "HEATMAP_WEIGHT", "5.0"),
-        ),
+        Row("kg lite plus", "kg_dsb2018_lite_plus_tiny"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
         Row("kg", "kg_dsb2018_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
