@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..masks import MaskCrops
-from ..modeling import KeypointGraphNet, Peaks, outline_blur
+from ..modeling import KeypointGraphNet, Peaks
 from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
 from ..modeling.keypoint_branch import SCALES
 
@@ -160,7 +160,8 @@ def predict_tiled(
         large = longest[own] > overlap
         for together in (own[~large], *own[large].split(1)):
             if len(together):
-                masks, blur[together] = network.masks(boxes[together])
+                masks, own_blur = network.masks(boxes[together])
+                blur[together] = own_blur.to(blur)
                 places[together] = masks.windows
                 for box, crop in zip(together.tolist(), masks.crops, strict=True):
                     crops[box] = crop
@@ -215,7 +216,7 @@ class _LocalNetwork:
         return Peaks(peaks[inside], scores[inside], displacements[inside])
 
     def masks(self, boxes: Tensor) -> tuple[MaskCrops, Tensor]:
-        """The masks of boxes (R,4), input pixels, that lie close together, and the `outline_blur` (R,) of each."""
+        """The masks of boxes (R,4), input pixels, that lie close together, and the `CellRanking.blur` (R,) of each."""
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation == "branch":
             place = around.grown(STRIDES[-1], self.whole)  # the edges of crops are rounded, to pixels of c4 at most
@@ -234,7 +235,7 @@ class _LocalNetwork:
             (masks,) = self.model.mask_head.predict_masks(maps, [part], [size], threshold)
             crops += _binary(masks).crops
             windows.append(masks.windows + origin)
-            blurs.append(outline_blur(masks))
+            blurs.append(self.model.ranking.blur(masks))
         return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold), torch.cat(blurs)
 
     def _features(self, places: list[Window | None]) -> list[Tensor | None]:

@@ -46,11 +46,14 @@ class CellRanking(nn.Module):
         Returns:
             The order (R,) int64, and the scores in that order, falling; of equal ones the first given comes first.
         """
-        blur = outline_blur(masks).to(scores.device) if self.blur_weight else torch.zeros_like(scores)
-        return self.rank(boxes, scores, blur)
+        return self.rank(boxes, scores, self.blur(masks).to(scores))
+
+    def blur(self, masks: MaskCrops) -> Tensor:
+        """The (R,) `outline_blur` of masks; zeros where it does not count."""
+        return outline_blur(masks) if self.blur_weight else torch.zeros(len(masks))
 
     def rank(self, boxes: Tensor, scores: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the (R,) `outline_blur` of the masks in their place."""
+        """As `forward`, with the (R,) `blur` of the masks in their place."""
         scores, order = (scores * torch.exp(-self.blur_weight * blur)).sort(descending=True, stable=True)
         if not self.overlap_sigma:
             return order, scores

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../checks.h"
@@ -191,23 +192,24 @@ Crops check_crops(int64_t products, const at::Tensor& before, const at::Tensor& 
     return checked;
 }
 
-// Larger crops first: the last thread to finish should have little left to do.
-std::vector<int64_t> by_size(const at::Tensor& after) {
-    const auto* size = after.const_data_ptr<int64_t>();
-    std::vector<int64_t> order(after.size(0));
-    for (size_t r = 0; r < order.size(); ++r) {
-        order[r] = static_cast<int64_t>(r);
-    }
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-        return size[2 * a] * size[2 * a + 1] > size[2 * b] * size[2 * b + 1];
+// Calls run(crop, its products, its place in the result, pixels from row to row there, a line to work in) for each
+// crop, larger ones first: the last thread to finish should have little left to do.
+template <typename T, typename Products, typename Resized, typename Run>
+void each_crop(const Crops& crops, const at::Tensor& before, const at::Tensor& after, const at::Tensor& places,
+               int64_t channels, Products products, Resized resized, const Run& run) {
+    const auto *from = before.const_data_ptr<int64_t>(), *to = after.const_data_ptr<int64_t>(),
+               *place = places.const_data_ptr<int64_t>();
+    std::vector<int64_t> order(crops.first.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return to[2 * a] * to[2 * a + 1] > to[2 * b] * to[2 * b + 1]; });
+    each_task(static_cast<int64_t>(order.size()), [&](int64_t task) {
+        const int64_t r = order[task];
+        const Crop<T> crop(from + 2 * r, to + 2 * r, channels);
+        std::vector<T> line(crop.line_length());
+        run(crop, products + crops.first[r] * 9 * channels, resized + place[2 * r] * channels, place[2 * r + 1],
+            line.data());
     });
-    return order;
-}
-
-template <typename Run>
-void each_crop(const at::Tensor& after, const Run& run) {
-    const std::vector<int64_t> order = by_size(after);
-    each_task(static_cast<int64_t>(order.size()), [&](int64_t task) { run(order[task]); });
 }
 
 at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before, const at::Tensor& after,
@@ -220,16 +222,8 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
     const bool full = crops.resized == pixels;
     at::Tensor out = full ? at::empty({pixels, channels}, in.options()) : at::zeros({pixels, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized", [&] {
-        const auto* from = in.const_data_ptr<scalar_t>();
-        auto* to = out.mutable_data_ptr<scalar_t>();
-        const auto *sizes = before.const_data_ptr<int64_t>(), *resized = after.const_data_ptr<int64_t>(),
-                   *place = places.const_data_ptr<int64_t>();
-        each_crop(after, [&](int64_t r) {
-            const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
-            std::vector<scalar_t> line(crop.line_length());
-            convolve(crop, from + crops.first[r] * 9 * channels, to + place[2 * r] * channels, place[2 * r + 1],
-                     line.data());
-        });
+        each_crop<scalar_t>(crops, before, after, places, channels, in.const_data_ptr<scalar_t>(),
+                            out.mutable_data_ptr<scalar_t>(), [](auto&&... crop) { convolve(crop...); });
     });
     return out.to(products.scalar_type());
 }
@@ -242,16 +236,8 @@ at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t product
     const int64_t channels = in.size(1);
     at::Tensor out = at::zeros({products, 9, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized_backward", [&] {
-        const auto* from = in.const_data_ptr<scalar_t>();
-        auto* to = out.mutable_data_ptr<scalar_t>();
-        const auto *sizes = before.const_data_ptr<int64_t>(), *resized = after.const_data_ptr<int64_t>(),
-                   *place = places.const_data_ptr<int64_t>();
-        each_crop(after, [&](int64_t r) {
-            const Crop<scalar_t> crop(sizes + 2 * r, resized + 2 * r, channels);
-            std::vector<scalar_t> line(crop.line_length());
-            propagate(crop, to + crops.first[r] * 9 * channels, from + place[2 * r] * channels, place[2 * r + 1],
-                      line.data());
-        });
+        each_crop<scalar_t>(crops, before, after, places, channels, out.mutable_data_ptr<scalar_t>(),
+                            in.const_data_ptr<scalar_t>(), [](auto&&... crop) { propagate(crop...); });
     });
     return out.to(gradient.scalar_type());
 }
