@@ -116,6 +116,21 @@ class MaskCrops:
         crop = self.crops[i]
         return crop if crop.dtype == torch.bool else crop >= self.threshold
 
+    def extents(self) -> Tensor:
+        """The box of the pixels of each mask, (R,4) int64 xyxy; of a mask without any pixel, its window."""
+        if not len(self):
+            return self.windows
+        # The pixels of all masks, numbered through all crops.
+        inside = torch.cat([self._binary(i).flatten() for i in range(len(self))]).nonzero()[:, 0]
+        sizes = (self.windows[:, 2:] - self.windows[:, :2]).to(inside.device)
+        ends = sizes.prod(1).cumsum(0)
+        crop = torch.searchsorted(ends, inside, right=True)
+        at, width = inside - (ends - sizes.prod(1))[crop], sizes[crop, 0]
+        at, crop = torch.stack((at % width, at // width), dim=1), crop[:, None].expand(-1, 2)
+        low = torch.zeros_like(sizes).scatter_reduce(0, crop, at, "amin", include_self=False)
+        high = sizes.scatter_reduce(0, crop, at + 1, "amax", include_self=False)
+        return self.windows[:, :2].repeat(1, 2) + torch.cat((low, high), dim=1).cpu()
+
     def pixels(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
         """Each cell as a bool array (h,w) and its window x1, y1, x2, y2."""
         for i, window in enumerate(self.windows.tolist()):

@@ -11,6 +11,7 @@ from one_by_one import one_by_one
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
+from kg_detectron.masks import MaskCrops
 from kg_detectron.modeling import SegmentationBranch
 from kg_detectron.modeling.losses import mask_loss
 
@@ -112,6 +113,34 @@ def test_no_boxes_at_all():
     features, _ = scene()
     masks = branch.predict_masks(features, [torch.zeros(0, 4)] * 2, [(112, 144), (90, 100)])
     assert [len(m) for m in masks] == [0, 0] and masks[1].size == (90, 100) and masks[0].rle() == []
+
+
+def test_crops_reach_beyond_their_boxes_by_the_margin_but_not_beyond_the_image():
+    branch = SegmentationBranch(CHANNELS, WIDTHS)
+    features, _ = scene()
+    boxes = [torch.tensor([[20.0, 30, 45, 50], [0, 1, 30, 20], [100, 60, 140, 99.5]]), torch.tensor([[7.0, 8, 30, 40]])]
+    grown = [torch.tensor([[18, 28, 47, 52], [0, 0, 32, 22], [98, 58, 142, 100]]), torch.tensor([[5, 6, 32, 40]])]
+    sizes = [(100, 144), (40, 100)]
+    with torch.no_grad():
+        plain = branch.predict_masks(features, [own.float() for own in grown], sizes)
+        branch.margin = 2.0
+        wide = branch.predict_masks(features, boxes, sizes)
+    for own, expected, windows in zip(wide, plain, grown, strict=True):
+        assert torch.equal(own.windows, windows)
+        assert all(torch.equal(a, b) for a, b in zip(own.crops, expected.crops, strict=True))
+
+
+def test_with_a_margin_cells_have_the_boxes_of_their_masks():
+    masks = MaskCrops([torch.tensor([[0.1, 0.7, 0.2], [0.1, 0.2, 0.6]])], torch.tensor([[4, 5, 7, 7]]), (20, 20))
+    boxes = torch.tensor([[4.2, 5, 7, 7]])
+    assert SegmentationBranch(CHANNELS, WIDTHS).cell_boxes(boxes, masks) is boxes
+    assert SegmentationBranch(CHANNELS, WIDTHS, margin=1.0).cell_boxes(boxes, masks).tolist() == [[5, 5, 7, 7]]
+
+
+@pytest.mark.parametrize("margin", [-1.0, float("nan")])
+def test_a_bad_margin_is_named(margin):
+    with pytest.raises(ValueError, match="margin"):
+        SegmentationBranch(CHANNELS, WIDTHS, margin=margin)
 
 
 def test_widths_that_do_not_fit_are_named():

@@ -34,6 +34,16 @@ def test_run_lengths_equal_those_of_dense_masks(seed):
 
 
 @given(seed=st.integers(0, 2**31))
+def test_extents_are_those_of_dense_masks(seed):
+    masks = random_crops(seed)
+    for extent, window, dense in zip(masks.extents(), masks.windows, masks, strict=True):
+        y, x = dense.nonzero().T
+        expected = torch.stack((x.min(), y.min(), x.max() + 1, y.max() + 1)) if len(x) else window
+        assert torch.equal(extent, expected)
+    assert masks[:0].extents().shape == (0, 4)
+
+
+@given(seed=st.integers(0, 2**31))
 def test_masks_come_back_from_run_lengths(seed):
     masks = random_crops(seed)
     encoded = masks.rle()

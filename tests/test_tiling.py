@@ -31,6 +31,7 @@ VARIANTS = {
     "single_scale": {"scales": (1,), "peak_threshold": 0.001},  # finds little after so short a training
     "seg_s1": {"segmentation": "s1"},
     "ranked": {"blur_weight": 1.0, "overlap_sigma": 0.1, "nms_threshold": 0.7},
+    "margin": {"mask_margin": 2.5, "blur_weight": 1.0},
 }
 
 
@@ -137,6 +138,7 @@ def exact(models):
         ("single_scale", (101, 800), 160, 64),
         ("seg_s1", (100, 780), 192, 64),
         ("ranked", (90, 801), 160, 64),
+        ("margin", (90, 801), 160, 64),
         # Corners of four tiles, with surroundings that end inside the image and with many tiles.
         ("paper", (610, 620), 320, 64),
         ("seg_s1", (233, 221), 96, 40),

@@ -83,6 +83,9 @@ def add_kg_config(cfg: CN) -> None:
     # Then by exp(-u^2 / OVERLAP_SIGMA), u being the greatest intersection over union of the box with that of a cell of
     # higher score; 0 is off. With it NMS_THRESHOLD may be higher.
     kg.OVERLAP_SIGMA = 0.0
+    # Input pixels by which the crop that is segmented for a cell reaches beyond its box, on every side; the box of the
+    # cell is then that of its mask. It asks for training with BOX_JITTER. 0 is off.
+    kg.MASK_MARGIN = 0.0
     # Pixels of mask crops that go through the segmentation branch together; bounds its memory, in training too.
     kg.PIXELS_IN_FLIGHT = 2**18
     # Mask probability from which a pixel belongs to the cell.

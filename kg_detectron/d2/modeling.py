@@ -137,6 +137,7 @@ class MaskHead(SegmentationBranch):
         in_channels: list[int],
         widths: list[int],
         pixels_in_flight: int,
+        margin: float,
         loss_weight: float,
         threshold: float,
         box_jitter: float = 0.0,
@@ -145,7 +146,7 @@ class MaskHead(SegmentationBranch):
             raise ValueError(
                 f"MODEL.KEYPOINT_GRAPH.BOX_JITTER: expected a fraction from 0 to below 0.5, got {box_jitter}"
             )
-        super().__init__(in_channels, widths, pixels_in_flight)
+        super().__init__(in_channels, widths, pixels_in_flight, margin)
         self.in_features = in_features
         self.box_jitter = box_jitter
         self.loss_weight = loss_weight
@@ -174,6 +175,7 @@ def _mask_head_arguments(cfg: CfgNode, in_features: Sequence[str], in_channels: 
         "in_channels": in_channels,
         "widths": widths,
         "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
+        "margin": kg.MASK_MARGIN,
         "loss_weight": kg.MASK_WEIGHT,
         "threshold": kg.MASK_THRESHOLD,
         "box_jitter": kg.BOX_JITTER,
@@ -205,7 +207,7 @@ class SegS1MaskHead(MaskHead):
 
 @ROI_HEADS_REGISTRY.register()
 class KGROIHeads(nn.Module):
-    """Proposals are the detections; a mask is cut out for each. Boxes are not refined, classes are all 0."""
+    """Proposals are the detections; a mask is cut out for each. Classes are all 0."""
 
     @configurable
     def __init__(self, *, mask_head: MaskHead, ranking: CellRanking) -> None:
@@ -235,6 +237,7 @@ class KGROIHeads(nn.Module):
         return [self._ranked(own) for own in detections], {}
 
     def _ranked(self, own: Instances) -> Instances:
+        own.pred_boxes = Boxes(self.mask_head.cell_boxes(own.pred_boxes.tensor, own.pred_masks))
         order, scores = self.ranking(own.pred_boxes.tensor, own.scores, own.pred_masks)
         ranked = own[order]
         ranked.scores = scores
@@ -347,6 +350,7 @@ class ModelDescription:
                 "blur_weight": kg.BLUR_WEIGHT,
                 "overlap_sigma": kg.OVERLAP_SIGMA,
                 "pixels_in_flight": kg.PIXELS_IN_FLIGHT,
+                "mask_margin": kg.MASK_MARGIN,
                 "mask_threshold": kg.MASK_THRESHOLD,
                 "pixel_mean": list(model.PIXEL_MEAN),
                 "pixel_std": list(model.PIXEL_STD),

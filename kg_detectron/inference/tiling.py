@@ -7,6 +7,7 @@ the peaks of all tiles and never learn where the seams were; then the masks are 
 the cells of all tiles are ranked together.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -161,6 +162,7 @@ def predict_tiled(
         for together in (own[~large], *own[large].split(1)):
             if len(together):
                 masks, own_blur = network.masks(boxes[together])
+                boxes[together] = model.mask_head.cell_boxes(boxes[together], masks)
                 blur[together] = own_blur.to(blur)
                 places[together] = masks.windows
                 for box, crop in zip(together.tolist(), masks.crops, strict=True):
@@ -217,15 +219,18 @@ class _LocalNetwork:
 
     def masks(self, boxes: Tensor) -> tuple[MaskCrops, Tensor]:
         """The masks of boxes (R,4), input pixels, that lie close together, and the `CellRanking.blur` (R,) of each."""
+        margin = math.ceil(self.model.mask_head.margin)
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation == "branch":
-            place = around.grown(STRIDES[-1], self.whole)  # the edges of crops are rounded, to pixels of c4 at most
+            # The edges of crops are rounded, to pixels of c4 at most.
+            place = around.grown(margin + STRIDES[-1], self.whole)
             maps = self._features([place] * 5)
         else:
-            decoded, places = self._decoded(around, {1: 1})
+            decoded, places = self._decoded(around, {1: margin + 1})
             maps, place = [decoded[1]], places[1]
         origin = torch.tensor([place.x1, place.y1] * 2)
-        size = (place.y2 - place.y1, place.x2 - place.x1)
+        # Without the padding of the image.
+        size = (min(place.y2, self.image.shape[0]) - place.y1, min(place.x2, self.image.shape[1]) - place.x1)
         threshold = self.model.mask_threshold
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
         pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1).cumsum(0)

@@ -44,9 +44,12 @@ class SegmentationBranch(nn.Module):
         widths: channels of the results at the first L - 1 maps (one number where L is 1).
         pixels_in_flight: pixels of crops that go through the branch together; one crop more may begin within them. It
             bounds the memory, in training too: where there are more, they are computed again for their gradients.
+        margin: input pixels by which the crops of `predict_masks` reach beyond their boxes, on every side; our own, the
+            paper has none. It mends boxes that are too small, and needs training on boxes that are off,
+            `jittered_boxes`, for otherwise masks fill their crops.
 
     Raises:
-        ValueError: for widths that do not fit, or a number of pixels that is not positive.
+        ValueError: for widths that do not fit, a number of pixels that is not positive, or a negative margin.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class SegmentationBranch(nn.Module):
         in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
         widths: Sequence[int] = (64, 64, 256, 512),
         pixels_in_flight: int = 2**18,
+        margin: float = 0.0,
     ) -> None:
         super().__init__()
         expected = max(1, len(in_channels) - 1)
@@ -61,7 +65,10 @@ class SegmentationBranch(nn.Module):
             raise ValueError(f"widths: expected {expected} for {len(in_channels)} maps, got {tuple(widths)}")
         if pixels_in_flight < 1:
             raise ValueError(f"pixels_in_flight: expected a positive number, got {pixels_in_flight}")
+        if not margin >= 0:
+            raise ValueError(f"margin: expected 0 or more pixels, got {margin}")
         self.pixels_in_flight = pixels_in_flight
+        self.margin = margin
         deep = (*widths[1:], in_channels[-1])
         self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels[:-1], widths, strict=False))
         # A crop whose deep levels are left out starts at a shallower map, which must then have that level's width.
@@ -93,13 +100,17 @@ class SegmentationBranch(nn.Module):
     def predict_masks(
         self, features: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
     ) -> list[MaskCrops]:
-        """Mask probabilities of the boxes of each image, as crops.
+        """Mask probabilities of the boxes of each image, and of `margin` pixels around each, as crops.
 
         Args:
             features, boxes: as in `forward`.
             sizes: (h, w) of each image, input pixels, without the padding; boxes lie within it.
             threshold: probability from which a pixel belongs to the cell.
         """
+        if self.margin:
+            outwards = boxes[0].new_tensor([-self.margin, -self.margin, self.margin, self.margin])
+            limits = [own.new_tensor([width, height] * 2) for own, (height, width) in zip(boxes, sizes, strict=True)]
+            boxes = [(own + outwards).clamp(min=0).minimum(m) for own, m in zip(boxes, limits, strict=True)]
         logits, windows = self(features, boxes)
         masks = []
         for own, size in zip(boxes, sizes, strict=True):
@@ -107,6 +118,10 @@ class SegmentationBranch(nn.Module):
             masks.append(MaskCrops(crops, windows[: len(own)], size, threshold))
             logits, windows = logits[len(own) :], windows[len(own) :]
         return masks
+
+    def cell_boxes(self, boxes: Tensor, masks: MaskCrops) -> Tensor:
+        """The boxes (R,4) of cells whose masks `predict_masks` found: with a margin those of the masks, else as given."""
+        return masks.extents().to(boxes) if self.margin else boxes
 
     def loss(self, features: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
         """Mask loss of ground-truth boxes; each crop's target is the mask of its own cell.

@@ -23,6 +23,7 @@ def segmentation_branch(
     widths: Sequence[int],
     scales: Sequence[int],
     pixels_in_flight: int,
+    margin: float,
 ) -> SegmentationBranch:
     """The branch on c0..c4 (``"branch"``), or on the decoder map s1 alone (``"s1"``, the paper's `seg s1`).
 
@@ -30,11 +31,11 @@ def segmentation_branch(
         ValueError: for another name, or ``"s1"`` where s1 is not among the scales, for then there is no such map.
     """
     if segmentation == "branch":
-        return SegmentationBranch(backbone_channels, widths, pixels_in_flight)
+        return SegmentationBranch(backbone_channels, widths, pixels_in_flight, margin)
     if segmentation == "s1":
         if 1 not in scales:
             raise ValueError(f"segmentation: 's1' needs scale 1, but the scales are {tuple(scales)}")
-        return SegmentationBranch(widths[:1], widths[:1], pixels_in_flight)
+        return SegmentationBranch(widths[:1], widths[:1], pixels_in_flight, margin)
     raise ValueError(f"segmentation: expected 'branch' or 's1', got {segmentation!r}")
 
 
@@ -74,7 +75,7 @@ class KeypointGraphNet(nn.Module):
         heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
         smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
         blur_weight, overlap_sigma: see `CellRanking`.
-        pixels_in_flight: see `SegmentationBranch`.
+        pixels_in_flight, mask_margin: see `SegmentationBranch`.
         mask_threshold: probability from which a pixel belongs to the cell.
         pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
         normalisation, percentiles: how the levels of images become 0..255 before the network sees them, "fixed" or
@@ -109,6 +110,7 @@ class KeypointGraphNet(nn.Module):
         blur_weight: float = 0.0,
         overlap_sigma: float = 0.0,
         pixels_in_flight: int = 2**18,
+        mask_margin: float = 0.0,
         mask_threshold: float = 0.5,
         pixel_mean: Sequence[float] = (127.5, 127.5, 127.5),
         pixel_std: Sequence[float] = (255.0, 255.0, 255.0),
@@ -124,7 +126,9 @@ class KeypointGraphNet(nn.Module):
         self.backbone = ResNetC4(depth, norm, c0_channels, weights)
         self.keypoint_branch = build_keypoint_branch(branch, self.backbone.channels, widths, head_kernel, scales, norm)
         self.decoder = KeypointDecoder(radius, smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold)
-        self.mask_head = segmentation_branch(segmentation, self.backbone.channels, widths, scales, pixels_in_flight)
+        self.mask_head = segmentation_branch(
+            segmentation, self.backbone.channels, widths, scales, pixels_in_flight, mask_margin
+        )
         self.ranking = CellRanking(blur_weight, overlap_sigma)
         self.segmentation = segmentation
         self.loss_weights = {
@@ -198,6 +202,7 @@ class KeypointGraphNet(nn.Module):
             masks = self.mask_head.predict_masks(crop_from, boxes, sizes, self.mask_threshold)
         results = []
         for (own, scores), mask in zip(detections, masks, strict=True):
+            own = self.mask_head.cell_boxes(own, mask)
             order, scores = self.ranking(own, scores, mask)
             labels = torch.ones_like(scores, dtype=torch.long)
             results.append({"boxes": own[order], "scores": scores, "labels": labels, "masks": mask[order]})

@@ -57,11 +57,11 @@ def core_of(cfg: CfgNode, model: torch.nn.Module, folder) -> KeypointGraphNet:
 
 
 @pytest.mark.parametrize("head", ["CropFeatureMaskHead", "SegS1MaskHead"])
-@pytest.mark.parametrize(("scales", "ranking"), [([1, 2, 3, 4], (0.5, 0.0, 0.0)), ([1], (0.7, 2.0, 0.1))])
+@pytest.mark.parametrize(("scales", "ranking"), [([1, 2, 3, 4], (0.5, 0.0, 0.0, 0.0)), ([1], (0.7, 2.0, 0.1, 1.5))])
 def test_core_and_detectron2_agree(tmp_path, head, scales, ranking):
     torch.manual_seed(0)
     changes = ["MODEL.ROI_MASK_HEAD.NAME", head, "MODEL.KEYPOINT_GRAPH.SCALES", scales]
-    for key, value in zip(("NMS_THRESHOLD", "BLUR_WEIGHT", "OVERLAP_SIGMA"), ranking, strict=True):
+    for key, value in zip(("NMS_THRESHOLD", "BLUR_WEIGHT", "OVERLAP_SIGMA", "MASK_MARGIN"), ranking, strict=True):
         changes += [f"MODEL.KEYPOINT_GRAPH.{key}", value]
     changes += ["INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0)]
     cfg = small_config(*changes)
