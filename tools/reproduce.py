@@ -81,6 +81,11 @@ def _decoding(base: str, config: str) -> list[Row]:
     return rows
 
 
+# What "kg lite plus" has besides "kg lite", one step after another; the last is a heatmap loss that counts more.
+JITTER = (KEY + "BOX_JITTER", "0.2")
+MARGIN = (KEY + "MASK_MARGIN", "1.0")
+SMALLER_DISCS = (KEY + "RADIUS", "2.0")
+
 PLANS: dict[str, list[Row]] = {
     "gpu": [
         Row("kg", "kg_dsb2018"),
@@ -96,11 +101,15 @@ PLANS: dict[str, list[Row]] = {
     "cpu": [
         Row("kg lite", "kg_dsb2018_lite_tiny"),
         Row("kg lite plus", "kg_dsb2018_lite_plus_tiny"),
+        Row("mask_rcnn C4", "mask_rcnn_dsb2018_tiny_c4"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
         Row("kg", "kg_dsb2018_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
         Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]")),
         *_decoding("kg lite", "kg_dsb2018_lite_tiny"),
+        Row("kg lite: boxes jittered", "kg_dsb2018_lite_tiny", JITTER),
+        Row("kg lite: + margin", "kg_dsb2018_lite_tiny", JITTER + MARGIN, "kg lite: boxes jittered"),
+        Row("kg lite: + smaller discs", "kg_dsb2018_lite_tiny", JITTER + MARGIN + SMALLER_DISCS),
     ],
 }
 
