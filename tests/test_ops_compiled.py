@@ -139,16 +139,23 @@ def test_boxes_of_any_graphs(device, seed, dtype):
     torch.testing.assert_close(found[1].cpu(), expected[1], equal_nan=True)
 
 
-@given(seed=seeds, stride=st.sampled_from([1, 2, 4, 8]), radius=st.sampled_from([0.5, 2.0, 5.0, 7.3]))
-def test_targets(device, seed, stride, radius):
+@given(
+    seed=seeds,
+    stride=st.sampled_from([1, 2, 4, 8]),
+    radius=st.sampled_from([0.5, 2.0, 5.0, 7.3]),
+    min_side=st.floats(0, 9),
+)
+def test_targets(device, seed, stride, radius, min_side):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(40, 2, generator=generator) * 100 - 10
     boxes = torch.cat((corner, corner + torch.rand(40, 2, generator=generator) * 90), dim=1)
     boxes = boxes.round() if seed % 2 else boxes
     boxes[seed % 40] = math.nan
     image = torch.randint(3, (40,), generator=generator)
-    expected = reference.render_targets(boxes, image, 3, 61, 83, stride, radius)
-    assert same(layers.render_targets(boxes.to(device), image.to(device), 3, 61, 83, stride, radius), expected)
+    expected = reference.render_targets(boxes, image, 3, 61, 83, stride, radius, min_side)
+    assert same(
+        layers.render_targets(boxes.to(device), image.to(device), 3, 61, 83, stride, radius, min_side), expected
+    )
 
 
 # Layouts and sizes
@@ -188,7 +195,7 @@ def test_nothing(device, shape):
     boxes, box_scores, graph = layers.graphs_to_boxes(graphs)
     assert [len(t) for t in (peaks, scores, graphs, image, boxes, box_scores, graph)] == [0] * 7
     none = torch.zeros(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    assert [t.shape for t in layers.render_targets(*none, n, h, w, 1, 5)] == [(n, c, h, w) for c in (5, 10, 40)]
+    assert [t.shape for t in layers.render_targets(*none, n, h, w, 1, 5, 11)] == [(n, c, h, w) for c in (5, 10, 40)]
 
 
 def test_every_pixel_a_peak(device):
@@ -216,7 +223,7 @@ def test_maps_without_a_finite_value(device, value):
     assert same(found, expected) and len(expected[0])
     huge = torch.tensor([[-value, -value, value, value], [0, 0, value, value]]).nan_to_num(nan=math.nan)
     image = torch.zeros(2, dtype=torch.int64)
-    for maps in layers.render_targets(huge.to(device), image.to(device), 1, 30, 30, 1, 5):
+    for maps in layers.render_targets(huge.to(device), image.to(device), 1, 30, 30, 1, 5, 11):
         assert maps.isfinite().all() or value != value
 
 
@@ -266,7 +273,7 @@ def arguments(device: str) -> dict[str, tuple]:
         "gather_displacements": (peaks, [group, group[..., ::2]]),
         "group_peaks": (peaks, scores, layers.gather_displacements(peaks, [group]), 6.0, 10.0, 2),
         "graphs_to_boxes": (graphs, True),
-        "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0),
+        "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0, 3.5),
     }
 
 

@@ -127,6 +127,18 @@ def test_small_cells_are_no_targets():
         assert (heatmap.amax((0, 2, 3)) == count).all()
 
 
+def test_smaller_cells_may_be_targets_at_the_finest_scale():
+    """Cells of 8 x 9 and of 14 x 15 pixels: last minus first pixel 3.5 and 6.5 pixels of scale s2."""
+    small, medium = torch.tensor([[10.0, 10, 18, 19]]), torch.tensor([[30.0, 30, 44, 45]])
+    both = [torch.cat((small, medium))]
+    for radius, min_side, expected in ((2.0, None, medium), (2.0, 3.0, both[0]), (2.0, 3.5, medium)):
+        found = keypoint_targets(both, (64, 64), 2, radius, min_side)
+        wanted = keypoint_targets([expected], (64, 64), 2, radius, 0.0)
+        assert all(map(torch.equal, found, wanted))
+    with pytest.raises(ValueError, match="min_side"):
+        keypoint_targets(both, (64, 64), 2, 2.0, -1.0)
+
+
 def test_input_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"boxes\[1\].*\(4,\)"):
         keypoint_targets([torch.zeros(0, 4), torch.zeros(4)], (64, 64), 1)

@@ -102,7 +102,7 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
     peaks, scores = layers.find_peaks(smooth, 0.004)
     graphs, _ = layers.group_keypoints(peaks, scores, scale.group_offset)
     boxes, image = cells(count, size, 0).to(device), torch.zeros(count, dtype=torch.int64, device=device)
-    target_maps = list(layers.render_targets(boxes, image, 1, size, size, 1, RADIUS))
+    target_maps = list(layers.render_targets(boxes, image, 1, size, size, 1, RADIUS, 2 * RADIUS + 1))
 
     table.head(f"operators, {size}x{size}, stride 1, {count} cells")
     calls = (
@@ -111,7 +111,7 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
         (partial(layers.find_peaks, smooth, 0.004), [smooth]),
         (partial(layers.group_keypoints, peaks, scores, scale.group_offset), [peaks, scores, scale.group_offset]),
         (partial(layers.graphs_to_boxes, graphs), [graphs]),
-        (partial(layers.render_targets, boxes, image, 1, size, size, 1, RADIUS), target_maps),
+        (partial(layers.render_targets, boxes, image, 1, size, size, 1, RADIUS, 2 * RADIUS + 1), target_maps),
     )
     for name, (call, maps) in zip(OPERATORS, calls, strict=True):
         table.line(name, call, maps)

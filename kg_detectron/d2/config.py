@@ -58,6 +58,9 @@ def add_kg_config(cfg: CN) -> None:
 
     # Radius r of the keypoint discs, pixels of each scale. Grouping matches within r + 1 and rejects within 2 r.
     kg.RADIUS = 5.0
+    # Cells with both sides (last minus first pixel) above this many pixels of the finest scale are targets there; 0
+    # asks for 2 r + 1, as at the other scales.
+    kg.MIN_SIDE = 0.0
     # Weights of the losses: heatmap, single offset and group offset per scale, and mask.
     kg.HEATMAP_WEIGHT = 1.0
     kg.SINGLE_OFFSET_WEIGHT = 1.0

@@ -74,13 +74,13 @@ class KeypointGraph(nn.Module):
         *,
         branch: KeypointBranch,
         decoder: KeypointDecoder,
-        loss_weights: dict[str, float],
+        losses: dict[str, float | None],
         in_features: list[str],
     ) -> None:
         super().__init__()
         self.branch = branch
         self.decoder = decoder
-        self.loss_weights = loss_weights
+        self.losses = losses
         self.in_features = in_features
 
     @classmethod
@@ -92,7 +92,8 @@ class KeypointGraph(nn.Module):
             "decoder": KeypointDecoder(
                 kg.RADIUS, kg.SMOOTH_SIGMA, kg.PEAK_THRESHOLD, kg.HOPS, kg.CORNER_AND_CENTRE, kg.NMS_THRESHOLD
             ),
-            "loss_weights": {
+            "losses": {
+                "min_side": kg.MIN_SIDE or None,
                 "heatmap_weight": kg.HEATMAP_WEIGHT,
                 "single_offset_weight": kg.SINGLE_OFFSET_WEIGHT,
                 "group_offset_weight": kg.GROUP_OFFSET_WEIGHT,
@@ -115,7 +116,7 @@ class KeypointGraph(nn.Module):
             return [_proposals(size, *f) for size, f in zip(images.image_sizes, found, strict=True)], {}
         boxes = [g.gt_boxes.tensor for g in gt_instances]
         size = images.tensor.shape[2:]
-        losses = keypoint_losses(maps, boxes, size, self.decoder.radius, **self.loss_weights)
+        losses = keypoint_losses(maps, boxes, size, self.decoder.radius, **self.losses)
         return [_proposals(g.image_size, b) for g, b in zip(gt_instances, boxes, strict=True)], losses
 
 
@@ -338,6 +339,7 @@ class ModelDescription:
                 "scales": list(kg.SCALES),
                 "segmentation": segmentation,
                 "radius": kg.RADIUS,
+                "min_side": kg.MIN_SIDE or None,
                 "heatmap_weight": kg.HEATMAP_WEIGHT,
                 "single_offset_weight": kg.SINGLE_OFFSET_WEIGHT,
                 "group_offset_weight": kg.GROUP_OFFSET_WEIGHT,

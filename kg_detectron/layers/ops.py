@@ -203,16 +203,30 @@ def _(graphs: Tensor, corner_and_centre: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def render_targets(
-    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+    boxes: Tensor,
+    image: Tensor,
+    images: int,
+    height: int,
+    width: int,
+    stride: float,
+    radius: float,
+    min_side: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _is_compiled(boxes.device):
-        return reference.render_targets(boxes, image, images, height, width, stride, radius)
-    return torch.ops.kg_detectron.render_targets(boxes, image, images, height, width, stride, radius)
+        return reference.render_targets(boxes, image, images, height, width, stride, radius, min_side)
+    return torch.ops.kg_detectron.render_targets(boxes, image, images, height, width, stride, radius, min_side)
 
 
 @_register_fake("render_targets")
 def _(
-    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+    boxes: Tensor,
+    image: Tensor,
+    images: int,
+    height: int,
+    width: int,
+    stride: float,
+    radius: float,
+    min_side: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(
         boxes.new_empty((images, channels, height, width))

@@ -381,7 +381,14 @@ def box_keypoints(boxes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render_targets(
-    boxes: Tensor, image: Tensor, images: int, height: int, width: int, stride: float, radius: float
+    boxes: Tensor,
+    image: Tensor,
+    images: int,
+    height: int,
+    width: int,
+    stride: float,
+    radius: float,
+    min_side: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training targets of one scale (paper, equations 1 and 3); `modeling.keypoint_targets` says what they are.
 
@@ -392,6 +399,7 @@ def render_targets(
         height, width: of the maps.
         stride: of the scale.
         radius: of the discs, pixels of the scale.
+        min_side: boxes are targets where both sides, last minus first pixel, exceed it; pixels of the scale.
 
     Returns:
         heatmap (N,5,height,width), single offset (N,10,height,width), group offset (N,40,height,width), float32.
@@ -401,7 +409,7 @@ def render_targets(
     single = torch.zeros(n, SINGLE_OFFSET_CHANNELS, h, w, device=device)
     group = torch.zeros(n, GROUP_OFFSET_CHANNELS, h, w, device=device)
 
-    large = ((boxes[:, 2:] - boxes[:, :2] - 1) / stride > 2 * radius + 1).all(1)
+    large = ((boxes[:, 2:] - boxes[:, :2] - 1) / stride > min_side).all(1)
     image = image[large]
     keypoints = (box_keypoints(boxes[large]) + 0.5) / stride - 0.5  # [M,5,2]
     if not len(keypoints):

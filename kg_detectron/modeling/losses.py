@@ -25,6 +25,7 @@ def keypoint_losses(
     heatmap_weight: float = 1.0,
     single_offset_weight: float = 1.0,
     group_offset_weight: float = 0.25,
+    min_side: float | None = None,
 ) -> dict[str, Tensor]:
     """Losses of the keypoint branch, summed over its scales.
 
@@ -37,13 +38,17 @@ def keypoint_losses(
         size: (H, W) of the padded input.
         radius: disc radius r, pixels of each scale.
         heatmap_weight, single_offset_weight, group_offset_weight: weights.
+        min_side: of the cells that are targets at the finest scale, see `keypoint_targets`; the others, which need not
+            find the small ones, keep the paper's.
 
     Returns:
         ``loss_heatmap``, ``loss_single_offset``, ``loss_group_offset``: scalars, weighted.
     """
     heatmap_loss = single_loss = group_loss = 0
+    finest = min(scale.stride for scale in maps)
     for scale in maps:
-        heatmap, single, group = keypoint_targets(boxes, size, scale.stride, radius)
+        smallest = min_side if scale.stride == finest else None
+        heatmap, single, group = keypoint_targets(boxes, size, scale.stride, radius, smallest)
         heatmap_loss = heatmap_loss + binary_cross_entropy_with_logits(scale.heatmap.float(), heatmap)
         single_loss = single_loss + _disc_l1(scale.single_offset, single, heatmap[:, _SINGLE_KEYPOINT]) / radius
         group_loss = group_loss + _disc_l1(scale.group_offset, group, heatmap[:, _GROUP_KEYPOINT]) / radius

@@ -120,7 +120,7 @@ class SegmentationBranch(nn.Module):
         return masks
 
     def cell_boxes(self, boxes: Tensor, masks: MaskCrops) -> Tensor:
-        """The boxes (R,4) of cells whose masks `predict_masks` found: with a margin those of the masks, else as given."""
+        """The boxes (R,4) of cells with masks of `predict_masks`: with a margin those of the masks, else as given."""
         return masks.extents().to(boxes) if self.margin else boxes
 
     def loss(self, features: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:

@@ -72,7 +72,8 @@ class KeypointGraphNet(nn.Module):
         scales: scales with keypoint heads, of 1, 2, 3, 4.
         segmentation: "branch", or "s1" for the paper's `seg s1`.
         radius: disc radius r, pixels of each scale.
-        heatmap_weight, single_offset_weight, group_offset_weight, mask_weight: weights of the losses.
+        min_side, heatmap_weight, single_offset_weight, group_offset_weight: see `keypoint_losses`.
+        mask_weight: of the mask loss.
         smooth_sigma, peak_threshold, hops, corner_and_centre, nms_threshold: see `KeypointDecoder`.
         blur_weight, overlap_sigma: see `CellRanking`.
         pixels_in_flight, mask_margin: see `SegmentationBranch`.
@@ -98,6 +99,7 @@ class KeypointGraphNet(nn.Module):
         scales: Sequence[int] = (1, 2, 3, 4),
         segmentation: str = "branch",
         radius: float = 5.0,
+        min_side: float | None = None,
         heatmap_weight: float = 1.0,
         single_offset_weight: float = 1.0,
         group_offset_weight: float = 0.25,
@@ -131,7 +133,8 @@ class KeypointGraphNet(nn.Module):
         )
         self.ranking = CellRanking(blur_weight, overlap_sigma)
         self.segmentation = segmentation
-        self.loss_weights = {
+        self.losses = {
+            "min_side": min_side,
             "heatmap_weight": heatmap_weight,
             "single_offset_weight": single_offset_weight,
             "group_offset_weight": group_offset_weight,
@@ -190,7 +193,7 @@ class KeypointGraphNet(nn.Module):
         if self.training:
             boxes, masks = _check_targets(images, targets)
             maps, crop_from = self._dense(batch)
-            losses = keypoint_losses(maps, boxes, batch.shape[2:], self.decoder.radius, **self.loss_weights)
+            losses = keypoint_losses(maps, boxes, batch.shape[2:], self.decoder.radius, **self.losses)
             return losses | {"loss_mask": self.mask_weight * self.mask_head.loss(crop_from, boxes, masks)}
 
         sizes = [tuple(image.shape[1:]) for image in images]

@@ -11,11 +11,11 @@ __all__ = ["box_keypoints", "jittered_boxes", "keypoint_targets"]
 
 
 def keypoint_targets(
-    boxes: list[Tensor], size: tuple[int, int], stride: int, radius: float = 5
+    boxes: list[Tensor], size: tuple[int, int], stride: int, radius: float = 5, min_side: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Render heatmap, single offsets and group offsets of one scale.
 
-    A box is a target where both its sides (last minus first pixel) exceed 2 radius + 1 at that scale. Around each
+    A box is a target where both its sides (last minus first pixel) exceed `min_side` at that scale. Around each
     keypoint y the disc of the given radius holds heatmap 1, single offset y - x and group offsets y_l - x. A pixel in
     several discs of one type belongs to the nearest keypoint, of equally near ones to the first box.
 
@@ -24,6 +24,7 @@ def keypoint_targets(
         size: (H, W), input pixels.
         stride: of the scale; pixel index i of the input lies at (i + 0.5) / stride - 0.5.
         radius: of the discs, pixels of the scale.
+        min_side: pixels of the scale; None is the paper's, 2 radius + 1.
 
     Returns:
         heatmap (N,5,h,w), single offset (N,10,h,w), group offset (N,40,h,w), float32; h = ceil(H / stride).
@@ -38,10 +39,14 @@ def keypoint_targets(
             raise ValueError(f"boxes[{i}]: expected shape (M,4), got {tuple(b.shape)}")
     if stride < 1 or not radius > 0:
         raise ValueError(f"stride and radius: expected positive numbers, got {stride} and {radius}")
+    if min_side is not None and not min_side >= 0:
+        raise ValueError(f"min_side: expected 0 or more pixels, got {min_side}")
     image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
     height, width = (math.ceil(side / stride) for side in size)
     every = torch.cat(boxes).float()
-    return render_targets(every, image.to(every.device, non_blocking=True), len(boxes), height, width, stride, radius)
+    image = image.to(every.device, non_blocking=True)
+    smallest = 2 * radius + 1 if min_side is None else min_side
+    return render_targets(every, image, len(boxes), height, width, stride, radius, smallest)
 
 
 def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tensor:

@@ -12,7 +12,7 @@ TORCH_LIBRARY(kg_detectron, m) {
     m.def("graphs_to_boxes(Tensor graphs, bool corner_and_centre) -> (Tensor boxes, Tensor scores, Tensor graph)");
     m.def(
         "render_targets(Tensor boxes, Tensor image, SymInt images, SymInt height, SymInt width, float stride, "
-        "float radius) -> (Tensor heatmap, Tensor single_offset, Tensor group_offset)");
+        "float radius, float min_side) -> (Tensor heatmap, Tensor single_offset, Tensor group_offset)");
     m.def("convolve_resized(Tensor products, Tensor before, Tensor after, Tensor places, SymInt pixels) -> Tensor");
     m.def(
         "convolve_resized_backward(Tensor gradient, SymInt products, Tensor before, Tensor after, Tensor places) "

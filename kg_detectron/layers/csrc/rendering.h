@@ -13,10 +13,9 @@ struct TargetCell {
     float x[kKeypoints], y[kKeypoints];
     bool target;
 
-    // box: x1, y1, x2, y2, continuous input pixels.
-    KG_HOST_DEVICE TargetCell(const float* box, float stride, double radius) {
-        const float smallest = static_cast<float>(2 * radius + 1);
-        target = (box[2] - box[0] - 1) / stride > smallest && (box[3] - box[1] - 1) / stride > smallest;
+    // box: x1, y1, x2, y2, continuous input pixels; min_side: last minus first pixel of the scale.
+    KG_HOST_DEVICE TargetCell(const float* box, float stride, float min_side) {
+        target = (box[2] - box[0] - 1) / stride > min_side && (box[3] - box[1] - 1) / stride > min_side;
         const float x1 = box[0], y1 = box[1], x2 = box[2] - 1, y2 = box[3] - 1;
         for (int k = 0; k < kKeypoints; ++k) {
             const float at_x = k == kCentre ? (x1 + x2) / 2 : k % 2 ? x2 : x1;

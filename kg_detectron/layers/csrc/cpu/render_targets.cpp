@@ -51,7 +51,7 @@ void render_disc(const TargetCell& cell, int k, double radius, const Maps& maps)
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& boxes, const at::Tensor& image,
                                                               int64_t images, int64_t height, int64_t width,
-                                                              double stride, double radius) {
+                                                              double stride, double radius, double min_side) {
     check_targets(boxes, image, images, height, width);
     at::Tensor heatmap = at::zeros({images, kKeypoints, height, width}, boxes.options());
     at::Tensor single = at::zeros({images, 2 * kKeypoints, height, width}, boxes.options());
@@ -61,7 +61,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& 
     for (int64_t b = 0; b < every.size(0); ++b) {
         const int64_t i = of.const_data_ptr<int64_t>()[b];
         TORCH_CHECK_VALUE(i >= 0 && i < images, "image: expected indices below ", images, ", got ", i);
-        const TargetCell cell(every.const_data_ptr<float>() + 4 * b, static_cast<float>(stride), radius);
+        const TargetCell cell(every.const_data_ptr<float>() + 4 * b, static_cast<float>(stride),
+                              static_cast<float>(min_side));
         if (cell.target) {
             cells[i].push_back(cell);
         }

@@ -22,11 +22,11 @@ struct DiscPixel {
     bool inside;
 
     __device__ DiscPixel(int64_t i, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
-                         int64_t side, float stride, double radius)
+                         int64_t side, float stride, double radius, float min_side)
         : cell(i / (kKeypoints * side * side)),
           image(images[cell]),
           k(i / (side * side) % kKeypoints),
-          keypoints(boxes + 4 * cell, stride, radius) {
+          keypoints(boxes + 4 * cell, stride, min_side) {
         int64_t last_x, last_y;
         disc_span(keypoints.x[k], radius, w, &x, &last_x);
         disc_span(keypoints.y[k], radius, h, &y, &last_y);
@@ -46,9 +46,9 @@ struct DiscPixel {
 
 // owner [N,5,h,w]: the smallest key of each pixel, whatever the order of the threads.
 __global__ void own_kernel(int64_t count, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
-                           int64_t side, float stride, double radius, Key* owner) {
+                           int64_t side, float stride, double radius, float min_side, Key* owner) {
     for (int64_t i = first_item(); i < count; i += item_step()) {
-        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius);
+        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius, min_side);
         if (at.inside) {
             atomicMin(owner + (at.image * kKeypoints + at.k) * h * w + at.pixel, at.key());
         }
@@ -56,11 +56,11 @@ __global__ void own_kernel(int64_t count, const float* boxes, const int64_t* ima
 }
 
 __global__ void write_kernel(int64_t count, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
-                             int64_t side, float stride, double radius, const Key* owner, float* heatmap, float* single,
-                             float* group) {
+                             int64_t side, float stride, double radius, float min_side, const Key* owner,
+                             float* heatmap, float* single, float* group) {
     const int64_t plane = h * w;
     for (int64_t i = first_item(); i < count; i += item_step()) {
-        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius);
+        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius, min_side);
         const int64_t k = at.image * kKeypoints + at.k;
         if (!at.inside || owner[k * plane + at.pixel] != at.key()) {
             continue;
@@ -80,7 +80,7 @@ __global__ void write_kernel(int64_t count, const float* boxes, const int64_t* i
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& boxes, const at::Tensor& image,
                                                               int64_t images, int64_t height, int64_t width,
-                                                              double stride, double radius) {
+                                                              double stride, double radius, double min_side) {
     check_targets(boxes, image, images, height, width);
     const c10::cuda::CUDAGuard guard(boxes.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -93,13 +93,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& 
     const float* from = every.const_data_ptr<float>();
     const int64_t* in = of.const_data_ptr<int64_t>();
     Key* key = reinterpret_cast<Key*>(owner.mutable_data_ptr<int64_t>());
-    const float step = static_cast<float>(stride);
+    const float step = static_cast<float>(stride), smallest = static_cast<float>(min_side);
     if (count > 0 && heatmap.numel() > 0) {
         own_kernel<<<blocks_for(count), kThreads, 0, stream>>>(count, from, in, images, height, width, side, step,
-                                                               radius, key);
+                                                               radius, smallest, key);
         write_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
-            count, from, in, images, height, width, side, step, radius, key, heatmap.mutable_data_ptr<float>(),
-            single.mutable_data_ptr<float>(), group.mutable_data_ptr<float>());
+            count, from, in, images, height, width, side, step, radius, smallest, key,
+            heatmap.mutable_data_ptr<float>(), single.mutable_data_ptr<float>(), group.mutable_data_ptr<float>());
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
     return {heatmap, single, group};
