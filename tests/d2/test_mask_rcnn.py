@@ -19,7 +19,7 @@ from kg_detectron.io.coco import encode_mask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = [f"mask_rcnn_{dataset}{variant}" for dataset in ("neural", "dsb2018") for variant in ("", "_fpn")]
-TINY = ["mask_rcnn_dsb2018_tiny", "mask_rcnn_synthetic"]
+TINY = ["mask_rcnn_dsb2018_tiny", "mask_rcnn_dsb2018_tiny_c4", "mask_rcnn_synthetic"]
 
 
 def load(name: str) -> CfgNode:
