@@ -72,19 +72,26 @@ DECODING = {
 }
 
 
-def _decoding(base: str, config: str) -> list[Row]:
-    """Ablations that need no training of their own."""
+# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, which needs no
+# training of its own, and small cells among the targets.
+TRAINING = {
+    "boxes jittered": {"BOX_JITTER": "0.2"},
+    "+ smaller discs": {"RADIUS": "2.0"},
+    "+ heatmap weight": {"HEATMAP_WEIGHT": "5.0"},
+}
+
+
+def _steps(base: str, config: str, steps: dict[str, dict[str, str]], weights_of: str = "") -> list[Row]:
+    """One row for each step on top of the last."""
     rows, keys = [], {}
-    for name, step in DECODING.items():
+    for name, step in steps.items():
         keys |= step
-        rows.append(Row(f"{base}: {name}", config, tuple(t for k, v in keys.items() for t in (KEY + k, v)), base))
+        changes = tuple(text for key, value in keys.items() for text in (KEY + key, value))
+        rows.append(Row(f"{base}: {name}", config, changes, weights_of))
     return rows
 
 
-# What "kg lite plus" has besides "kg lite", one step after another; the last is a heatmap loss that counts more.
-JITTER = (KEY + "BOX_JITTER", "0.2")
-MARGIN = (KEY + "MASK_MARGIN", "1.0")
-SMALLER_DISCS = (KEY + "RADIUS", "2.0")
+TRAINED = _steps("kg lite", "kg_dsb2018_lite_tiny", TRAINING)
 
 PLANS: dict[str, list[Row]] = {
     "gpu": [
@@ -95,8 +102,8 @@ PLANS: dict[str, list[Row]] = {
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),
         Row("kg seg s1", "kg_dsb2018_seg_s1"),
         Row("kg single scale", "kg_dsb2018_single_scale"),
-        *_decoding("kg", "kg_dsb2018"),
-        *_decoding("kg lite", "kg_dsb2018_lite"),
+        *_steps("kg", "kg_dsb2018", DECODING, "kg"),
+        *_steps("kg lite", "kg_dsb2018_lite", DECODING, "kg lite"),
     ],
     "cpu": [
         Row("kg lite", "kg_dsb2018_lite_tiny"),
@@ -106,10 +113,14 @@ PLANS: dict[str, list[Row]] = {
         Row("kg", "kg_dsb2018_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
         Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]")),
-        *_decoding("kg lite", "kg_dsb2018_lite_tiny"),
-        Row("kg lite: boxes jittered", "kg_dsb2018_lite_tiny", JITTER),
-        Row("kg lite: + margin", "kg_dsb2018_lite_tiny", JITTER + MARGIN, "kg lite: boxes jittered"),
-        Row("kg lite: + smaller discs", "kg_dsb2018_lite_tiny", JITTER + MARGIN + SMALLER_DISCS),
+        *_steps("kg lite", "kg_dsb2018_lite_tiny", DECODING, "kg lite"),
+        *TRAINED,
+        Row(
+            "kg lite: + margin",
+            "kg_dsb2018_lite_tiny",
+            (*TRAINED[-1].changes, KEY + "MASK_MARGIN", "1.0"),
+            TRAINED[-1].name,
+        ),
     ],
 }
 
