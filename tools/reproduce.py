@@ -72,8 +72,8 @@ DECODING = {
 }
 
 
-# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, which needs no
-# training of its own, and small cells among the targets.
+# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, small cells among
+# the targets, and less weight on the blur.
 TRAINING = {
     "boxes jittered": {"BOX_JITTER": "0.2"},
     "+ smaller discs": {"RADIUS": "2.0"},
@@ -121,6 +121,7 @@ PLANS: dict[str, list[Row]] = {
             (*TRAINED[-1].changes, KEY + "MASK_MARGIN", "1.0"),
             TRAINED[-1].name,
         ),
+        Row("kg lite: + small cells", "kg_dsb2018_lite_plus_tiny", (KEY + "BLUR_WEIGHT", "1.0"), "kg lite plus"),
     ],
 }
 
