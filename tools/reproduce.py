@@ -98,6 +98,7 @@ PLANS: dict[str, list[Row]] = {
         Row("kg", "kg_dsb2018"),
         Row("kg plus", "kg_dsb2018_plus"),
         Row("kg lite", "kg_dsb2018_lite"),
+        Row("kg lite plus", "kg_dsb2018_lite_plus"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),
         Row("kg seg s1", "kg_dsb2018_seg_s1"),
