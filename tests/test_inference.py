@@ -117,12 +117,12 @@ def test_bad_files_and_images_are_named(tmp_path):
 
 
 def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
-    """At the figures of its card: F1 of 0.77 over all validation images."""
+    """At the figures of its card: F1 of 0.80 over all validation images."""
     model = load_model(ROOT / "models" / "kg_lite_dsb2018.safetensors")
     assert model.normalisation == "percentile" and model.input_size == (512, 512)
     cells = predict(model, read_image(shared / "dsb2018" / "val" / "9e4f8ec60a0d622a.png"))
     truths = json.loads((shared / "dsb2018" / "instances_val.json").read_text())
     (image,) = [one["id"] for one in truths["images"] if one["file_name"].endswith("9e4f8ec60a0d622a.png")]
     masks = [one["segmentation"] for one in truths["annotations"] if one["image_id"] == image]
-    overlap = mask_iou(cells["masks"][cells["scores"] >= 0.0002].rle(), masks)
+    overlap = mask_iou(cells["masks"][cells["scores"] >= 0.004].rle(), masks)
     assert (overlap.max(axis=1) > 0.5).mean() > 0.7 and (overlap.max(axis=0) > 0.5).mean() > 0.6
