@@ -72,8 +72,8 @@ DECODING = {
 }
 
 
-# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, small cells among
-# the targets, and less weight on the blur.
+# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, small cells
+# among the targets, and less weight on the blur.
 TRAINING = {
     "boxes jittered": {"BOX_JITTER": "0.2"},
     "+ smaller discs": {"RADIUS": "2.0"},
