@@ -47,7 +47,8 @@ class ExplainedGroup:
         keypoints: (5,3) x, y, score; score 0 = missing.
         opener: the keypoint that opened the group, the best of it.
         expected: (5,2) x, y, where the group offsets of the opener point to; its own place for itself.
-        box: (4,) xyxy where one was retrieved, clipped to the image.
+        box: (4,) xyxy where one was retrieved, clipped to the image; with a `mask_margin` the prediction
+            has the box of the mask instead.
         fate: one of `FATES`.
         number: of the box in the result, from 0 by falling score; of a suppressed one, the box that suppressed it.
     """
