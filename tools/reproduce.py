@@ -72,8 +72,8 @@ DECODING = {
 }
 
 
-# What "kg lite plus" has besides "kg lite", one step after another; then follow a margin around crops, small cells
-# among the targets, and less weight on the blur.
+# What "kg lite plus" has besides "kg lite", one step after another; then follow MASKS, which need no training of their
+# own, and small cells among the targets.
 TRAINING = {
     "boxes jittered": {"BOX_JITTER": "0.2"},
     "+ smaller discs": {"RADIUS": "2.0"},
@@ -81,48 +81,49 @@ TRAINING = {
 }
 
 
-def _steps(base: str, config: str, steps: dict[str, dict[str, str]], weights_of: str = "") -> list[Row]:
-    """One row for each step on top of the last."""
-    rows, keys = [], {}
+MASKS = {
+    "+ margin": {"MASK_MARGIN": "1.0"},
+    "+ less blur": {"BLUR_WEIGHT": "0.3"},
+}
+
+
+def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> list[Row]:
+    """One row for each step on top of the last; where they are not trained, with the weights of the base."""
+    rows, changes = [], base.changes
     for name, step in steps.items():
-        keys |= step
-        changes = tuple(text for key, value in keys.items() for text in (KEY + key, value))
-        rows.append(Row(f"{base}: {name}", config, changes, weights_of))
+        changes += tuple(text for key, value in step.items() for text in (KEY + key, value))
+        model = base.name.partition(":")[0]
+        rows.append(Row(f"{model}: {name}", base.config, changes, "" if trained else base.name))
     return rows
 
 
-TRAINED = _steps("kg lite", "kg_dsb2018_lite_tiny", TRAINING)
+KG, LITE, TINY_LITE = Row("kg", "kg_dsb2018"), Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
+TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
     "gpu": [
-        Row("kg", "kg_dsb2018"),
+        KG,
         Row("kg plus", "kg_dsb2018_plus"),
-        Row("kg lite", "kg_dsb2018_lite"),
+        LITE,
         Row("kg lite plus", "kg_dsb2018_lite_plus"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),
         Row("kg seg s1", "kg_dsb2018_seg_s1"),
         Row("kg single scale", "kg_dsb2018_single_scale"),
-        *_steps("kg", "kg_dsb2018", DECODING, "kg"),
-        *_steps("kg lite", "kg_dsb2018_lite", DECODING, "kg lite"),
+        *_steps(KG, DECODING, trained=False),
+        *_steps(LITE, DECODING, trained=False),
     ],
     "cpu": [
-        Row("kg lite", "kg_dsb2018_lite_tiny"),
+        TINY_LITE,
         Row("kg lite plus", "kg_dsb2018_lite_plus_tiny"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018_tiny_c4"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
         Row("kg", "kg_dsb2018_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
         Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]")),
-        *_steps("kg lite", "kg_dsb2018_lite_tiny", DECODING, "kg lite"),
+        *_steps(TINY_LITE, DECODING, trained=False),
         *TRAINED,
-        Row(
-            "kg lite: + margin",
-            "kg_dsb2018_lite_tiny",
-            (*TRAINED[-1].changes, KEY + "MASK_MARGIN", "1.0"),
-            TRAINED[-1].name,
-        ),
-        Row("kg lite: + small cells", "kg_dsb2018_lite_plus_tiny", (KEY + "BLUR_WEIGHT", "1.0"), "kg lite plus"),
+        *_steps(TRAINED[-1], MASKS, trained=False),
     ],
 }
 
