@@ -71,7 +71,6 @@ DECODING = {
     "+ ranked by overlap": {"NMS_THRESHOLD": "0.7", "OVERLAP_SIGMA": "0.05"},
 }
 
-
 # What "kg lite plus" has besides "kg lite", one step after another; then follow MASKS, which need no training of their
 # own, and small cells among the targets.
 TRAINING = {
@@ -79,7 +78,6 @@ TRAINING = {
     "+ smaller discs": {"RADIUS": "2.0"},
     "+ heatmap weight": {"HEATMAP_WEIGHT": "5.0"},
 }
-
 
 MASKS = {
     "+ margin": {"MASK_MARGIN": "1.0"},
@@ -89,10 +87,10 @@ MASKS = {
 
 def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> list[Row]:
     """One row for each step on top of the last; where they are not trained, with the weights of the base."""
+    model = base.name.partition(":")[0]
     rows, changes = [], base.changes
     for name, step in steps.items():
         changes += tuple(text for key, value in step.items() for text in (KEY + key, value))
-        model = base.name.partition(":")[0]
         rows.append(Row(f"{model}: {name}", base.config, changes, "" if trained else base.name))
     return rows
 

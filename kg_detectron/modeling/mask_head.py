@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import clip_boxes_to_image
 
 from ..layers import convolve_resized, crop_pixels
 from ..masks import MaskCrops
@@ -109,8 +110,7 @@ class SegmentationBranch(nn.Module):
         """
         if self.margin:
             outwards = boxes[0].new_tensor([-self.margin, -self.margin, self.margin, self.margin])
-            limits = [own.new_tensor([width, height] * 2) for own, (height, width) in zip(boxes, sizes, strict=True)]
-            boxes = [(own + outwards).clamp(min=0).minimum(m) for own, m in zip(boxes, limits, strict=True)]
+            boxes = [clip_boxes_to_image(own + outwards, size) for own, size in zip(boxes, sizes, strict=True)]
         logits, windows = self(features, boxes)
         masks = []
         for own, size in zip(boxes, sizes, strict=True):

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 
 from ..layers import box_keypoints, render_targets
 
@@ -63,5 +64,4 @@ def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tenso
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     moved = boxes + (2 * torch.rand_like(boxes) - 1) * amount * sides
-    height, width = size
-    return moved.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    return clip_boxes_to_image(moved, size)
