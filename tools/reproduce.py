@@ -95,7 +95,8 @@ def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> lis
     return rows
 
 
-KG, LITE, TINY_LITE = Row("kg", "kg_dsb2018"), Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
+KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_dsb2018_tiny")
+LITE, TINY_LITE = Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
 TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
@@ -116,9 +117,12 @@ PLANS: dict[str, list[Row]] = {
         Row("kg lite plus", "kg_dsb2018_lite_plus_tiny"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018_tiny_c4"),
         Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
-        Row("kg", "kg_dsb2018_tiny"),
+        TINY_KG,
+        Row("kg plus", "kg_dsb2018_plus_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
-        Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]")),
+        # As long as 730 of the multi-scale network.
+        Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")),
+        *_steps(TINY_KG, DECODING, trained=False),
         *_steps(TINY_LITE, DECODING, trained=False),
         *TRAINED,
         *_steps(TRAINED[-1], MASKS, trained=False),
