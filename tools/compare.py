@@ -271,11 +271,16 @@ def markdown(rows: Sequence[Mapping[str, Any]], dataset: str, images: int, devic
     """The tables of `TABLES` with a heading, and the definitions below; undefined figures are n/a."""
     parts = [f"Dataset {dataset}, {images} images; timed on {device}."]
     for title, keys in TABLES.items():
-        lines = [["model", *(HEADINGS[key][0] for key in keys)], ["---", *["---:"] * len(keys)]]
-        lines += [[row["run"], *(_number(row[key], HEADINGS[key][1]) for key in keys)] for row in rows]
-        parts.append("\n".join([f"**{title}**", "", *("| " + " | ".join(cells) + " |" for cells in lines)]))
+        lines = [[row["run"], *(_number(row[key], HEADINGS[key][1]) for key in keys)] for row in rows]
+        parts.append(markdown_table(title, ["model", *(HEADINGS[key][0] for key in keys)], lines))
     parts.append("\n".join(f"- {name}: {text}." for name, text in DEFINITIONS.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(title: str, header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table with a heading; the first column is of names, the others of figures."""
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join([f"**{title}**", "", *("| " + " | ".join(cells) + " |" for cells in table)])
 
 
 def save(output: Path, rows: Sequence[Mapping[str, Any]], dataset: str, images: int, device: str) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from compare import HEADINGS, TABLES, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIAL_ITERATIONS = 40  # of which the last 20 are timed
@@ -30,22 +31,10 @@ SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", "")
 
 KEY = "MODEL.KEYPOINT_GRAPH."
 
-COLUMNS = {
-    "mask_AP@0.5": "mask AP@.5",
-    "mask_AP@0.7": "mask AP@.7",
-    "IOU@0.5": "IOU@.5",
-    "IOU@0.7": "IOU@.7",
-    "box_AP@0.5": "box AP@.5",
-    "box_AP@0.7": "box AP@.7",
-    "COCO_mask_AP": "COCO mask AP",
-    "parameters_M": "parameters (M)",
-    "GMACs": "GMACs",
-}
-
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a config and what differs from it."""
+    """One line of the tables: a config and what differs from it."""
 
     name: str
     config: str
@@ -250,20 +239,24 @@ class Reproduction:
 
 
 def tables(results: Path, rows: Sequence[Row]) -> str:
-    """Markdown: one line a row, mean ± sample standard deviation over the seeds that are there, and how it was made."""
-    lines = ["| model | seeds | " + " | ".join(COLUMNS.values()) + " | s/image |"]
-    lines.append("|---" * 2 + "|---:" * (len(COLUMNS) + 1) + "|")
-    notes = []
+    """Markdown: the tables of `compare.py`, mean ± sample standard deviation over seeds, and how each row was made."""
+    found = {}
     for row in rows:
-        found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{_file_name(row.name)}_seed*.json"))]
-        if not found:
-            continue
-        cells = [spread([one["figures"][key] for one in found]) for key in (*COLUMNS, "seconds_per_image")]
-        lines.append(f"| {row.name} | {', '.join(str(one['seed']) for one in found)} | " + " | ".join(cells) + " |")
-        minutes = spread([one["figures"]["training_minutes"] for one in found])
-        facts = sorted({(o["config"], o["initial_weights"], o["device"], o["date"], o["commit"]) for o in found})
-        notes += [f"- {row.name}: {minutes} minutes of training; " + ", ".join(fact) + "." for fact in facts]
-    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+        files = sorted(results.glob(f"{_file_name(row.name)}_seed*.json"))
+        if files:
+            found[row.name] = [json.loads(path.read_text()) for path in files]
+    parts = []
+    for title, keys in TABLES.items():
+        lines = []
+        for name, runs in found.items():
+            seeds = ", ".join(str(one["seed"]) for one in runs)
+            lines.append([name, seeds, *(spread([one["figures"][key] for one in runs]) for key in keys)])
+        parts.append(markdown_table(title, ["model", "seeds", *(HEADINGS[key][0] for key in keys)], lines))
+    notes = []
+    for name, runs in found.items():
+        facts = {(o["config"], f"{o['initial_weights']} weights", o["device"], o["date"], o["commit"]) for o in runs}
+        notes.append(f"- {name}: " + "; ".join(", ".join(fact) for fact in sorted(facts)) + ".")
+    return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 
 def spread(values: Sequence[float | None]) -> str:
