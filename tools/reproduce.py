@@ -200,6 +200,7 @@ class Reproduction:
 
     def _train(self, row: Row, seed: int, folder: Path, iterations: int | None) -> None:
         opts = [*self.changes, *row.changes, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        opts += ["DATASETS.TEST", "()"]  # compare.py evaluates
         if iterations is not None:
             opts += ["SOLVER.MAX_ITER", str(iterations)]
         config = str(ROOT / "configs" / f"{row.config}.yaml")
