@@ -86,6 +86,8 @@ def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> lis
 
 KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_dsb2018_tiny")
 LITE, TINY_LITE = Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
+# On the CPU, as long as 730 iterations of the multi-scale network.
+SINGLE_SCALE = (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")
 TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
@@ -109,8 +111,8 @@ PLANS: dict[str, list[Row]] = {
         TINY_KG,
         Row("kg plus", "kg_dsb2018_plus_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
-        # As long as 730 of the multi-scale network.
-        Row("kg single scale", "kg_dsb2018_tiny", (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")),
+        Row("kg single scale", "kg_dsb2018_tiny", SINGLE_SCALE),
+        Row("kg plus single scale", "kg_dsb2018_plus_tiny", SINGLE_SCALE),
         *_steps(TINY_KG, DECODING, trained=False),
         *_steps(TINY_LITE, DECODING, trained=False),
         *TRAINED,
