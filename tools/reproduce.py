@@ -88,6 +88,7 @@ KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_dsb2018_tiny")
 LITE, TINY_LITE = Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
 # On the CPU, as long as 730 iterations of the multi-scale network.
 SINGLE_SCALE = (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")
+TINY_SINGLE = Row("kg single scale", "kg_dsb2018_tiny", SINGLE_SCALE)
 TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
@@ -111,8 +112,9 @@ PLANS: dict[str, list[Row]] = {
         TINY_KG,
         Row("kg plus", "kg_dsb2018_plus_tiny"),
         Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
-        Row("kg single scale", "kg_dsb2018_tiny", SINGLE_SCALE),
+        TINY_SINGLE,
         Row("kg plus single scale", "kg_dsb2018_plus_tiny", SINGLE_SCALE),
+        *_steps(TINY_SINGLE, {"lower threshold": {"PEAK_THRESHOLD": "0.0003"}}, trained=False),
         *_steps(TINY_KG, DECODING, trained=False),
         *_steps(TINY_LITE, DECODING, trained=False),
         *TRAINED,
