@@ -68,6 +68,8 @@ TRAINING = {
     "+ heatmap weight": {"HEATMAP_WEIGHT": "5.0"},
 }
 
+LARGER_DISCS = {"heatmap weight, larger discs": TRAINING["boxes jittered"] | TRAINING["+ heatmap weight"]}
+
 MASKS = {
     "+ margin": {"MASK_MARGIN": "1.0"},
     "+ less blur": {"BLUR_WEIGHT": "0.3"},
@@ -118,6 +120,7 @@ PLANS: dict[str, list[Row]] = {
         *_steps(TINY_KG, DECODING, trained=False),
         *_steps(TINY_LITE, DECODING, trained=False),
         *TRAINED,
+        *_steps(TINY_LITE, LARGER_DISCS, trained=True),
         *_steps(TRAINED[-1], MASKS, trained=False),
     ],
 }
