@@ -68,6 +68,7 @@ TRAINING = {
     "+ heatmap weight": {"HEATMAP_WEIGHT": "5.0"},
 }
 
+# What the last of these steps gains without the one before it.
 LARGER_DISCS = {"heatmap weight, larger discs": TRAINING["boxes jittered"] | TRAINING["+ heatmap weight"]}
 
 MASKS = {
