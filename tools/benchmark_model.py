@@ -93,7 +93,7 @@ class MaskRCNNStages:
         from detectron2.modeling import detector_postprocess
         from detectron2.structures import Boxes, ImageList, Instances
 
-        from kg_detectron.d2.evaluation import mask_rles
+        from kg_detectron.d2.evaluators import mask_rles
 
         model, size = self.model, (self.size, self.size)
         images, heads = ImageList(self.image, [size]), model.roi_heads

@@ -33,8 +33,8 @@ from tqdm import tqdm
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
 from kg_detectron.d2.config import add_kg_config, merge_config
 from kg_detectron.d2.data import CellMapper, register_files
-from kg_detectron.d2.evaluation import CellEvaluators, build_evaluators, mask_rles
-from kg_detectron.io.checkpoint import read_checkpoint
+from kg_detectron.d2.evaluators import CellEvaluators, build_evaluators, mask_rles
+from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.metrics import RLE
 from kg_detectron.report import report_dataset
 

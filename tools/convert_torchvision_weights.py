@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from kg_detectron.io.checkpoint import read_checkpoint
+from kg_detectron.io.safe_load import read_checkpoint
 
 # Depth -> blocks of layer1..layer4. From 50 on a block has three convolutions, below it has two.
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

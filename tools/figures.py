@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from pycocotools import mask as coco_mask
 
-from kg_detectron.drawing import draw_cells, stretched
-from kg_detectron.io.annotations import ImageCells, read_cells, read_predictions
-from kg_detectron.io.files import replacing
+from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.export.drawing import draw_cells, stretched
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.cell_sets import ImageCells, read_cells, read_predictions
 from kg_detectron.io.images import read_image
-from kg_detectron.masks import MaskCrops
 from kg_detectron.report import explain_image, model_names
+from kg_detectron.report.build import find_images
 from kg_detectron.report.comparison import Comparison, JudgedImage, compare
-from kg_detectron.report.dataset import find_images
 
 PANEL = 2.4  # inches
 MARGIN = 0.5  # around a cell of Figure 3, as a share of its longer side

@@ -34,14 +34,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from kg_detectron.d2 import add_kg_config, register_files
-from kg_detectron.d2.checkpoint import WholeCheckpointer
+from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.config import merge_config
 from kg_detectron.d2.data import build_test_loader, build_train_loader, build_validation_loader
-from kg_detectron.d2.evaluation import build_evaluators
+from kg_detectron.d2.evaluators import build_evaluators
 from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
 from kg_detectron.d2.modeling import ModelDescription
 from kg_detectron.d2.solver import build_lr_scheduler
-from kg_detectron.d2.soundness import check_datasets
+from kg_detectron.d2.training_check import check_datasets
 from kg_detectron.d2.writers import build_writers
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.

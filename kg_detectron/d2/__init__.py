@@ -1,8 +1,8 @@
 """The Detectron2 half of kg_detectron: importing it registers models and datasets."""
 
-from . import modeling  # noqa: F401  (registers)
-from .config import add_kg_config
-from .data import CellMapper, register_all_cells, register_cells, register_files
+from kg_detectron.d2 import modeling  # noqa: F401  (registers)
+from kg_detectron.d2.config import add_kg_config
+from kg_detectron.d2.data import CellMapper, register_all_cells, register_cells, register_files
 
 register_all_cells()
 

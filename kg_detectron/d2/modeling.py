@@ -19,9 +19,9 @@ from detectron2.modeling import (
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from ..inference.model_file import DESCRIPTION_KEY
-from ..masks import MaskCrops
-from ..modeling import (
+from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.inference.model_file import DESCRIPTION_KEY
+from kg_detectron.modeling import (
     CellRanking,
     KeypointBranch,
     KeypointDecoder,
@@ -31,8 +31,8 @@ from ..modeling import (
     jittered_boxes,
     keypoint_losses,
 )
-from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
-from ..modeling.precision import autocast, check_precision, full_precision
+from kg_detectron.modeling.backbone import SIZE_DIVISIBILITY, STRIDES
+from kg_detectron.modeling.precision import autocast, check_precision, full_precision
 
 FEATURES = ("c0", "c1", "c2", "c3", "c4")
 

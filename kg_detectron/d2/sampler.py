@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, Sampler
 
-from .seeds import order_of_epoch, sample_seeded
+from kg_detectron.d2.seeds import order_of_epoch, sample_seeded
 
 
 class Sample(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
-from ..io.files import replacing
+from kg_detectron.io.atomic import replacing
 
 
 def build_writers(output_dir: str | Path, first_iteration: int, max_iter: int) -> list[EventWriter]:

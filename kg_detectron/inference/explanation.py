@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ..graph import KEYPOINTS
-from ..modeling import KeypointGraphNet
-from ..modeling.decoder import Candidates
-from .predictor import predict
+from kg_detectron.graph import KEYPOINTS
+from kg_detectron.inference.predictor import predict
+from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling.keypoint_graph.decoding import Candidates
 
 # What became of a group of keypoints.
 BOX = "became a box"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .model_file import load_model, save_model
+from kg_detectron.inference.model_file import load_model, save_model
 
 # The weights of a run of `tools/train_net.py`, the better ones first.
 WEIGHTS = ("model_best.pth", "model_final.pth")

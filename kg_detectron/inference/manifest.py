@@ -13,8 +13,7 @@ import torch
 import torchvision
 
 from kg_detectron import __version__
-
-from ..io.files import replacing
+from kg_detectron.io.atomic import replacing
 
 MANIFEST = "run.json"
 

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..io.normalisation import Normalisation
-from ..io.resize import resize_image
-from ..masks import MaskCrops
-from ..modeling import KeypointGraphNet
+from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling.normalisation import Normalisation
+from kg_detectron.modeling.resize import resize_image
 
 
 @torch.no_grad()

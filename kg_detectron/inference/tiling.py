@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..masks import MaskCrops
-from ..modeling import KeypointGraphNet, Peaks
-from ..modeling.backbone import SIZE_DIVISIBILITY, STRIDES
-from ..modeling.keypoint_branch import SCALES
+from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.modeling import KeypointGraphNet, Peaks
+from kg_detectron.modeling.backbone import SIZE_DIVISIBILITY, STRIDES
+from kg_detectron.modeling.keypoint_graph.heads import SCALES
 
 # Parts of the image begin at multiples of it. The largest stride would do for the maps; twice that lets the edges of
 # crops, which are rounded to a pixel of c4 and half to even, come out as in the whole image.

@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ..rle import decode_runs
-from . import fault
-from .fault import Fault, FaultError
-from .files import replacing
-from .images import check_size, write_png
+from kg_detectron.cells.run_lengths import decode_runs
+from kg_detectron.io import fault
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.fault import Fault, FaultError
+from kg_detectron.io.images import check_size, write_png
 
 _BOX_TOLERANCE = 2.0  # pixels between an annotation's box and its mask's: rasterised polygons, inclusive last pixels
 _MAX_NUMBER = 1e12  # of coordinates: a JSON file may hold integers that are beyond any float

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import fault
-from .check import read_pair
-from .coco import rle_annotation, write_coco
-from .fault import Fault
-from .pairs import find_pairs
+from kg_detectron.io import fault
+from kg_detectron.io.coco import rle_annotation, write_coco
+from kg_detectron.io.dataset_check import read_pair
+from kg_detectron.io.fault import Fault
+from kg_detectron.io.pairs import find_pairs
 
 # Faults of data that cannot be trained on as it stands; the others are the user's to judge.
 _FATAL = {fault.NO_PARTNER, fault.UNREADABLE, fault.SIZE, fault.BINARY}

@@ -1,6 +1,6 @@
 """Reading and writing images. H, W: height and width in pixels; channels are BGR, as everywhere in this package.
 
-Images come with the levels of their files, whatever the type; `kg_detectron.io.normalisation` makes them comparable.
+Images come with the levels of their files, whatever the type; a model's preprocessing makes them comparable.
 """
 
 import io

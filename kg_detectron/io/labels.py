@@ -8,8 +8,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from .files import replacing
-from .images import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.images import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
 _LARGE = 4096 * 4096  # pixels; larger images are written in tiles, which Fiji's own reader lacks (Bio-Formats has it)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .annotations import IMAGE_SUFFIXES, LABELS_ENDING
-from .fault import NO_PARTNER, Fault
+from kg_detectron.io.cell_sets import IMAGE_SUFFIXES, LABELS_ENDING
+from kg_detectron.io.fault import NO_PARTNER, Fault
 
 LAYOUTS = ("labels", "cells")
 

@@ -11,11 +11,11 @@ Every class of metrics takes one image at a time by ``update`` and gives the fig
 fractions of 0..1, nan where a figure is not defined.
 """
 
-from .area import AreaMetrics
-from .coco import CocoMetrics
-from .matching import DSB_IOUS, MatchingMetrics, match
-from .overlap import RLE, box_iou, mask_iou
-from .paper import PaperMetrics, average_precision, claim_best
+from kg_detectron.metrics.aji import AreaMetrics
+from kg_detectron.metrics.coco import CocoMetrics
+from kg_detectron.metrics.iou import RLE, box_iou, mask_iou
+from kg_detectron.metrics.matching import DSB_IOUS, MatchingMetrics, match
+from kg_detectron.metrics.paper import PaperMetrics, average_precision, claim_best
 
 __all__ = [
     "DSB_IOUS",

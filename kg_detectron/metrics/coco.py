@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .overlap import RLE, checked_image
+from kg_detectron.metrics.iou import RLE, checked_image
 
 
 class CocoMetrics:

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .overlap import RLE, checked_ious, mask_iou
+from kg_detectron.metrics.iou import RLE, checked_ious, mask_iou
 
 # The thresholds over which the 2018 Data Science Bowl took its mean; COCO has the same.
 DSB_IOUS = tuple(percent / 100 for percent in range(50, 100, 5))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .overlap import RLE, box_intersection, box_iou, checked_image, checked_ious, mask_iou
+from kg_detectron.metrics.iou import RLE, box_intersection, box_iou, checked_image, checked_ious, mask_iou
 
 
 def average_precision(scores: ArrayLike, hits: ArrayLike, positives: int) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from ..masks import MaskCrops
+from kg_detectron.cells.masks import MaskCrops
 
 # Pairs of boxes that are compared at once: bounds the memory where an image holds very many cells.
 PAIRS_AT_ONCE = 2**22

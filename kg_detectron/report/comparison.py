@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..io.annotations import ImageCells
-from ..metrics import DSB_IOUS
-from .matching import Matches, Verdict, judge, match
+from kg_detectron.io.cell_sets import ImageCells
+from kg_detectron.metrics import DSB_IOUS
+from kg_detectron.report.outcomes import Matches, Verdict, judge, match
 
 IOUS = DSB_IOUS  # of the curve of AP
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..metrics import average_precision
-from .charts import Axis, Chart, count_axis, unit_axis
-from .comparison import IOUS, Pooled
+from kg_detectron.metrics import average_precision
+from kg_detectron.report.charts import Axis, Chart, count_axis, unit_axis
+from kg_detectron.report.comparison import IOUS, Pooled
 
 _CURVE_POINTS = 300
 _BINS = 24

@@ -12,17 +12,17 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from .. import __version__
-from ..drawing import stretched
-from ..io.files import replacing
-from ..io.images import read_image
-from ..io.resize import resize_image
-from . import charts
-from .comparison import Comparison, JudgedImage
-from .curves import ap_chart, precision_recall_chart, score_chart, size_chart
-from .matching import INSIDE
-from .outlines import TOLERANCE, outlines
-from .tables import Table
+from kg_detectron import __version__
+from kg_detectron.export.drawing import stretched
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.images import read_image
+from kg_detectron.modeling.resize import resize_image
+from kg_detectron.report import charts
+from kg_detectron.report.comparison import Comparison, JudgedImage
+from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, size_chart
+from kg_detectron.report.outcomes import INSIDE
+from kg_detectron.report.svg_outlines import TOLERANCE, outlines
+from kg_detectron.report.tables import Table
 
 DETAILS = 100  # images, the worst, that come with outlines unless the caller says otherwise
 LONGEST_SIDE = 1024  # pixels, of the pictures of those images

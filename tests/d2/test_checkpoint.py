@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from kg_detectron.d2 import checkpoint
-from kg_detectron.d2.checkpoint import WholeCheckpointer
+from kg_detectron.d2 import checkpointer as checkpoint
+from kg_detectron.d2.checkpointer import WholeCheckpointer
 
 
 def checkpointer(folder: Path, value: float = 0.0) -> WholeCheckpointer:

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from pycocotools import mask as coco_mask
 
 from kg_detectron.d2.config import add_kg_config
-from kg_detectron.d2.evaluation import PaperEvaluator, build_evaluators, mask_rles
+from kg_detectron.d2.evaluators import PaperEvaluator, build_evaluators, mask_rles
 
 NAME = "evaluation_test"
 

@@ -14,8 +14,8 @@ from detectron2.config import get_cfg
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from kg_detectron.d2.config import add_kg_config
-from kg_detectron.d2.evaluation import build_evaluators
-from kg_detectron.masks import MaskCrops
+from kg_detectron.d2.evaluators import build_evaluators
+from kg_detectron.cells.masks import MaskCrops
 
 side, cells, path, with_coco = 4096, 5000, sys.argv[1], sys.argv[2] == "coco"
 y, x = torch.meshgrid(torch.arange(41), torch.arange(41), indexing="ij")

@@ -10,11 +10,11 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.d2 import add_kg_config
 from kg_detectron.d2.modeling import ModelDescription
 from kg_detectron.inference import load_model
 from kg_detectron.inference.model_file import _own_names
-from kg_detectron.masks import MaskCrops
 from kg_detectron.modeling import KeypointGraphNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"

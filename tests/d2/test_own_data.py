@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare  # noqa: E402
 from detectron2.data import DatasetCatalog  # noqa: E402
 
-from kg_detectron.cli import main  # noqa: E402
+from kg_detectron.cli.main import main  # noqa: E402
 from kg_detectron.d2 import register_files  # noqa: E402
 from kg_detectron.inference import load_model, predict  # noqa: E402
 from kg_detectron.io.images import read_image, write_png  # noqa: E402

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from pycocotools import mask as coco_mask
 
 from kg_detectron.d2 import CellMapper, add_kg_config
-from kg_detectron.d2.evaluation import mask_rles
+from kg_detectron.d2.evaluators import mask_rles
 from kg_detectron.modeling import KeypointGraphNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
 from kg_detectron.d2 import register_cells
-from kg_detectron.d2.soundness import check_datasets
+from kg_detectron.d2.training_check import check_datasets
 from kg_detectron.io.coco import coco_annotation
 
 NAME = "/cells/of_the_soundness_tests.json"  # datasets may be named by a file

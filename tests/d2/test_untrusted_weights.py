@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kg_detectron.d2.checkpoint import WholeCheckpointer
+from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.config import merge_config
 
 ROOT = Path(__file__).parents[2]

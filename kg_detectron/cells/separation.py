@@ -1,0 +1,65 @@
+"""Overlapping cells made separate: every pixel belongs to one cell at most, and every cell is one piece."""
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from kg_detectron.cells.masks import MaskCrops
+
+
+def separate_cells(
+    cells: dict[str, Tensor | MaskCrops], scratch: np.ndarray | None = None
+) -> dict[str, Tensor | MaskCrops]:
+    """Give each pixel to one cell, and leave each cell one piece.
+
+    A pixel belongs to the cell with the highest score of those that claim it (of equals, the first). Of what a cell
+    then has, the largest 4-connected component stays (of equals, the one whose first pixel comes first, row by row); a
+    cell without any pixel is dropped. Pixels that a cell loses as a smaller piece go to no other cell.
+
+    4-connected, because such a piece is one piece to every program that counts, whether it joins pixels at corners or
+    not, and its outline is a polygon that never crosses or touches itself.
+
+    Args:
+        cells: what `predict` returns: ``scores`` (R,), ``masks`` (`MaskCrops`), and any other tensors of R rows.
+        scratch: an (H,W) integer array to work in, whose content is lost: a `numpy.memmap` for an image larger than
+            memory. By default one label image is made.
+    Returns:
+        The same entries, by falling score: the rows of the cells that are left, and their masks as bool crops, on the
+        CPU, without empty margins.
+    """
+    masks = cells["masks"]
+    order = torch.argsort(cells["scores"], descending=True, stable=True).cpu()
+    claims = masks[order].label_image(out=scratch)
+    windows = masks.windows[order]
+    kept, crops, places = [], [], []
+    for i, (x1, y1, x2, y2) in enumerate(windows.tolist()):
+        piece = _largest_piece(claims[y1:y2, x1:x2] == i + 1)
+        if piece is not None:
+            (left, top, right, bottom), crop = piece
+            kept.append(i)
+            crops.append(torch.from_numpy(crop))
+            places.append([x1 + left, y1 + top, x1 + right, y1 + bottom])
+    rows = order[kept]
+    separate = {name: value[rows.to(value.device)] for name, value in cells.items() if name != "masks"}
+    separate["masks"] = MaskCrops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 4), masks.size)
+    return separate
+
+
+def _largest_piece(mask: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray] | None:
+    """The largest 4-connected component of a mask (h,w), as its window xyxy and its pixels; None for an empty mask."""
+    if not mask.any():
+        return None
+    count, components, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
+    best = 1
+    if count > 2:
+        areas = stats[1:, cv2.CC_STAT_AREA]
+        largest = np.flatnonzero(areas == areas.max()) + 1
+        if len(largest) > 1:  # OpenCV does not promise the order of its labels
+            ids = components.ravel()
+            best = ids[np.isin(ids, largest).argmax()]
+        else:
+            best = largest[0]
+    left, top, width, height = stats[best, :4].tolist()
+    window = left, top, left + width, top + height
+    return window, components[top : top + height, left : left + width] == best

@@ -1,0 +1,109 @@
+"""Checkpoints that are there whole or not at all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from kg_detectron.io.safe_load import read_checkpoint
+
+# Where a file is written before it takes its name. One name for all: what a killed process leaves, the next save takes.
+_UNFINISHED = ".unfinished"
+
+
+class WholeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer for runs that may be killed, or run out of disk, at any moment.
+
+    A checkpoint, and ``last_checkpoint`` that names the one to resume from, are on the disk whole before they take
+    their names; until then the former ones stay.
+
+    Files are read as data only. ``trust_pickle`` lets a file run the code that is in it: the one way to load
+    Detectron2's own weights (``.pkl``), those of pycls (``.pyth``) and old checkpoints.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, **parts: Any) -> None:
+        super().__init__(model, save_dir, **parts)
+        self.trust_pickle = trust_pickle
+
+    def save(self, name: str, **extra: Any) -> None:
+        """Write ``name.pth`` with the model, all checkpointables and ``extra``, in the main process.
+
+        Raises:
+            FloatingPointError: the weights are not finite; nothing is written.
+            OSError: it cannot be written, the disk is full for example; what was there before stays.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        weights = self.model.state_dict()
+        broken = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise FloatingPointError(
+                f"{name}.pth was not written: the weights {', '.join(broken[:3])}{more} are not finite. {self._kept()}"
+            )
+        states = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        file = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", file)
+        self._replace(file, lambda stream: torch.save({"model": weights, **states, **extra}, stream))
+        self.tag_last_checkpoint(file.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        self._replace(Path(self.save_dir, "last_checkpoint"), lambda f: f.write(last_filename_basename.encode()))
+
+    def forget_last_checkpoint(self) -> None:
+        """A new run begins in the folder: killed before its first checkpoint, it must not resume the former one."""
+        if self.save_to_disk:
+            Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
+
+    def _replace(self, file: Path, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file in full, down to the disk, then give it its name."""
+        unfinished = file.with_name(_UNFINISHED)
+        try:
+            with open(unfinished, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(unfinished, file)
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of an OSError that it meets
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            unfinished.unlink(missing_ok=True)
+            raise OSError(cause.errno, f"{file} was not written: {cause.strerror}. {self._kept()}") from error
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to resume from, "" where there is none.
+
+        Raises:
+            ValueError: ``last_checkpoint`` names a file elsewhere than beside itself.
+        """
+        file = super().get_checkpoint_file()
+        if file and Path(file).parent != Path(self.save_dir):
+            raise ValueError(f"{self.save_dir}/last_checkpoint names {file}, expected a file in its folder")
+        return file
+
+    def _kept(self) -> str:
+        last = self.get_checkpoint_file()
+        return f"The last whole checkpoint is {last}" if last else "There is no earlier checkpoint"
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith((".pkl", ".pyth")) and not self.trust_pickle:
+            raise ValueError(
+                f"{filename} was refused: loading a pickle runs the code that is in it. "
+                "If you trust where it comes from, allow it with --trust-pickle"
+            )
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return torch.load(f, map_location="cpu", weights_only=False) if self.trust_pickle else read_checkpoint(f)

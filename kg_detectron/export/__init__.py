@@ -1,0 +1,1 @@
+"""Writers of results: one file a kind, one table of them."""

@@ -1,0 +1,155 @@
+"""From the maps of all scales to boxes: vote, smooth, peaks, group, retrieve, NMS (paper, figure 1c)."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kg_detectron.layers import (
+    find_peaks,
+    gather_displacements,
+    graphs_to_boxes,
+    group_peaks,
+    hough_vote,
+    nms,
+    smooth_votes,
+)
+from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
+
+
+class Peaks(NamedTuple):
+    """Keypoints found at all scales of N images, and where each expects the other keypoints of its cell.
+
+    They are ordered by group (image + N * index of the scale), then by falling score, then keypoint, y, x, as
+    `find_peaks` gives them.
+    """
+
+    peaks: Tensor  # [P,4] int64 group, keypoint, y, x in pixels of the scale
+    scores: Tensor  # [P]
+    displacements: Tensor  # [P,4,2] x, y to each other keypoint, ascending, in pixels of the scale
+
+
+class Candidates(NamedTuple):
+    """Keypoint graphs of all scales of N images, and the boxes retrieved from them, before NMS."""
+
+    graphs: Tensor  # [G,5,3] x, y, score (0 = missing) in pixels of the scale
+    group: Tensor  # [G] image + N * index of the scale
+    boxes: Tensor  # [R,4] xyxy continuous input pixels, clipped to the image
+    scores: Tensor  # [R]
+    graph: Tensor  # [R] the graph that each box comes from, ascending
+    image: Tensor  # [R]
+
+    @property
+    def has_area(self) -> Tensor:
+        """(R,) bool. Corners may cross where a graph mixes two cells, and a box may lie outside its image."""
+        return (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
+
+
+class KeypointDecoder(nn.Module):
+    """Boxes of the cells, from the keypoint maps of all scales: `find` their keypoints, `assemble` them.
+
+    Args:
+        radius: disc radius r, pixels of each scale; grouping matches within r + 1 and rejects within 2 r.
+        smooth_sigma: standard deviation of the Gaussian on the votes, pixels of each scale.
+        peak_threshold: smoothed votes above which a local maximum is a peak.
+        hops: 1 or 2, see `group_keypoints`.
+        corner_and_centre: see `graphs_to_boxes`.
+        nms_threshold: intersection over union above which the lower-scoring of two boxes is dropped.
+    """
+
+    def __init__(
+        self,
+        radius: float = 5.0,
+        smooth_sigma: float = 2.0,
+        peak_threshold: float = 0.004,
+        hops: int = 1,
+        corner_and_centre: bool = False,
+        nms_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.radius = radius
+        self.smooth_sigma = smooth_sigma
+        self.peak_threshold = peak_threshold
+        self.hops = hops
+        self.corner_and_centre = corner_and_centre
+        self.nms_threshold = nms_threshold
+
+    @property
+    def reach(self) -> int:
+        """How far away, in pixels of a scale to every side, a value of its maps still has a part in a peak.
+
+        Votes that travel further than 2 r are not counted; training asks for at most r.
+        """
+        vote, gaussian, neighbour = math.ceil(2 * self.radius) + 1, int(4 * self.smooth_sigma + 0.5), 1
+        return vote + gaussian + neighbour
+
+    def forward(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Decode a batch.
+
+        Args:
+            maps: the maps of each scale.
+            sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
+
+        Returns:
+            For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
+        """
+        return self.assemble(self.find(maps), sizes, [scale.stride for scale in maps])
+
+    @torch.no_grad()
+    def find(self, maps: list[KeypointMaps]) -> Peaks:
+        """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
+        peaks, scores = find_peaks(self.vote(maps), self.peak_threshold)
+        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
+
+    @torch.no_grad()
+    def vote(self, maps: list[KeypointMaps]) -> list[Tensor]:
+        """The smoothed votes (N,5,h,w) of each scale."""
+        return [
+            smooth_votes(
+                hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius),
+                self.smooth_sigma,
+            )
+            for scale in maps
+        ]
+
+    @torch.no_grad()
+    def assemble(
+        self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
+
+        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image.
+
+        Args:
+            peaks: of N images and all scales, in the order of `find_peaks`.
+            sizes: (h, w) of each of the N images, input pixels, without the padding; boxes are clipped to it.
+            strides: of each scale.
+
+        Returns:
+            For each image its boxes (R,4), xyxy continuous input pixels, and scores (R,), by falling score.
+        """
+        candidates = self.retrieve(peaks, sizes, strides)
+        kept = [self.suppress(candidates, i) for i in range(len(sizes))]
+        return [(candidates.boxes[own], candidates.scores[own]) for own in kept]
+
+    @torch.no_grad()
+    def retrieve(self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
+        """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
+        graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
+        corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
+        of_box = group[graph]
+        # What depends on the group travels to the device as one table.
+        table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
+        stride, limit = table.to(corners.device, non_blocking=True)[of_box].split((1, 4), dim=1)
+        first, last = ((corners + 0.5) * stride - 0.5).split(2, dim=1)
+        boxes = torch.cat((first, last + 1), dim=1).clamp(min=0).minimum(limit)
+        return Candidates(graphs, group, boxes, scores, graph, of_box % len(sizes))
+
+    @torch.no_grad()
+    def suppress(self, candidates: Candidates, image: int) -> Tensor:
+        """NMS among the boxes of one image: the indices (K,) of those that stay, by falling score."""
+        # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
+        own = (candidates.has_area & (candidates.image == image)).nonzero()[:, 0]
+        return own[nms(candidates.boxes[own], candidates.scores[own], self.nms_threshold)]

@@ -1,0 +1,43 @@
+"""The command ``kg-detectron``."""
+
+import importlib.util
+import platform
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+import kg_detectron
+from kg_detectron.cli.main import main
+
+
+def test_version_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["kg_detectron", "torch", "torchvision", "Detectron2", "Python"]
+    assert lines["kg_detectron"] == kg_detectron.__version__
+    assert lines["Python"] == platform.python_version()
+    assert (lines["Detectron2"] == "not installed") == (importlib.util.find_spec("detectron2") is None)
+
+
+def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none_installed(distribution: str) -> str:
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr("kg_detectron.cli.installed_version", none_installed)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.count("not installed") == 3
+
+
+def test_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: kg-detectron")
+
+
+def test_unknown_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--frobnicate"])
+    assert stop.value.code == 2
+    assert "--frobnicate" in capsys.readouterr().err

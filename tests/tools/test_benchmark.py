@@ -1,0 +1,74 @@
+"""The benchmark runs, on a small image."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import benchmark_model  # noqa: E402
+import torch  # noqa: E402
+from measure import peak_bytes  # noqa: E402
+from scenes import cells  # noqa: E402
+
+from kg_detectron.modeling import KeypointGraphNet  # noqa: E402
+
+
+def run_benchmark(*options: str) -> str:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_operators(device):
+    small = "--size 64 --batches 1 2 --cells 3 --peaks 5 80 --boxes 2 --repeats 1".split()
+    printed = run_benchmark("ops", "--device", device, *small)
+    for case in ("hough_vote", "batch 2, 3 cells an image", "80 peaks take", "2 boxes"):
+        assert case in printed
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_models(device):
+    """Every table has a line for each model and number of cells, with a figure for each stage."""
+    small = "--size 64 --cells 0 3 --repeats 1 --configs kg_synthetic mask_rcnn_synthetic".split()
+    if importlib.util.find_spec("detectron2") is None:
+        pytest.skip("without Detectron2 only the paper's large network can be measured")
+    lines = run_benchmark("model", "--device", device, *small).splitlines()
+    for model in ("kg_synthetic", "mask_rcnn_synthetic"):
+        for count in (0, 3):
+            own = [line for line in lines if line.startswith(f"| {model} | {count} |")]
+            assert [line.count("|") for line in own] == [11, 9, 9, 9, 8]
+    assert any("decode + masks, %" in line for line in lines)
+    assert any(line.startswith("Masks of 3 cells, `kg_synthetic`") for line in lines)
+
+
+def test_as_many_cells_as_asked_for_reach_the_masks():
+    model = KeypointGraphNet(depth=18, c0_channels=4, widths=(4, 6, 8, 8), head_kernel=3, radius=2.0).eval()
+    stages = benchmark_model.KeypointGraphStages(model, torch.zeros(1, 3, 64, 64))
+    with torch.no_grad():
+        for count in (0, 7):
+            run = {name: stage.run for name, stage in stages.stages(count)}
+            assert tuple(run) == benchmark_model.STAGES
+            assert len(run["masks"]()[0]) == len(run["paste"]()) == count
+
+
+def test_peak_memory_is_the_most_that_is_held_at_once():
+    def call() -> None:
+        for _ in range(3):
+            a = torch.zeros(2**20)
+            b = a + 1
+            del a, b
+
+    assert 2 * 2**22 <= peak_bytes(call, "cpu") < 2 * 2**22 + 2**16
+
+
+def test_cells_lie_in_the_image():
+    boxes = cells(50, 128, 0)
+    assert boxes.min() >= 0 and boxes.max() <= 128 and (boxes[:, 2:] - boxes[:, :2]).min() >= 13
