@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from kg_detectron.io.coco import checked_relative_path, write_split
 from kg_detectron.io.images import decode_image
-from kg_detectron.modeling.normalisation import Normalisation
+from kg_detectron.io.normalisation import Normalisation
 
 SPLITS = ("train", "val", "test")
 MAX_BYTES = 2**30  # of a file in a zip file, above which its header is not believed

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from kg_detectron.io.coco import write_split
 from kg_detectron.io.images import read_image
-from kg_detectron.modeling.normalisation import Normalisation
+from kg_detectron.io.normalisation import Normalisation
 
 SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")

@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kg_detectron"
 
-# cells -> io -> metrics, export; graph -> layers -> modeling; both meet at inference -> report -> cli.
-# What each part may import of the others:
+# cells -> io -> metrics, export; graph -> layers -> modeling, which takes normalisation and resizing from io;
+# all meet at inference -> report -> cli. What each part may import of the others:
 CELLS = {"cells"}  # containers, without model code
 LAYERS = {"graph"}
-MODELING = CELLS | LAYERS | {"layers"}
+MODELING = CELLS | LAYERS | {"layers", "io"}
 INFERENCE = MODELING | {"modeling", "metrics", "io", "export", "synthetic", "_version"}
 MAY_IMPORT = {
     "_version": set(),

@@ -22,7 +22,7 @@ from kg_detectron.export.drawing import draw_cells
 from kg_detectron.inference import load_model, predict
 from kg_detectron.io.coco import CocoDataset, load_coco
 from kg_detectron.io.images import read_image, write_png
-from kg_detectron.modeling.resize import resize_image, resize_labels
+from kg_detectron.io.resize import resize_image, resize_labels
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")

@@ -16,10 +16,10 @@ from tqdm import trange
 from kg_detectron.inference import predict, save_model
 from kg_detectron.io.coco import CocoDataset, decode_mask, load_coco
 from kg_detectron.io.images import read_image
+from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import KeypointGraphNet
-from kg_detectron.modeling.normalisation import Normalisation
-from kg_detectron.modeling.resize import resize_image, resize_labels
 
 # The network of configs/Base-KG-tiny.yaml.
 TINY = {

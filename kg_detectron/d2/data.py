@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from kg_detectron.d2.sampler import EndlessSampler, SampleDataset
 from kg_detectron.io.coco import decode_runs, load_coco
 from kg_detectron.io.images import read_image
-from kg_detectron.modeling.normalisation import Normalisation
-from kg_detectron.modeling.resize import resize_image, resize_labels
+from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.resize import resize_image, resize_labels
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.coco import checked_relative_path
 from kg_detectron.io.images import MAX_PIXELS, read_pages
 from kg_detectron.io.inputs import Input, find_inputs
+from kg_detectron.io.normalisation import Normalisation, NormalisedImage
 from kg_detectron.modeling import KeypointGraphNet
-from kg_detectron.modeling.normalisation import Normalisation, NormalisedImage
 
 # Pixels of an image above which its cells are separated on disk, not in memory.
 _LARGE = 8192 * 8192

@@ -8,9 +8,9 @@ import torch
 
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import MAX_PIXELS
+from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.modeling import KeypointGraphNet
-from kg_detectron.modeling.normalisation import Normalisation
 
 # The entry of a checkpoint, Detectron2's included, that holds the arguments of `KeypointGraphNet`.
 DESCRIPTION_KEY = "kg_detectron"

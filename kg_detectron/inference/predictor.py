@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.resize import resize_image
 from kg_detectron.modeling import KeypointGraphNet
-from kg_detectron.modeling.normalisation import Normalisation
-from kg_detectron.modeling.resize import resize_image
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from kg_detectron import __version__
 from kg_detectron.export.drawing import stretched
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import read_image
-from kg_detectron.modeling.resize import resize_image
+from kg_detectron.io.resize import resize_image
 from kg_detectron.report import charts
 from kg_detectron.report.comparison import Comparison, JudgedImage
 from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, size_chart

@@ -80,7 +80,7 @@ class KeypointGraphNet(nn.Module):
         mask_threshold: probability from which a pixel belongs to the cell.
         pixel_mean, pixel_std: the network sees (image - mean) / std, per channel.
         normalisation, percentiles: how the levels of images become 0..255 before the network sees them, "fixed" or
-            "percentile"; see `kg_detectron.modeling.normalisation`. The network itself only keeps them, as its users
+            "percentile"; see `kg_detectron.io.normalisation`. The network itself only keeps them, as its users
             must normalise as was done in training.
         input_size: height and width to which images are resized for prediction, as they were in training. The network
             itself takes any size.

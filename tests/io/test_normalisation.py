@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from kg_detectron.io.normalisation import Normalisation, NormalisedImage
 from kg_detectron.modeling import normalisation
-from kg_detectron.modeling.normalisation import Normalisation, NormalisedImage
 
 FIXED, PERCENTILE = Normalisation(), Normalisation("percentile", (10.0, 90.0))
 TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64]
