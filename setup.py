@@ -72,8 +72,8 @@ EXTRAS = {
 
 
 def version() -> str:
-    """Version from kg_detectron/__init__.py, read as text: importing the package needs its dependencies."""
-    text = (ROOT / "kg_detectron" / "__init__.py").read_text(encoding="utf-8")
+    """Version from kg_detectron/_version.py, read as text: importing the package needs its dependencies."""
+    text = (ROOT / "kg_detectron" / "_version.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
@@ -167,7 +167,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["kg_detectron", "kg_detectron.*"]),
-    package_data={"kg_detectron.report": ["page.html.j2", "page.css", "page.js"]},
+    package_data={
+        "kg_detectron": ["py.typed", "models/*.safetensors"],
+        "kg_detectron.report": ["page.html.j2", "page.css", "page.js"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=REQUIRES,
     extras_require=EXTRAS,

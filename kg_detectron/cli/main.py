@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary

@@ -7,9 +7,8 @@ from pathlib import Path, PurePath
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from torch import Tensor
 
-from kg_detectron.cells.masks import MaskCrops, label_dtype
+from kg_detectron.cells import Cells, MaskCrops, label_dtype
 from kg_detectron.export.drawing import draw_cells
 from kg_detectron.export.geojson import write_geojson
 from kg_detectron.export.imagej import write_rois
@@ -34,7 +33,7 @@ _LARGE = 8192 * 8192  # pixels; the label image of a larger one is kept on disk 
 
 
 def cell_files(folder: Path, stem: str, kinds: Sequence[str] = KINDS) -> dict[str, Path]:
-    """The files that `save_cells` writes, by kind.
+    """The files that `save_results` writes, by kind.
 
     Raises:
         ValueError: for a kind that is not in `KINDS`.
@@ -45,8 +44,8 @@ def cell_files(folder: Path, stem: str, kinds: Sequence[str] = KINDS) -> dict[st
     return {kind: Path(folder) / (stem + _ENDINGS[kind]) for kind in kinds}
 
 
-def save_cells(
-    cells: dict[str, Tensor | MaskCrops],
+def save_results(
+    cells: Cells,
     image: np.ndarray,
     folder: Path,
     stem: str,
@@ -128,7 +127,7 @@ def _room_for_labels(masks: MaskCrops, folder: Path) -> Iterator[np.ndarray | No
             yield np.memmap(file, label_dtype(len(masks)), shape=masks.size)
 
 
-def _write_coco(path: Path, cells: dict[str, Tensor | MaskCrops], file_name: str) -> None:
+def _write_coco(path: Path, cells: Cells, file_name: str) -> None:
     height, width = cells["masks"].size
     columns = cells["boxes"].tolist(), cells["scores"].tolist(), cells["labels"].tolist(), cells["masks"].rle()
     annotations = [

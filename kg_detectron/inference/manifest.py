@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torchvision
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 
 MANIFEST = "run.json"

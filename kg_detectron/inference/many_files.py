@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kg_detectron.cells import Cells
 from kg_detectron.cells.separation import separate_cells
-from kg_detectron.export.results import KINDS, save_cells
+from kg_detectron.export.results import KINDS, save_results
 from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile
-from kg_detectron.inference.model_file import load_model
+from kg_detectron.inference.model_file import load_model, model_path
 from kg_detectron.inference.predictor import predict
-from kg_detectron.inference.tiling import GRID, predict_tiled
+from kg_detectron.inference.tiling import GRID
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.coco import checked_relative_path
 from kg_detectron.io.images import MAX_PIXELS, read_pages
 from kg_detectron.io.inputs import Input, find_inputs
-from kg_detectron.io.normalisation import Normalisation, NormalisedImage
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import InstanceNet
 
 # Pixels of an image above which its cells are separated on disk, not in memory.
 _LARGE = 8192 * 8192
@@ -189,22 +189,19 @@ def rerun(
     return _predict_all(found, network, again, settings, output, True, say)
 
 
-def _prepare(
-    model: str | Path, settings: Settings, device: str | None, command: str
-) -> tuple[KeypointGraphNet, Manifest]:
+def _prepare(model: str | Path, settings: Settings, device: str | None, command: str) -> tuple[InstanceNet, Manifest]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         network = load_model(model, device)
     except RuntimeError as error:
         raise ValueError(f"device: {device} cannot be used: {error}") from error
-    network.normalisation = settings.normalise or network.normalisation
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    return network, Manifest(command, os.path.abspath(model), file_sha256(model), device, plain)
+    return network, Manifest(command, os.path.abspath(model_path(model)), file_sha256(model_path(model)), device, plain)
 
 
 def _predict_all(
     found: list[Input],
-    network: KeypointGraphNet,
+    network: InstanceNet,
     manifest: Manifest,
     settings: Settings,
     output: Path,
@@ -255,7 +252,7 @@ def _predict_all(
 
 
 def _predict_file(
-    network: KeypointGraphNet,
+    network: InstanceNet,
     item: Input,
     settings: Settings,
     output: Path,
@@ -275,12 +272,11 @@ def _predict_file(
         if len(pages) > 1 and name in names:
             raise ValueError(f"page {number} would have the same names of results as another file, {name}")
         cells, record.network_input = _predict_page(network, page, settings, show)
-        kept = cells["scores"] >= settings.min_score
-        cells = {key: value[kept] for key, value in cells.items()}
+        cells = cells.above(settings.min_score)
         if not settings.keep_overlaps:
             cells = _separate(cells, output)
         stem = output / name
-        saved = save_cells(
+        saved = save_results(
             cells,
             page[..., 0] if page.strides[2] == 0 else page,  # grey
             stem.parent,
@@ -289,25 +285,29 @@ def _predict_file(
             pixel_size=settings.pixel_size,
             source=item.path.name if len(pages) == 1 else stem.name,
         )
-        record.cells += len(cells["scores"])
+        record.cells += len(cells)
         record.outputs += [path.relative_to(output).as_posix() for path in saved.values()]
 
 
 def _predict_page(
-    network: KeypointGraphNet, page: np.ndarray, settings: Settings, show: Callable[[int, int], None]
-) -> tuple[dict, str]:
-    """The cells of an image (H,W,3), and what the network saw of it, see `FileRecord.network_input`."""
-    (height, width), trained = page.shape[:2], network.input_size
-    is_large = height > 2 * trained[0] or width > 2 * trained[1]
-    if settings.size == "native" or (settings.size == "auto" and is_large):
-        normalised = NormalisedImage(page, Normalisation(network.normalisation, network.percentiles))
-        cells = predict_tiled(network, normalised, tile=settings.tile, overlap=settings.overlap, progress=show)
-        return cells, f"tiles of {settings.tile}" if max(height, width) > settings.tile else "own pixels"
-    return predict(network, page), f"{trained[0]} x {trained[1]}"
+    network: InstanceNet, page: np.ndarray, settings: Settings, show: Callable[[int, int], None]
+) -> tuple[Cells, str]:
+    """The cells of an image (H, W, 3), and what the network saw of it, see `FileRecord.network_input`."""
+    scale = 1.0 if settings.size == "native" else None
+    cells = predict(
+        network,
+        page,
+        scale=scale,
+        normalisation=settings.normalise,
+        tile=settings.tile,
+        overlap=settings.overlap,
+        progress=show,
+    )
+    return cells, f"scale {cells.scale[0]:.3g}, {cells.scale_source}"
 
 
-def _separate(cells: dict, folder: Path) -> dict:
-    height, width = cells["masks"].size
+def _separate(cells: Cells, folder: Path) -> Cells:
+    height, width = cells.size
     if height * width <= _LARGE:
         return separate_cells(cells)
     with tempfile.TemporaryFile(dir=folder) as file:
