@@ -5,6 +5,7 @@ Images are (H, W, 3) BGR in 0..255; labels are (H, W) uint16, 0 background. All 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -18,9 +19,8 @@ _AREA_BELOW = 0.95
 class GeometrySettings:
     """How windows are cut.
 
-    Args:
+    Attributes:
         window: side of the square window, pixels of the network's input.
-        diameter: to which the median cell diameter of an image is brought, pixels of the network's input.
         narrow, wide: the scale is multiplied by 2^u, u uniform within -narrow..narrow or -wide..wide.
         wide_share: probability of the wide range.
         rotation: probability of a rotation by any angle; otherwise it is a multiple of 90 degrees.
@@ -32,8 +32,9 @@ class GeometrySettings:
             the edge pixels continue, without labels, as in prediction.
     """
 
+    NODE: ClassVar[str] = "INPUT.GEOMETRY"
+
     window: int = 256
-    diameter: float = 28.0
     narrow: float = 0.35
     wide: float = 1.2
     wide_share: float = 0.45
@@ -49,7 +50,7 @@ class GeometrySettings:
 class ColourSettings:
     """How colours and grey levels change: probabilities, and the sizes of the changes.
 
-    Args:
+    Attributes:
         inversion: probability of the negative.
         grey: probability that a coloured image loses its colours.
         tint: probability that a grey image is mapped to the colours between two random ones.
@@ -61,6 +62,8 @@ class ColourSettings:
         blur: probability of a Gaussian blur, sigma up to 1.5 pixels.
         noise: probability of Gaussian noise, standard deviation up to 16 grey levels.
     """
+
+    NODE: ClassVar[str] = "INPUT.COLOURS"
 
     inversion: float = 0.05
     grey: float = 0.1
@@ -79,7 +82,7 @@ class ColourSettings:
 def random_window(
     image: np.ndarray,
     labels: np.ndarray,
-    diameter: float | None,
+    natural_scale: float,
     centres: np.ndarray,
     settings: GeometrySettings,
     generator: np.random.Generator,
@@ -89,7 +92,7 @@ def random_window(
     Args:
         image: (H, W, 3) uint8 or float32.
         labels: (H, W) uint16.
-        diameter: median cell diameter of the image, pixels; None keeps the scale 1 before the jitter.
+        natural_scale: pixels of the network's input for one of the image, before the jitter.
         centres: (M, 2) x, y of the cells, pixels.
         settings: see `GeometrySettings`.
         generator: source of the randomness.
@@ -98,10 +101,9 @@ def random_window(
         The window's image (w, w, 3) float32, and its labels (w, w) int32.
     """
     height, width = labels.shape
-    natural = settings.diameter / diameter if diameter else 1.0
     octaves = settings.wide if generator.random() < settings.wide_share else settings.narrow
-    scale = natural * 2.0 ** generator.uniform(-octaves, octaves)
-    scale = max(scale, min(natural, settings.smallest_side / min(height, width)))
+    scale = natural_scale * 2.0 ** generator.uniform(-octaves, octaves)
+    scale = max(scale, min(natural_scale, settings.smallest_side / min(height, width)))
     turn = np.pi / 2 * generator.integers(4)
     if generator.random() < settings.rotation:
         turn = generator.uniform(0, 2 * np.pi)

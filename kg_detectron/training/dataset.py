@@ -6,6 +6,7 @@ H, W: height and width in pixels; M: number of cells.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from kg_detectron.io.convert import _FATAL as FATAL
 from kg_detectron.io.dataset_check import read_pair
 from kg_detectron.io.images import read_image
 from kg_detectron.io.pairs import find_pairs
+from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours, random_window
 from kg_detectron.training.sampler import Sample
@@ -88,15 +90,27 @@ def read_labelled_images(
     Raises:
         FileNotFoundError, ValueError: as `load_coco` and `read_image`.
     """
-    result = []
-    for record in load_coco(annotations, images).records:
-        labels = np.zeros((record["height"], record["width"]), np.int32)
-        for i, cell in enumerate(record["annotations"], start=1):
-            if not cell["iscrowd"]:
-                labels[decode_mask(cell["segmentation"], *labels.shape)] = i
-        file = record["file_name"]
-        result.append(labelled_image(Path(file).name, read_image(file), labels, preprocessing))
-    return result
+    return [image_of_record(record, preprocessing) for record in load_coco(annotations, images).records]
+
+
+def image_of_record(record: dict[str, Any], preprocessing: Preprocessing) -> LabelledImage:
+    """Read the image of a record of `load_coco`, with its cells, crowds left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, or the image has another size than the record says.
+    """
+    file, size = record["file_name"], (record["height"], record["width"])
+    image = read_image(file)
+    if image.shape[:2] != size:
+        raise ValueError(f"{file}: expected {size} pixels (height, width), got {image.shape[:2]}")
+    labels = np.zeros(size, np.int32)
+    for i, cell in enumerate(record["annotations"], start=1):
+        if not cell["iscrowd"]:
+            labels[decode_mask(cell["segmentation"], *size)] = i
+    try:
+        return labelled_image(Path(file).name, image, labels, preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def read_dataset(
@@ -188,16 +202,19 @@ class TrainingSamples(Dataset):
 
     Args:
         images: the training set.
+        diameter: to which the median cell diameter of an image is brought, pixels of the network's input.
         geometry, colours: of the augmentation.
     """
 
     def __init__(
         self,
         images: Sequence[LabelledImage],
+        diameter: float,
         geometry: GeometrySettings = GeometrySettings(),  # noqa: B008 (frozen)
         colours: ColourSettings = ColourSettings(),  # noqa: B008 (frozen)
     ) -> None:
         self.images = images
+        self.diameter = diameter
         self.geometry = geometry
         self.colours = colours
 
@@ -207,9 +224,34 @@ class TrainingSamples(Dataset):
     def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         """Image (3, w, w) float32 in 0..255 and its target, see `target_of_labels`."""
         generator = generator_of_sample(sample.seed, sample.position)
-        source = self.images[sample.index]
-        image, labels = random_window(
-            source.image, source.labels, source.diameter, source.centres, self.geometry, generator
-        )
-        image = random_colours(image, self.colours, generator)
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels)
+        return augmented(self.images[sample.index], self.diameter, self.geometry, self.colours, generator)
+
+
+def augmented(
+    source: LabelledImage,
+    diameter: float,
+    geometry: GeometrySettings,
+    colours: ColourSettings,
+    generator: np.random.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A random window of a labelled image: (3, w, w) float32 in 0..255, and its target, see `target_of_labels`.
+
+    Args:
+        source: the image.
+        diameter: to which the median diameter of its cells is brought before the jitter, pixels.
+        geometry, colours: of the augmentation.
+        generator: source of the randomness.
+    """
+    natural = diameter / source.diameter if source.diameter else 1.0
+    image, labels = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
+    image = random_colours(image, colours, generator)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels)
+
+
+def at_natural_scale(source: LabelledImage, diameter: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """A whole labelled image whose cells have the median ``diameter``, not augmented, and its target."""
+    scale = diameter / source.diameter if source.diameter else 1.0
+    size = tuple(max(1, round(side * scale)) for side in source.labels.shape)
+    image = resize_image(source.image.astype(np.float32), size)
+    target = target_of_labels(resize_labels(source.labels, size))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target

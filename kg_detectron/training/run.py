@@ -173,12 +173,13 @@ def train(
         use_matrix_products(model)
     model.to(memory_format=torch.channels_last)
     kinds = [image.kind for image in training]
-    geometry = geometry or GeometrySettings(diameter=model.preprocessing.diameter)
     trainer = Trainer(
         model,
         lambda images, targets: model(_on(images, model.place), [_target_on(t, model.place) for t in targets]),
         torch.optim.AdamW(parameter_groups(model, rate, settings.weight_decay)),
-        TrainingSamples(training, geometry, colours or ColourSettings()),
+        TrainingSamples(
+            training, model.preprocessing.diameter, geometry or GeometrySettings(), colours or ColourSettings()
+        ),
         EndlessSampler(len(training), settings.seed, weights=balanced_weights(kinds)),
         folder,
         LoopSettings(settings.iterations, settings.minutes, settings.batch_size, settings.seed),
