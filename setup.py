@@ -47,7 +47,7 @@ EXTRAS = {
         "pyyaml",
         "ruff",
     ],
-    # Microscopes' own formats (kg_detectron/io/microscope.py). The reader of LIF is under the GPL.
+    # Microscopes' own formats (kg_detectron/io/microscope.py).
     "formats": [
         "bioio",
         "bioio-czi",
