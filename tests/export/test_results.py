@@ -2,6 +2,7 @@
 
 import csv
 import json
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from skimage.measure import regionprops
 from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.outlines import outline
-from kg_detectron.export.results import KINDS, cell_files, save_cells
+from kg_detectron.export.results import KINDS, result_files, save_results
 from kg_detectron.io.labels import read_label_image, write_label_image
 
 
@@ -66,6 +67,7 @@ def read_geojson(path: Path, size: tuple[int, int]) -> dict[int, np.ndarray]:
         rings = feature["geometry"]["coordinates"]
         assert all(ring[0] == ring[-1] for ring in rings)
         assert properties["measurements"][0] == {"name": "id", "value": int(properties["name"])}
+        assert uuid.UUID(feature["id"]) and properties["classification"]["name"] == "cell"
         cells[int(properties["name"])] = filled(rings, size)
     return cells
 
@@ -98,10 +100,10 @@ def test_every_file_holds_the_same_cells(folder, seed, count, height, width, cha
     image = (np.random.default_rng(seed).random(size) * (1 if dtype == "float32" else np.iinfo(dtype).max)).astype(
         dtype
     )
-    paths = save_cells(cells, image, folder, "x", KINDS, pixel_size=0.25, source="folder/x.tif")
+    paths = save_results(cells, image, folder, "x", KINDS, pixel_size=0.25, source="folder/x.tif")
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in paths.values())
     first = {kind: path.read_bytes() for kind, path in paths.items()}
-    again = save_cells(cells, image, folder, "x", KINDS, pixel_size=0.25, source="folder/x.tif")
+    again = save_results(cells, image, folder, "x", KINDS, pixel_size=0.25, source="folder/x.tif")
     assert {kind: path.read_bytes() for kind, path in again.items()} == first
 
     expected = {i: mask.numpy() for i, mask in enumerate(cells["masks"], start=1)}
@@ -143,7 +145,7 @@ def test_every_file_holds_the_same_cells(folder, seed, count, height, width, cha
 def test_coco_keeps_the_networks_boxes_and_scores(tmp_path):
     cells = random_cells(3, 5, 30, 40)
     content = json.loads(
-        save_cells(cells, np.zeros((30, 40)), tmp_path, "x", ["coco"], source="a/b.tif")["coco"].read_text()
+        save_results(cells, np.zeros((30, 40)), tmp_path, "x", ["coco"], source="a/b.tif")["coco"].read_text()
     )
     assert [image["file_name"] for image in content["images"]] == ["b.tif"]
     for annotation, box, score in zip(
@@ -179,11 +181,11 @@ def test_cells_that_are_not_separate_are_refused(tmp_path):
     assert len(cells["masks"]) == 1
     twice = {name: value[[0, 0]] for name, value in cells.items()}
     with pytest.raises(ValueError, match="separate_cells"):
-        save_cells(twice, np.zeros((8, 8)), tmp_path, "x", ["labels"])
+        save_results(twice, np.zeros((8, 8)), tmp_path, "x", ["labels"])
     for crop in (np.eye(3, dtype=bool), np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)):
         masks = MaskCrops([torch.from_numpy(crop)], torch.tensor([[0, 0, 3, 3]]), (8, 8))
         with pytest.raises(ValueError, match=f"cell 1.*component, got {crop.sum()}"):
-            save_cells(cells | {"masks": masks}, np.zeros((8, 8)), tmp_path, "x", ["geojson"])
+            save_results(cells | {"masks": masks}, np.zeros((8, 8)), tmp_path, "x", ["geojson"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,13 +200,15 @@ def test_cells_that_are_not_separate_are_refused(tmp_path):
 def test_wrong_arguments_are_named_and_write_nothing(tmp_path, arguments, message):
     given = {"image": np.zeros((8, 8)), "folder": tmp_path, "stem": "x", "kinds": KINDS} | arguments
     with pytest.raises(ValueError, match=message):
-        save_cells(random_cells(0, 2, 8, 8), **given)
+        save_results(random_cells(0, 2, 8, 8), **given)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     cells = random_cells(0, 2, 8, 8)
-    old = {kind: path.read_bytes() for kind, path in save_cells(cells, np.zeros((8, 8)), tmp_path, "x", KINDS).items()}
+    old = {
+        kind: path.read_bytes() for kind, path in save_results(cells, np.zeros((8, 8)), tmp_path, "x", KINDS).items()
+    }
     names = sorted(tmp_path.iterdir())
 
     def broken(*arguments):
@@ -214,25 +218,26 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     other = random_cells(1, 3, 8, 8)
     for kind in KINDS:
         with pytest.raises(OSError, match="disk full"):
-            save_cells(other, np.ones((8, 8)), tmp_path, "x", [kind])
+            save_results(other, np.ones((8, 8)), tmp_path, "x", [kind])
     assert sorted(tmp_path.iterdir()) == names
-    assert {kind: path.read_bytes() for kind, path in cell_files(tmp_path, "x").items()} == old
+    assert {kind: path.read_bytes() for kind, path in result_files(tmp_path, "x").items()} == old
 
 
-def test_large_label_images_are_tiled_and_never_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("kg_detectron.export.results._LARGE", 100)
-    monkeypatch.setattr("kg_detectron.io.labels._LARGE", 100)
+def test_large_label_images_are_never_in_memory_and_in_tiles_only_above_2_gb(tmp_path, monkeypatch):
+    monkeypatch.setattr("kg_detectron.export.result._LARGE", 100)
     cells = random_cells(5, 5, 40, 50)
     seen = []
     monkeypatch.setattr(
-        "kg_detectron.export.results.draw_cells", lambda image, labels: seen.append(labels) or image[..., :3]
+        "kg_detectron.export.overlay.draw_cells", lambda image, labels: seen.append(labels) or image[..., :3]
     )
-    path = save_cells(cells, np.zeros((40, 50, 3)), tmp_path, "x", ["labels", "overlay"])["labels"]
-    assert isinstance(seen[0], np.memmap)
-    with tifffile.TiffFile(path) as file:
-        assert file.is_bigtiff and file.pages[0].is_tiled
-    np.testing.assert_array_equal(read_label_image(path), cells["masks"].label_image())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["x_labels.tif", "x_overlay.png"]
+    for striped, tiled in ((2**31, False), (2000, True)):
+        monkeypatch.setattr("kg_detectron.export.label_images._STRIPED", striped)
+        path = save_results(cells, np.zeros((40, 50, 3)), tmp_path, "x", ["labels", "overlay"])["labels"]
+        assert isinstance(seen.pop(), np.memmap)
+        with tifffile.TiffFile(path) as file:
+            assert file.is_bigtiff == tiled and file.pages[0].is_tiled == tiled
+        np.testing.assert_array_equal(read_label_image(path), cells["masks"].label_image())
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["x_labels.tif", "x_overlay.png"]
 
 
 def test_reading_label_images(tmp_path):
