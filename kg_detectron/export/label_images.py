@@ -2,7 +2,7 @@
 
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,30 +116,30 @@ def write_stack(path: Path, results: Sequence["Result"]) -> None:
     Raises:
         ValueError: planes of different sizes.
     """
-    shape, axes = stack_shape(results)
+    sizes = {result.masks.size for result in results}
+    if len(sizes) != 1:
+        raise ValueError(f"planes of {len(sizes)} sizes make no stack")
+    shape, axes = stack_shape([result.position for result in results], sizes.pop())
     stack = LabelStack(shape, axes, results[0].scratch or path.parent)
     for page, result in enumerate(results):
         stack.add(page, result.label_image)
     stack.write(path, results[0].pixel_size)
 
 
-def stack_shape(results: Sequence["Result"]) -> tuple[tuple[int, ...], str]:
-    """The shape and axes of a stack by the positions of its planes.
+def stack_shape(positions: Sequence[Mapping[str, int]], size: tuple[int, int]) -> tuple[tuple[int, ...], str]:
+    """The shape and axes of a stack by the positions of its planes, each of `size` (H, W).
 
     An axis that is neither T nor Z, which readers do not know, is called Z or T. One axis Z has a stack whose planes
     fill no grid, or one with more axes.
     """
-    sizes = {result.masks.size for result in results}
-    if len(sizes) != 1:
-        raise ValueError(f"planes of {len(sizes)} sizes make no stack")
-    axes = "".join(results[0].position)
+    axes = "".join(positions[0])
+    shape = tuple(1 + max(position.get(axis, 0) for position in positions) for axis in axes)
     for letter in axes:
         if letter not in "TZ":
             axes = axes.replace(letter, next((free for free in "ZT" if free not in axes), letter))
-    shape = tuple(1 + max(result.position[axis] for result in results) for axis in results[0].position)
-    if int(np.prod(shape)) != len(results) or not set(axes) <= set("TZ"):
-        axes, shape = "Z", (len(results),)
-    return (*shape, *sizes.pop()), f"{axes}YX"
+    if int(np.prod(shape)) != len(positions) or not set(axes) <= set("TZ"):
+        axes, shape = "Z", (len(positions),)
+    return (*shape, *size), f"{axes}YX"
 
 
 def _ome(name: str, axes: str, pixel_size: float | None) -> dict[str, Any]:

@@ -135,3 +135,10 @@ class Result:
         if len(self.category_names) > 1:
             columns["class"] = np.array([self.category(label) for label in self.labels], object)
         return columns
+
+    def forget_pixels(self) -> None:
+        """Compute what writers of stacks need, and let the image and its labels go, which bounds the memory."""
+        _ = self.outlines, self.colours, self.measurements
+        vars(self).pop("label_image", None)
+        object.__setattr__(self, "image", np.zeros((0, 0), np.uint8))
+        object.__setattr__(self, "channels", None)
