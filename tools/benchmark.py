@@ -23,17 +23,33 @@ from torch import Tensor
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.layers import ops
+from kg_detectron.layers import ops, reference
 from kg_detectron.modeling import KeypointDecoder, keypoint_targets
 
 # Its time grows with the square of the number.
 LARGEST_REFERENCE_GROUPING = 4000
-OPERATORS = ("hough_vote", "smooth_votes", "find_peaks", "group_keypoints", "graphs_to_boxes", "render_targets")
+OPERATORS = (
+    "hough_vote",
+    "smooth_votes",
+    "find_peaks",
+    "gather_displacements",
+    "group_peaks",
+    "graphs_to_boxes",
+    "render_targets",
+    "convolve_resized",
+    "convolve_resized and its gradient",
+)
 
 
 def with_reference(call: Callable[[], object]) -> None:
-    """Call it with the reference in place of the compiled operators."""
-    with mock.patch.object(ops, "COMPILED_FOR", frozenset()), mock.patch.object(ops, "_warned", {"cpu", "cuda"}):
+    """Call it with the reference in place of the compiled kernels."""
+    kernels = {
+        **{name: getattr(reference, name) for name in ops.OPERATORS + ops.CPU_OPERATORS},
+        # Their operators take the edges as plain numbers.
+        "gather_displacements": lambda peaks, maps, edges: reference.gather_displacements(peaks, maps),
+        "render_targets": lambda *arguments: reference.render_targets(*arguments[:-1]),
+    }
+    with mock.patch.multiple(torch.ops.kg_detectron, create=True, **kernels):
         call()
 
 
@@ -70,6 +86,16 @@ class Table:
         return own
 
 
+def crops_to_resize(count: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Arguments of `convolve_resized`: crops of 64 channels, one below another, of double size afterwards."""
+    before = torch.randint(8, 25, (count, 2), generator=torch.Generator().manual_seed(0))
+    after = 2 * before
+    areas = after.prod(1)
+    places = torch.stack((areas.cumsum(0) - areas, after[:, 1]), dim=1)
+    products = torch.randn(int(before.prod(1).sum()), 9, 64, device=device, requires_grad=True)
+    return products, before, after, places, int(areas.sum())
+
+
 def queue_of_peaks(count: int, largest: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Peaks (count,4), scores (count,) and group offsets (1,40,h,w) of cells spread over a map.
 
@@ -100,18 +126,24 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
     votes = layers.hough_vote(heatmap, scale.single_offset, RADIUS)
     smooth = layers.smooth_votes(votes, 2.0)
     peaks, scores = layers.find_peaks(smooth, 0.004)
-    graphs, _ = layers.group_keypoints(peaks, scores, scale.group_offset)
+    displacements = layers.gather_displacements(peaks, [scale.group_offset])
+    graphs, _ = layers.group_peaks(peaks, scores, displacements)
     boxes, image = cells(count, size, 0).to(device), torch.zeros(count, dtype=torch.int64, device=device)
     target_maps = list(layers.render_targets(boxes, image, 1, size, size, 1, RADIUS, 2 * RADIUS + 1))
 
+    crops = crops_to_resize(count, device)
+    gradient = torch.ones_like(layers.convolve_resized(*crops))
     table.head(f"operators, {size}x{size}, stride 1, {count} cells")
     calls = (
         (partial(layers.hough_vote, heatmap, scale.single_offset, RADIUS), [heatmap, scale.single_offset]),
         (partial(layers.smooth_votes, votes, 2.0), [votes]),
         (partial(layers.find_peaks, smooth, 0.004), [smooth]),
-        (partial(layers.group_keypoints, peaks, scores, scale.group_offset), [peaks, scores, scale.group_offset]),
+        (partial(layers.gather_displacements, peaks, [scale.group_offset]), [displacements]),
+        (partial(layers.group_peaks, peaks, scores, displacements), [peaks, scores, displacements]),
         (partial(layers.graphs_to_boxes, graphs), [graphs]),
         (partial(layers.render_targets, boxes, image, 1, size, size, 1, RADIUS, 2 * RADIUS + 1), target_maps),
+        (partial(torch.no_grad()(layers.convolve_resized), *crops), [crops[0]]),
+        (lambda: layers.convolve_resized(*crops).backward(gradient), [crops[0], gradient]),
     )
     for name, (call, maps) in zip(OPERATORS, calls, strict=True):
         table.line(name, call, maps)

@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
 from kg_detectron.d2.config import add_kg_config, merge_config
-from kg_detectron.d2.data import CellMapper, register_files
+from kg_detectron.d2.datasets import register_files
 from kg_detectron.d2.evaluators import CellEvaluators, build_evaluators, mask_rles
+from kg_detectron.d2.mapper import CellMapper
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.metrics import RLE
 from kg_detectron.report import report_dataset
@@ -136,7 +137,7 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
     except Exception as error:
         raise CompareError(f"cannot use {run.config}: {error}") from error
     cfg.MODEL.DEVICE = device
-    cfg.MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS = ""  # the run's own weights follow, nothing need be downloaded
+    cfg.MODEL.CELLS.BACKBONE_WEIGHTS = ""  # the run's own weights follow, nothing need be downloaded
     cfg.TEST.PAPER_IOUS = list(IOUS)
     cfg.TEST.COCO_MAX_DETECTIONS = COCO_MAX_DETECTIONS
     model = build_model(cfg).eval()
@@ -167,13 +168,21 @@ def load_records(dataset: str, limit: int | None = None) -> list[dict]:
 
 
 def count_gmacs(model: nn.Module, image: Mapping[str, Any]) -> dict[str, float]:
-    """``GMACs`` of one inference, and ``dense_GMACs``, those outside the module ``roi_heads``."""
+    """``GMACs`` of one inference, and ``dense_GMACs``, those of the modules that work on whole maps."""
+    network = getattr(model, "network", None)
+    if network is None:  # of Detectron2's generalised R-CNN
+        dense = [model.backbone, model.proposal_generator]
+    else:
+        dense = network.dense_modules()
+    names = {
+        f"{type(model).__name__}.{name}" for name, module in model.named_modules() if any(module is m for m in dense)
+    }
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model([image])
-    per_cell = counter.get_flop_counts().get(f"{type(model).__name__}.roi_heads", {})
-    total = counter.get_total_flops()
-    return {"GMACs": total / 2e9, "dense_GMACs": (total - sum(per_cell.values())) / 2e9}
+    counts = counter.get_flop_counts()
+    of_dense = sum(sum(counts.get(name, {}).values()) for name in names)
+    return {"GMACs": counter.get_total_flops() / 2e9, "dense_GMACs": of_dense / 2e9}
 
 
 @torch.no_grad()

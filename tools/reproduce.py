@@ -27,7 +27,7 @@ from compare import HEADINGS, TABLES, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIAL_ITERATIONS = 40  # of which the last 20 are timed
-SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", "")
+SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.CELLS.BACKBONE_WEIGHTS", "")
 
 KEY = "MODEL.KEYPOINT_GRAPH."
 

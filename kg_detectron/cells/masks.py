@@ -164,6 +164,14 @@ class MaskCrops:
             crops.append(sampled >= 0.5 if crop.dtype == torch.bool else sampled)
         return MaskCrops(crops, windows, size, self.threshold)
 
+    def cropped(self, size: tuple[int, int]) -> "MaskCrops":
+        """The part of each mask within an image of size (H, W), which has the same first pixel."""
+        limit = torch.tensor([size[1], size[0]] * 2)
+        windows = torch.minimum(self.windows, limit)
+        sizes = (windows[:, 2:] - windows[:, :2]).tolist()
+        crops = [crop[:height, :width] for crop, (width, height) in zip(self.crops, sizes, strict=True)]
+        return MaskCrops(crops, windows, size, self.threshold)
+
     def rle(self) -> list[dict]:
         """COCO run-length encodings of all masks, compressed: ``{"size": [H, W], "counts": bytes}``."""
         height, width = self.size

@@ -1,16 +1,16 @@
 """Overlapping cells made separate: every pixel belongs to one cell at most, and every cell is one piece."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 
+from kg_detectron.cells.cells import Cells
 from kg_detectron.cells.masks import MaskCrops
 
 
-def separate_cells(
-    cells: dict[str, Tensor | MaskCrops], scratch: np.ndarray | None = None
-) -> dict[str, Tensor | MaskCrops]:
+def separate_cells(cells: Cells, scratch: np.ndarray | None = None) -> Cells:
     """Give each pixel to one cell, and leave each cell one piece.
 
     A pixel belongs to the cell with the highest score of those that claim it (of equals, the first). Of what a cell
@@ -21,15 +21,14 @@ def separate_cells(
     not, and its outline is a polygon that never crosses or touches itself.
 
     Args:
-        cells: what `predict` returns: ``scores`` (R,), ``masks`` (`MaskCrops`), and any other tensors of R rows.
+        cells: of one image.
         scratch: an (H,W) integer array to work in, whose content is lost: a `numpy.memmap` for an image larger than
             memory. By default one label image is made.
     Returns:
-        The same entries, by falling score: the rows of the cells that are left, and their masks as bool crops, on the
-        CPU, without empty margins.
+        The cells that are left, by falling score, their masks as bool crops, on the CPU, without empty margins.
     """
-    masks = cells["masks"]
-    order = torch.argsort(cells["scores"], descending=True, stable=True).cpu()
+    masks = cells.masks
+    order = torch.argsort(cells.scores, descending=True, stable=True).cpu()
     claims = masks[order].label_image(out=scratch)
     windows = masks.windows[order]
     kept, crops, places = [], [], []
@@ -41,9 +40,8 @@ def separate_cells(
             crops.append(torch.from_numpy(crop))
             places.append([x1 + left, y1 + top, x1 + right, y1 + bottom])
     rows = order[kept]
-    separate = {name: value[rows.to(value.device)] for name, value in cells.items() if name != "masks"}
-    separate["masks"] = MaskCrops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 4), masks.size)
-    return separate
+    left = MaskCrops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 4), masks.size)
+    return dataclasses.replace(cells[rows.to(cells.scores.device)], masks=left)
 
 
 def _largest_piece(mask: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray] | None:

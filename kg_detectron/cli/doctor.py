@@ -20,7 +20,7 @@ from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 
 OK = "ok"
 NOTE = "note"  # something is missing, and everything runs without it

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 
 # Each is a module with add_parser(commands) and run(arguments). The functions behind the commands are imported in
 # `run`: PyTorch takes seconds, --help and a wrong option should not.

@@ -1,8 +1,9 @@
 """The Detectron2 half of kg_detectron: importing it registers models and datasets."""
 
-from kg_detectron.d2 import modeling  # noqa: F401  (registers)
+from kg_detectron.d2 import meta_architecture  # noqa: F401  (registers)
 from kg_detectron.d2.config import add_kg_config
-from kg_detectron.d2.data import CellMapper, register_all_cells, register_cells, register_files
+from kg_detectron.d2.datasets import register_all_cells, register_cells, register_files
+from kg_detectron.d2.mapper import CellMapper
 
 register_all_cells()
 

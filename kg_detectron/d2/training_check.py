@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from kg_detectron.d2.data import register_cells
+from kg_detectron.d2.datasets import register_cells
 from kg_detectron.io import fault
 from kg_detectron.io.coco import read_coco, read_json, rle_annotation, write_coco
 from kg_detectron.io.dataset_check import check_coco

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def write(path: Path, result: "Result") -> None:
     """Write one annotation a cell: ``bbox`` is the network's box, ``segmentation`` the mask, ``score`` its score."""
     height, width = result.masks.size
-    columns = result.cells["boxes"].tolist(), result.scores, result.labels, result.masks.rle()
+    columns = result.cells.boxes.tolist(), result.scores, result.labels, result.masks.rle()
     annotations = []
     for id, ((x1, y1, x2, y2), score, label, rle) in enumerate(zip(*columns, strict=True), start=1):
         counts = rle["counts"]

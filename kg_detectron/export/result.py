@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 
-from kg_detectron.cells.masks import MaskCrops, label_dtype
+from kg_detectron.cells import Cells, MaskCrops, label_dtype
 from kg_detectron.export.measurements import measure
 from kg_detectron.export.outlines import outlines
 
@@ -21,7 +20,7 @@ class Result:
     """The cells of one image. H, W: its height and width in pixels; R cells, C channels.
 
     Attributes:
-        cells: ``boxes`` (R, 4), ``scores`` (R,), ``labels`` (R,) from 1, ``masks``: a `Cells`, or a dict of these.
+        cells: of the image, in most cases separated: no pixel in two cells, each cell one piece.
         image: (H, W), (H, W, 3) BGR or (H, W, C), at its own depth. It is what the overlay shows.
         source: name of the image file.
         pixel_size: micrometres; None where it is unknown.
@@ -33,7 +32,7 @@ class Result:
         scratch: a folder for temporary files of very large images.
     """
 
-    cells: Any
+    cells: Cells
     image: np.ndarray
     source: str
     pixel_size: float | None = None
@@ -65,22 +64,22 @@ class Result:
     @cached_property
     def masks(self) -> MaskCrops:
         """The masks on the CPU."""
-        return self.cells["masks"].to("cpu")
+        return self.cells.masks.to("cpu")
 
     @cached_property
     def boxes(self) -> np.ndarray:
         """(R, 4) float64 xyxy."""
-        return self.cells["boxes"].cpu().double().numpy()
+        return self.cells.boxes.cpu().double().numpy()
 
     @cached_property
     def scores(self) -> list[float]:
         """R numbers."""
-        return self.cells["scores"].tolist()
+        return self.cells.scores.tolist()
 
     @cached_property
     def labels(self) -> list[int]:
         """R categories, from 1."""
-        return self.cells["labels"].tolist()
+        return self.cells.labels.tolist()
 
     def category(self, label: int) -> str:
         """The name of a category."""

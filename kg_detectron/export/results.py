@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from kg_detectron.cells import Cells
 from kg_detectron.export.kinds import EXPORTERS, KINDS, result_files
 from kg_detectron.export.result import Result
 
@@ -13,7 +13,7 @@ __all__ = ["KINDS", "Result", "result_files", "save_results", "write_results"]
 
 
 def save_results(
-    cells: Any,
+    cells: Cells,
     image: np.ndarray,
     folder: str | Path,
     stem: str,

@@ -4,20 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kg_detectron.inference.export import export_run
-    from kg_detectron.inference.model_file import load_model, save_model
+    from kg_detectron.inference.model_file import export_run, load_model, save_model
     from kg_detectron.inference.model_names import kept_models
     from kg_detectron.inference.predictor import predict
-    from kg_detectron.inference.tiling import predict_tiled
 
-__all__ = ["export_run", "kept_models", "load_model", "predict", "predict_tiled", "save_model"]
+__all__ = ["export_run", "kept_models", "load_model", "predict", "save_model"]
 
 _MODULES = {
-    "export_run": "export",
+    "export_run": "model_file",
     "kept_models": "model_names",
     "load_model": "model_file",
     "predict": "predictor",
-    "predict_tiled": "tiling",
     "save_model": "model_file",
 }
 

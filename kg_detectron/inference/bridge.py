@@ -1,13 +1,12 @@
 """What this branch calls of others' work, by the agreed names; on the code of before where that is not merged yet.
 
-To be deleted when it is: `many_files` then imports `open_image`, `find_images`, `predict` and `load_model` directly.
+To be deleted when it is: `many_files` then imports `open_image` and `find_images` directly.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
@@ -63,82 +62,4 @@ except ImportError:
         return Found(items)
 
 
-try:
-    from kg_detectron.cells import Cells  # type: ignore[attr-defined]  # noqa: F401
-    from kg_detectron.cells.separation import separate_cells
-    from kg_detectron.inference.predictor import predict
-
-    def threshold_of(model: Any) -> float:
-        return float(model.threshold)
-
-    def pixel_size_of(model: Any) -> float | None:
-        return model.preprocessing.pixel_size
-
-except ImportError:
-    import torch
-
-    from kg_detectron.cells import separation
-    from kg_detectron.cells.masks import MaskCrops
-    from kg_detectron.inference import predictor, tiling
-    from kg_detectron.io.normalisation import Normalisation, NormalisedImage
-
-    @dataclass(frozen=True)
-    class Cells:  # type: ignore[no-redef]
-        boxes: torch.Tensor
-        scores: torch.Tensor
-        labels: torch.Tensor
-        masks: MaskCrops
-        scale: tuple[float, float] = (1.0, 1.0)
-        scale_source: str = ""
-        notes: tuple[str, ...] = field(default_factory=tuple)
-
-        def __len__(self) -> int:
-            return len(self.boxes)
-
-        def __getitem__(self, item: Any) -> Any:
-            if isinstance(item, str):
-                return getattr(self, item)
-            rows = {name: getattr(self, name)[item] for name in ("boxes", "scores", "labels", "masks")}
-            return Cells(**rows, scale=self.scale, scale_source=self.scale_source, notes=self.notes)
-
-        def above(self, score: float) -> "Cells":
-            return self[self.scores >= score]
-
-    def separate_cells(cells, scratch=None):  # type: ignore[no-redef,misc]
-        entries = {name: cells[name] for name in ("boxes", "scores", "labels", "masks")}
-        entries = separation.separate_cells(entries, scratch)
-        return Cells(**entries, scale=cells.scale, scale_source=cells.scale_source, notes=cells.notes)
-
-    def predict(  # type: ignore[no-redef,misc]
-        model,
-        image,
-        *,
-        scale=None,
-        diameter=None,
-        pixel_size=None,
-        normalisation=None,
-        tile=1024,
-        overlap=256,
-        progress: Callable[[int, int], None] | None = None,
-    ):
-        before = model.normalisation
-        model.normalisation = normalisation or before
-        try:
-            (height, width), trained = image.shape[:2], model.input_size
-            if scale == 1 or height > 2 * trained[0] or width > 2 * trained[1]:
-                normalised = NormalisedImage(image, Normalisation(model.normalisation, model.percentiles))
-                cells = tiling.predict_tiled(model, normalised, tile=tile, overlap=overlap, progress=progress)
-                return Cells(**cells, scale_source="given" if scale == 1 else "own pixels")
-            cells = predictor.predict(model, image)
-            return Cells(**cells, scale=(trained[0] / height, trained[1] / width), scale_source="training size")
-        finally:
-            model.normalisation = before
-
-    def threshold_of(model: Any) -> float:
-        return 0.0
-
-    def pixel_size_of(model: Any) -> float | None:
-        return None
-
-
-__all__ = ["Cells", "find_images", "open_image", "pixel_size_of", "predict", "separate_cells", "threshold_of"]
+__all__ = ["find_images", "open_image"]

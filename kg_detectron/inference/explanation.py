@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kg_detectron.graph import KEYPOINTS
-from kg_detectron.inference.predictor import predict
 from kg_detectron.modeling import KeypointGraphNet
 from kg_detectron.modeling.keypoint_graph.decoding import Candidates
+from kg_detectron.modeling.precision import autocast
+from kg_detectron.modeling.preprocessing import as_tensor
 
 # What became of a group of keypoints.
 BOX = "became a box"
@@ -96,42 +97,44 @@ class Explanation:
 
 @torch.no_grad()
 def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
-    """Predict, and keep what lies between.
+    """The stages of a prediction, and what lies between them.
 
     Args:
-        model, image: as for `predict`.
+        model: a keypoint graph in evaluation mode.
+        image: as for `predict`.
 
     Raises:
-        ValueError: as `predict` does.
+        ValueError: as `predict` does, or a model of another method, which has no groups of keypoints.
     """
-    seen = []
-    hooks = [
-        model.decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments)),
-        model.ranking.register_forward_hook(lambda _, arguments, ranked: seen.append(ranked)),
-    ]
-    try:
-        predict(model, image)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    (maps, sizes), (order, _) = seen
+    if not isinstance(model, KeypointGraphNet):
+        raise ValueError(f"model: only keypoint graphs can be explained, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model: expected evaluation mode, call model.eval() first")
+    seen, _ = model.network_image(image)
+    sizes = [seen.shape[:2]]
+    batch = model.preprocessing.batch([as_tensor(seen[:, :], model.place)], model.divisor)
+    with autocast(model.precision, batch.device):
+        maps, crop_maps = model.maps(batch)
+        ((boxes, scores),) = zip(*model.boxes(maps, sizes), strict=True)
+        (masks,) = model.segmentation.predict_masks(crop_maps, [boxes], sizes)
+    order, _ = model.ranking(model.segmentation.cell_boxes(boxes, masks), scores, masks)
     decoder, strides = model.decoder, [scale.stride for scale in maps]
-    factor = np.array([image.shape[1] / sizes[0][1], image.shape[0] / sizes[0][0]])
+    factor = 1 / np.array(seen.scale[::-1])
 
     peaks = decoder.find(maps)
     scales = []
     for index, (scale, votes) in enumerate(zip(maps, decoder.vote(maps), strict=True)):
-        own = peaks.peaks[:, 0] == index  # of one image, the group is the scale
-        keypoint, y, x = peaks.peaks[own, 1:].cpu().numpy().T
+        of_scale = peaks.peaks[:, 0] == index  # of one image, the group is the scale
+        keypoint, y, x = peaks.peaks[of_scale, 1:].cpu().numpy().T
         places = (np.stack((x, y), axis=1) + 0.5) * scale.stride * factor
-        score = peaks.scores[own].cpu().numpy()
-        found = np.column_stack((keypoint, places, score))
+        score = peaks.scores[of_scale].cpu().numpy()
         heatmap = scale.heatmap[0].float().sigmoid().cpu().numpy()
-        scales.append(ExplainedScale(scale.stride, heatmap, votes[0].cpu().numpy(), found))
+        points = np.column_stack((keypoint, places, score))
+        scales.append(ExplainedScale(scale.stride, heatmap, votes[0].cpu().numpy(), points))
 
     candidates = decoder.retrieve(peaks, sizes, strides)
     kept = decoder.suppress(candidates, 0)
-    fates = _fates(candidates, kept, order, decoder.nms_threshold)
+    fates = _fates(candidates, kept, order, decoder.settings.nms_threshold)
     box_of = {graph: r for r, graph in enumerate(candidates.graph.tolist())}
     displacement_of = {
         tuple(p): d for p, d in zip(peaks.peaks.tolist(), peaks.displacements.cpu().numpy(), strict=True)

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.coco import checked_relative_path
 

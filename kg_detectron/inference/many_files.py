@@ -12,21 +12,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kg_detectron.cells import Cells
+from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS, result_files
 from kg_detectron.export.label_images import LabelStack, stack_shape
 from kg_detectron.export.results import Result, write_results
-from kg_detectron.inference.bridge import (
-    Cells,
-    find_images,
-    open_image,
-    pixel_size_of,
-    predict,
-    separate_cells,
-    threshold_of,
-)
+from kg_detectron.inference.bridge import find_images, open_image
 from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, PlaneRecord
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
+from kg_detectron.inference.predictor import predict
 from kg_detectron.inference.run_settings import SettingError, Settings, check_device, check_output
 from kg_detectron.inference.run_tables import remove_tables, write_tables
 from kg_detectron.io.checksum import file_sha256
@@ -210,7 +205,7 @@ class _Run:
             self.network = load_model(model, device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{device} cannot be used: {error}") from error
-        threshold = threshold_of(self.network) if settings.min_score is None else settings.min_score
+        threshold = self.network.threshold if settings.min_score is None else settings.min_score
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
         self.threshold = threshold
         self.manifest = Manifest(command, os.path.abspath(model), file_sha256(model), device, plain, threshold)
@@ -310,7 +305,7 @@ class _Run:
                 saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
                 record.outputs += [path.relative_to(self.output).as_posix() for path in saved.values()]
             stack.add(result)
-            height, width = cells.masks.size
+            height, width = cells.size
             plane = PlaneRecord(
                 name,
                 result.page,
@@ -357,7 +352,7 @@ class _Run:
         cells = cells.above(self.threshold)
         if settings.keep_overlaps:
             return cells
-        height, width = cells.masks.size
+        height, width = cells.size
         if height * width <= _LARGE:
             return separate_cells(cells)
         with tempfile.TemporaryFile(dir=self.output) as file:
@@ -365,7 +360,7 @@ class _Run:
 
     def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
         """The pixel size, where the model knows its own and the two do not contradict each other."""
-        trained = pixel_size_of(self.network)
+        trained = self.network.preprocessing.pixel_size
         if record.pixel_size is None or trained is None:
             return None
         low, high = _SCALES

@@ -1,36 +1,36 @@
 """Model files: weights with the description of their network, loadable without Detectron2 and without running code."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from kg_detectron.inference.model_names import DEFAULT_MODEL, SAFETENSORS, model_path
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import MAX_PIXELS
-from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.safe_load import read_checkpoint
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import InstanceNet, Scores, method_class
+from kg_detectron.modeling.settings import from_plain
 
-# The entry of a checkpoint, Detectron2's included, that holds the arguments of `KeypointGraphNet`.
+# The entry of a checkpoint, Detectron2's included, that describes the network: `InstanceNet.description`.
 DESCRIPTION_KEY = "kg_detectron"
 
-# Where the parts are found in Detectron2's model, and in ours.
-_PREFIXES = {
-    "backbone.": "backbone.",
-    "proposal_generator.branch.": "keypoint_branch.",
-    "roi_heads.mask_head.": "mask_head.",
-}
+# In Detectron2's model the network is a module of this name.
+HOST_PREFIX = "network."
+
+# The weights of a run of a training, the better ones first.
+WEIGHTS = ("model_best.pth", "model_final.pth")
 
 
-# The ending of files in the format of safetensors; the description stands in their metadata, as JSON.
-SAFETENSORS = ".safetensors"
-
-
-def save_model(model: KeypointGraphNet, path: str | Path, *, half: bool = False) -> None:
+def save_model(model: InstanceNet, path: str | Path, *, half: bool = False) -> None:
     """Write weights and description; the file appears whole or not at all.
 
     Args:
+        model: any registered method.
         path: a name that ends in ``.safetensors`` makes it one of those, any other a file of `torch.save` that loads
             with ``weights_only``.
         half: write floating-point weights in 16 bits. They come back as 32 bits, rounded.
@@ -45,7 +45,7 @@ def save_model(model: KeypointGraphNet, path: str | Path, *, half: bool = False)
         lost = [name for name, value in state.items() if not value.isfinite().all()]
         if lost:
             raise ValueError(f"half: {lost[0]} has values that 16 bits cannot hold")
-    description = {"model": model.arguments}
+    description = model.description()
     with replacing(path) as unfinished:
         if Path(path).suffix == SAFETENSORS:
             # Not by save_file, whose files nobody but their owner may read.
@@ -55,42 +55,91 @@ def save_model(model: KeypointGraphNet, path: str | Path, *, half: bool = False)
 
 
 def load_model(
-    path: str | Path,
+    path: str | Path = DEFAULT_MODEL,
     device: str | torch.device = "cpu",
     *,
     precision: str = "float32",
     channels_last: bool = False,
     compiled: bool = False,
-) -> KeypointGraphNet:
-    """Load a model for prediction, from `save_model` or from a checkpoint that `tools/train_net.py` wrote.
+) -> InstanceNet:
+    """Load a model for prediction.
 
     Args:
-        path: the file; it is read as data only (``.safetensors``, or else ``weights_only``).
+        path: a model file, a checkpoint of a training, or the name of a kept model. Files are read as data only
+            (``.safetensors``, or else ``weights_only``).
         device: where the model goes.
-        precision, channels_last, compiled: how it runs, see `KeypointGraphNet.accelerate`.
+        precision, channels_last, compiled: how it runs, see `InstanceNet.accelerate`.
 
     Returns:
         The network, in evaluation mode.
 
     Raises:
-        FileNotFoundError: where there is no file.
-        ValueError: for a file that is no checkpoint, that describes no keypoint-graph network, or whose weights do not
-            fit its description; for another precision.
+        FileNotFoundError: there is no such file.
+        ValueError: a file that is no checkpoint, that describes no network of a registered method, or whose weights do
+            not fit its description; another precision.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no model file {path}")
-    checkpoint = _read_safetensors(path) if Path(path).suffix == SAFETENSORS else read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not {"model", DESCRIPTION_KEY} <= checkpoint.keys():
-        raise ValueError(f"{path} does not describe a keypoint-graph network (no entry {DESCRIPTION_KEY!r})")
+    path = model_path(path)
+    description, weights = read_model(path)
     try:
-        model = _described(checkpoint[DESCRIPTION_KEY]["model"], _own_names(checkpoint["model"]))
+        model = _described(description, weights)
     # Whatever a network makes of nonsense in its description, the user needs the file.
     except Exception as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
     return model.eval().to(device).accelerate(precision, channels_last, compiled)
 
 
-def _read_safetensors(path: str | Path) -> dict:
+def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and the weights of a model file or checkpoint, by the core's names.
+
+    Raises:
+        ValueError: the file cannot be read as a checkpoint, or describes no network.
+    """
+    checkpoint = _read_safetensors(path) if Path(path).suffix == SAFETENSORS else read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or not {"model", DESCRIPTION_KEY} <= checkpoint.keys():
+        raise ValueError(f"{path} does not describe a network of kg_detectron (no entry {DESCRIPTION_KEY!r})")
+    description, weights = checkpoint[DESCRIPTION_KEY], core_names(checkpoint["model"])
+    if isinstance(description, Mapping) and isinstance(description.get("model"), Mapping):
+        return _from_format_1(description["model"], weights)
+    return dict(description), weights
+
+
+def core_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the core's names, of those that Detectron2's model has."""
+    if not all(name.startswith(HOST_PREFIX) for name in weights):
+        return dict(weights)
+    return {name.removeprefix(HOST_PREFIX): value for name, value in weights.items()}
+
+
+def export_run(run: str | Path, output: str | Path, *, half: bool = False) -> Path:
+    """Write the model of a training run for prediction, without the optimiser and whatever else training needs.
+
+    Args:
+        run: folder of a run; its ``model_best.pth`` is taken, or else its ``model_final.pth``. Or a checkpoint file.
+        output: the file, replaced where it exists; see `save_model`. Its folder is made where absent.
+        half: write the weights in 16 bits.
+
+    Returns:
+        The checkpoint that was taken.
+
+    Raises:
+        FileNotFoundError: no such run, or none of these files in it.
+        ValueError: a checkpoint that does not describe a network, `output` of another ending than ``.safetensors``,
+            ``.pt`` and ``.pth``, or a weight that 16 bits cannot hold.
+    """
+    run, output = Path(run), Path(output)
+    if output.suffix not in (SAFETENSORS, ".pt", ".pth"):
+        raise ValueError(f"output: expected a name that ends in .safetensors, .pt or .pth, got {output}")
+    candidates = [run] if run.is_file() else [run / name for name in WEIGHTS]
+    checkpoint = next((path for path in candidates if path.is_file()), None)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{run}: there is neither {' nor '.join(WEIGHTS)} in it")
+    model = load_model(checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, output, half=half)
+    return checkpoint
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Any]:
     """The content of a ``.safetensors`` file as `read_checkpoint` gives that of the others."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -101,27 +150,63 @@ def _read_safetensors(path: str | Path) -> dict:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
-def _described(arguments: dict, weights: dict[str, torch.Tensor]) -> KeypointGraphNet:
+def _described(description: Mapping[str, Any], weights: dict[str, Tensor]) -> InstanceNet:
     """The network of a description that came with its weights."""
-    if "weights" in arguments:
+    method = method_class(description["method"])
+    settings = from_plain(method.Settings, description["settings"])
+    height, width = settings.preprocessing.size
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"size is {height} x {width} pixels, more than the limit of {MAX_PIXELS}")
+    backbone = getattr(settings, "backbone", None)
+    if getattr(backbone, "backbone_weights", ""):
         raise ValueError("it names weights to download")
     with torch.device("meta"):  # as a check: a description can claim any size, and here it takes no memory
-        KeypointGraphNet(**arguments).load_state_dict(weights, assign=True)
-    model = KeypointGraphNet(**arguments)
+        method.build(settings).load_state_dict(weights, assign=True)
+    model = method.build(settings)
     model.load_state_dict(weights)
-    Normalisation(model.normalisation, model.percentiles)  # as a check
-    height, width = model.input_size
-    if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise ValueError(f"input_size is {height} x {width} pixels, more than the limit of {MAX_PIXELS}, or none")
+    model.scores = from_plain(Scores, description.get("scores", {}))
     return model
 
 
-def _own_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if not any(name.startswith("roi_heads.") for name in state):
-        return state
-    return {
-        own + name.removeprefix(theirs): value
-        for name, value in state.items()
-        for theirs, own in _PREFIXES.items()
-        if name.startswith(theirs)
+# Where files of version 0.1 have the arguments of their network: part, and name in it.
+_FORMAT_1 = {
+    "preprocessing": {"normalisation": "normalisation", "percentiles": "percentiles", "input_size": "size"}
+    | {"pixel_mean": "pixel_mean", "pixel_std": "pixel_std"},
+    "backbone": {"norm": "norm", "c0_channels": "c0_channels"},
+    "trunk": {"branch": "trunk", "widths": "widths", "head_kernel": "trunk_kernel"},
+    "heads": {"branch": "heads", "head_kernel": "head_kernel", "scales": "scales"},
+    "targets": {name: name for name in ("radius", "min_side")}
+    | {name: name for name in ("heatmap_weight", "single_offset_weight", "group_offset_weight")},
+    "decoding": {name: name for name in ("smooth_sigma", "peak_threshold", "hops", "corner_and_centre")}
+    | {"nms_threshold": "nms_threshold"},
+    "segmentation": {"mask_weight": "mask_weight", "mask_margin": "mask_margin", "mask_threshold": "mask_threshold"}
+    | {"pixels_in_flight": "chunk_pixels"},
+    "ranking": {"blur_weight": "blur_weight", "overlap_sigma": "overlap_sigma"},
+}
+_FORMAT_1_NAMES = {
+    "proposal_generator.branch.": "keypoint_branch.",
+    "roi_heads.mask_head.": "segmentation.",
+    "mask_head.": "segmentation.",
+}
+
+
+def _from_format_1(
+    arguments: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and weights of a file of version 0.1, as they are written today."""
+    settings: dict[str, dict[str, Any]] = {
+        part: {new: arguments[old] for old, new in names.items() if old in arguments}
+        for part, names in _FORMAT_1.items()
     }
+    settings["backbone"]["backbone"] = f"resnet{arguments.get('depth', 50)}"
+    settings["segmentation"]["cut_from"] = "s1" if arguments.get("segmentation") == "s1" else "features"
+    # It was not kept; a margin was never used without.
+    settings["segmentation"]["box_jitter"] = 0.2 if arguments.get("mask_margin") else 0.0
+    renamed = {}
+    for name, value in weights.items():
+        for old, new in _FORMAT_1_NAMES.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        name = name.replace("keypoint_branch.steps.", "keypoint_branch.trunk.steps.")
+        renamed[name.replace("segmentation.starts.", "segmentation.project.")] = value
+    return {"method": "keypoint_graph", "settings": settings}, renamed

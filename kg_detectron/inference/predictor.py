@@ -1,41 +1,86 @@
-"""Prediction for one image."""
+"""Prediction for one image of any size."""
+
+import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.io.normalisation import Normalisation
-from kg_detectron.io.resize import resize_image
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.cells import Cells
+from kg_detectron.inference.tiling import check_tile, detect_tiled
+from kg_detectron.modeling import InstanceNet
+from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
 
 
 @torch.no_grad()
-def predict(model: KeypointGraphNet, image: np.ndarray) -> dict[str, Tensor | MaskCrops]:
+def predict(
+    model: InstanceNet,
+    image: np.ndarray,
+    *,
+    scale: float | None = None,
+    diameter: float | None = None,
+    pixel_size: float | None = None,
+    normalisation: str | None = None,
+    tile: int = 1024,
+    overlap: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cells:
     """Find the cells of an image.
+
+    The image gets the levels and the scale that the model was trained with. One that is then larger than a tile is
+    predicted tile by tile, with the result of the whole image.
 
     Args:
         model: in evaluation mode.
-        image: (H,W,3), BGR, of any type and levels that the model's normalisation takes, as `io.read_image` gives it:
-            for the fixed one uint8, uint16, or float 0..1. It is resized to the model's training size.
+        image: (H, W, 3), BGR, of any type and levels that the model's normalisation takes, as `read_image` gives it: an
+            array, or anything with a shape that is sliced like one, such as `numpy.memmap`.
+        scale: pixels of the network's input for one of the image; 1 keeps the pixels.
+        diameter: median diameter of the cells, pixels of the image; it sets the scale.
+        pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three
+            may be given; without any the model estimates the scale from the image.
+        normalisation: "fixed" or "percentile" instead of the model's own.
+        tile: largest side of a tile, pixels of the network's input, a multiple of 32. Around it the network sees as
+            much again as its results depend on; so larger tiles take less time a pixel, and more memory.
+        overlap: largest side of a cell, pixels of the network's input, that is segmented together with the others of
+            its tile. Larger cells are segmented alone, up to a side of ``tile + overlap``; those beyond are left out,
+            and ``notes`` of the result says so.
+        progress: called after each step with the number of steps done and of all.
 
     Returns:
-        ``boxes`` (R,4) xyxy continuous, pixels of the image; ``scores`` (R,), falling; ``labels`` (R,), all 1;
-        ``masks`` (`MaskCrops`) of the image's size.
+        The cells, by falling score. ``scale``, ``scale_source`` and ``notes`` tell how they were found.
 
     Raises:
-        ValueError: for an image of another shape, type or range, or a model in training mode.
+        ValueError: an image of another shape, type or range, arguments that do not fit, or a model in training mode.
+
+    Example:
+        >>> model = load_model("nuclei")
+        >>> cells = predict(model, read_image("image.tif"))
+        >>> labels = cells.above(model.threshold).masks.label_image()
     """
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image: expected shape (H,W,3), got {image.shape}")
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
-    size = image.shape[:2]
-    normalised = Normalisation(model.normalisation, model.percentiles)(image)
-    resized = resize_image(normalised, model.input_size)
-    pixels = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1))).to(model.pixel_mean.device)
-    result = model([pixels])[0]
-    scale = [size[1] / model.input_size[1], size[0] / model.input_size[0]] * 2
-    result["boxes"] = result["boxes"] * result["boxes"].new_tensor(scale)
-    result["masks"] = result["masks"].resized(size)
-    return result
+    check_tile(tile, overlap)
+    preprocessing = model.preprocessing
+    if normalisation is not None:
+        preprocessing = dataclasses.replace(preprocessing, normalisation=normalisation)
+    seen, source = model.network_image(
+        image, scale=scale, diameter=diameter, pixel_size=pixel_size, preprocessing=preprocessing
+    )
+    cells = _detect(model, seen, tile, overlap, progress or _no_progress)
+    cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale)
+    return dataclasses.replace(cells, scale_source=source)
+
+
+def _detect(
+    model: InstanceNet, seen: NetworkImage, tile: int, overlap: int, progress: Callable[[int, int], None]
+) -> Cells:
+    if max(seen.shape[:2]) <= tile or not model.tiled:
+        (cells,) = model.detect([as_tensor(seen[:, :], model.place)])
+        progress(1, 1)
+        return cells
+    cells = detect_tiled(model, seen, tile=tile, overlap=overlap, progress=progress)
+    return dataclasses.replace(cells, scores=model.scores(cells.scores))
+
+
+def _no_progress(done: int, steps: int) -> None:
+    pass

@@ -8,22 +8,23 @@ the cells of all tiles are ranked together.
 """
 
 import math
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.modeling import KeypointGraphNet, Peaks
-from kg_detectron.modeling.backbone import SIZE_DIVISIBILITY, STRIDES
-from kg_detectron.modeling.keypoint_graph.heads import SCALES
+from kg_detectron.modeling.backbone import STRIDES
+from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
+from kg_detectron.modeling.trunk import SCALES
 
 # Parts of the image begin at multiples of it. The largest stride would do for the maps; twice that lets the edges of
 # crops, which are rounded to a pixel of c4 and half to even, come out as in the whole image.
-GRID = 2 * SIZE_DIVISIBILITY
+GRID = 2 * STRIDES[-1]
 
 # Of the boxes that are segmented at once. Eight times as many took twice the memory in all with the paper's network.
 CROP_PIXELS = 2**18
@@ -80,75 +81,57 @@ def _binary(masks: MaskCrops) -> MaskCrops:
     return MaskCrops([crop >= masks.threshold for crop in masks.crops], masks.windows, masks.size, masks.threshold)
 
 
-@torch.no_grad()
-def predict_tiled(
-    model: KeypointGraphNet,
-    image: np.ndarray,
-    *,
-    tile: int = 1024,
-    overlap: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor | MaskCrops]:
-    """Find the cells of an image of any size, at its own pixels, in memory that the tile bounds.
-
-    The result is that of the whole image: the same boxes, scores and masks in the same order, on seams and in corners
-    of tiles too. "The same" is up to the rounding of floats, which differs with the size of a convolution's input:
-    scores agree to about 1e-6, and what is closer to a tie or to a threshold than that may come out either way. Not
-    local at all are group normalisation (norm "GN"), whose statistics become those of a tile, and votes that travel
-    further than twice the disc radius, which training never asks for; with them the result is an approximation.
-
-    Args:
-        model: in evaluation mode.
-        image: (H,W,3) BGR, numbers in 0..255, as `io.read_image` gives it: an array, or anything with a shape that is
-            sliced like one, such as `numpy.memmap`. It is only read in slices of a tile and its surroundings.
-        tile: largest side of a tile, pixels, a multiple of 32. Around it the network sees as much again as its
-            results depend on, for the paper's network 384 pixels on every side; so larger tiles take less time a pixel,
-            and more memory.
-        overlap: largest side of a cell, pixels, that is segmented together with the others of its tile. Where such
-            cells lie across its edges the tile grows by up to as much. Larger cells are segmented alone, up to a
-            side of ``tile + overlap``; those beyond would take more memory than that, and are left out with a warning.
-        progress: called after each step with the number of steps done and of all.
-
-    Returns:
-        As `predict`, the masks as bool crops.
-
-    Raises:
-        ValueError: for an image of another shape, a tile or overlap that does not fit, or a model in training mode.
-    """
-    if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image: expected shape (H,W,3), got {tuple(image.shape)}")
+def check_tile(tile: int, overlap: int) -> None:
+    """Raise a ValueError for a tile or overlap that does not fit."""
     if tile <= 0 or tile % GRID:
         raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {tile}")
     if overlap < 0:
         raise ValueError(f"overlap: expected 0 or more pixels, got {overlap}")
-    if model.training:
-        raise ValueError("model: expected evaluation mode, call model.eval() first")
 
+
+@torch.no_grad()
+def detect_tiled(
+    model: KeypointGraphNet,
+    image: NetworkImage,
+    *,
+    tile: int,
+    overlap: int,
+    progress: Callable[[int, int], None],
+) -> Cells:
+    """The cells of an image of any size, in memory that the tile bounds, with the result of the whole image.
+
+    The same boxes, scores and masks in the same order, on seams and in corners of tiles too, up to the rounding of
+    floats, which differs with the size of a convolution's input: scores agree to about 1e-6, and what is closer to a
+    tie or to a threshold than that may come out either way. Not local at all are group normalisation (norm "GN"), whose
+    statistics become those of a tile, and votes that travel further than twice the disc radius, which training never
+    asks for; with them the result is an approximation.
+
+    Args:
+        model: in evaluation mode.
+        image: as the network sees it; it is only read in slices of a tile and its surroundings.
+        tile, overlap: see `kg_detectron.inference.predictor.predict`.
+        progress: called after each step with the number of steps done and of all.
+
+    Returns:
+        The cells in the frame of ``image``, the masks as bool crops.
+    """
     network = _LocalNetwork(model, image)
     tiles = network.whole.tiles(tile)
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, 2 * len(tiles))
-
-    if len(tiles) == 1:
-        (found,) = model([network.pixels(network.whole)])
-        found["masks"] = _binary(found["masks"])
-        report(2)
-        return found
-    found = []
+    steps = 2 * len(tiles)
+    parts = []
     for core in tiles:
-        found.append(network.peaks(core))
-        report(len(found))
-    strides = [heads.stride for heads in model.keypoint_branch.heads.values()]
-    ((boxes, scores),) = model.decoder.assemble(_joined(found), [image.shape[:2]], strides)
+        parts.append(network.peaks(core))
+        progress(len(parts), steps)
+    strides = [model.keypoint_branch.head(scale).stride for scale in model.keypoint_branch.scales]
+    ((boxes, scores),) = model.decoder.assemble(_joined(parts), [image.shape[:2]], strides)
 
+    notes = []
     longest = (boxes[:, 2:] - boxes[:, :2]).amax(1).cpu()
     fits = longest <= tile + overlap
     if not fits.all():
-        left_out = len(fits) - int(fits.sum())
-        warnings.warn(
-            f"{left_out} boxes longer than tile + overlap = {tile + overlap} pixels are left out", stacklevel=2
+        count = len(fits) - int(fits.sum())
+        notes.append(
+            f"{count} boxes longer than tile + overlap = {tile + overlap} pixels of the network's input are left out"
         )
         boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
 
@@ -157,24 +140,19 @@ def predict_tiled(
     blur = torch.zeros_like(scores)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
     for done, core in enumerate(tiles, len(tiles) + 1):
-        own = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1).nonzero()[:, 0]
-        large = longest[own] > overlap
-        for together in (own[~large], *own[large].split(1)):
+        inside = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1)
+        cells = inside.nonzero()[:, 0]
+        large = longest[cells] > overlap
+        for together in (cells[~large], *cells[large].split(1)):
             if len(together):
-                masks, own_blur = network.masks(boxes[together])
-                boxes[together] = model.mask_head.cell_boxes(boxes[together], masks)
-                blur[together] = own_blur.to(blur)
+                masks, blur_of_masks = network.masks(boxes[together])
+                blur[together] = blur_of_masks.to(blur)
                 places[together] = masks.windows
-                for box, crop in zip(together.tolist(), masks.crops, strict=True):
-                    crops[box] = crop
-        report(done)
-    order, scores = model.ranking.rank(boxes, scores, blur)
-    return {
-        "boxes": boxes[order],
-        "scores": scores,
-        "labels": torch.ones_like(scores, dtype=torch.long),
-        "masks": MaskCrops(crops, places, image.shape[:2], model.mask_threshold)[order],
-    }
+                for cell, crop in zip(together.tolist(), masks.crops, strict=True):
+                    crops[cell] = crop
+        progress(done, steps)
+    masks = MaskCrops(crops, places, image.shape[:2], model.segmentation.settings.mask_threshold)
+    return replace(model.finish(boxes, scores, masks, blur), notes=tuple(notes))
 
 
 class _LocalNetwork:
@@ -182,46 +160,48 @@ class _LocalNetwork:
 
     Args:
         model: in evaluation mode.
-        image: (H,W,3), anything that is sliced like an array.
+        image: (H, W, 3) of 0..255, anything that is sliced like an array.
     """
 
-    def __init__(self, model: KeypointGraphNet, image: np.ndarray) -> None:
+    def __init__(self, model: KeypointGraphNet, image: NetworkImage) -> None:
         self.model = model
         self.image = image
         # Images are padded on the right and below, in parts as a whole.
-        self.whole = Window(0, 0, *(-(-side // SIZE_DIVISIBILITY) * SIZE_DIVISIBILITY for side in image.shape[1::-1]))
-        self.step_reaches, head_reaches = model.keypoint_branch.reaches
+        self.whole = Window(0, 0, *(-(-side // model.divisor) * model.divisor for side in image.shape[1::-1]))
+        branch = model.keypoint_branch
+        self.step_radii = branch.trunk.receptive_radius
         # Input pixels around a tile on which each scale's heads need to be computed.
         self.head_margins = {
-            scale: (reach + model.decoder.reach) * STRIDES[scale - 1] for scale, reach in head_reaches.items()
+            scale: (branch.head(scale).receptive_radius + model.decoder.receptive_radius) * STRIDES[scale - 1]
+            for scale in branch.scales
         }
 
     def pixels(self, window: Window) -> Tensor:
         """(3,h,w) of the image, without padding."""
-        pixels = np.asarray(self.image[window.y1 : window.y2, window.x1 : window.x2], dtype=np.float32)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(self.model.pixel_mean.device)
+        return as_tensor(self.image[window.y1 : window.y2, window.x1 : window.x2], self.model.place)
 
     def peaks(self, core: Window) -> Peaks:
         """The peaks in a window, all scales, where they are in the image."""
         decoded, places = self._decoded(core, self.head_margins)
         maps, origins = [], []
-        for name, heads in self.model.keypoint_branch.heads.items():
-            scale = int(name[1])
-            own = core.grown(self.head_margins[scale], self.whole)
-            maps.append(heads(own.cut(decoded[scale], places[scale], heads.stride)))
-            origins.append([own.y1 // heads.stride, own.x1 // heads.stride])
+        for scale in self.model.keypoint_branch.scales:
+            heads = self.model.keypoint_branch.head(scale)
+            window = core.grown(self.head_margins[scale], self.whole)
+            maps.append(heads(window.cut(decoded[scale], places[scale], heads.stride)))
+            origins.append([window.y1 // heads.stride, window.x1 // heads.stride])
         peaks, scores, displacements = self.model.decoder.find(maps)
         stride = peaks.new_tensor([m.stride for m in maps])[peaks[:, 0], None]
         peaks[:, 2:] += peaks.new_tensor(origins)[peaks[:, 0]]
-        at = peaks[:, 2:] * stride
-        inside = ((at >= at.new_tensor([core.y1, core.x1])) & (at < at.new_tensor([core.y2, core.x2]))).all(1)
+        place = peaks[:, 2:] * stride
+        first, last = place.new_tensor([core.y1, core.x1]), place.new_tensor([core.y2, core.x2])
+        inside = ((place >= first) & (place < last)).all(1)
         return Peaks(peaks[inside], scores[inside], displacements[inside])
 
     def masks(self, boxes: Tensor) -> tuple[MaskCrops, Tensor]:
         """The masks of boxes (R,4), input pixels, that lie close together, and the `CellRanking.blur` (R,) of each."""
-        margin = math.ceil(self.model.mask_head.margin)
+        margin = math.ceil(self.model.segmentation.settings.mask_margin)
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
-        if self.model.segmentation == "branch":
+        if self.model.segmentation.settings.cut_from == "features":
             # The edges of crops are rounded, to pixels of c4 at most.
             place = around.grown(margin + STRIDES[-1], self.whole)
             maps = self._features([place] * 5)
@@ -231,13 +211,13 @@ class _LocalNetwork:
         origin = torch.tensor([place.x1, place.y1] * 2)
         # Without the padding of the image.
         size = (min(place.y2, self.image.shape[0]) - place.y1, min(place.x2, self.image.shape[1]) - place.x1)
-        threshold = self.model.mask_threshold
+        threshold = self.model.segmentation.settings.mask_threshold
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
         pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1).cumsum(0)
         _, counts = (pixels / CROP_PIXELS).long().unique_consecutive(return_counts=True)
         crops, windows, blurs = [], [], []
         for part in (boxes - origin.to(boxes)).split(counts.tolist()):
-            (masks,) = self.model.mask_head.predict_masks(maps, [part], [size], threshold)
+            (masks,) = self.model.segmentation.predict_masks(maps, [part], [size])
             crops += _binary(masks).crops
             windows.append(masks.windows + origin)
             blurs.append(self.model.ranking.blur(masks))
@@ -245,19 +225,21 @@ class _LocalNetwork:
 
     def _features(self, places: list[Window | None]) -> list[Tensor | None]:
         """c0..c4, each on a window of its own, if any; that of c4 holds the others."""
-        reaches = self.model.backbone.reach
-        outer = places[-1].grown(max(reaches), self.whole)
-        pixels = self.model.normalised_batch([self.pixels(outer)])
+        radii = self.model.backbone.receptive_radius
+        outer = places[-1].grown(max(radii), self.whole)
+        pixels = self.model.preprocessing.batch([self.pixels(outer)], self.model.divisor)
         # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
         # computed there.
         deep = [
             None if place is None else place.cut(feature, outer, stride).clone()
-            for feature, place, stride in zip(self.model.backbone.resnet(pixels), places[1:], STRIDES[1:], strict=True)
+            for feature, place, stride in zip(
+                self.model.backbone.deep_features(pixels), places[1:], STRIDES[1:], strict=True
+            )
         ]
         if places[0] is None:
             return [None, *deep]
-        inner = places[0].grown(reaches[0], self.whole)
-        c0 = self.model.backbone.c0_conv(inner.cut(pixels, outer, 1))
+        inner = places[0].grown(radii[0], self.whole)
+        c0 = self.model.backbone.image_features(inner.cut(pixels, outer, 1))
         return [places[0].cut(c0, inner, 1), *deep]
 
     def _decoded(self, core: Window, margins: dict[int, int]) -> tuple[dict[int, Tensor], dict[int, Window]]:
@@ -270,13 +252,13 @@ class _LocalNetwork:
             margins: input pixels, for each scale that is of interest.
         """
         places, margin = {}, 0
-        for scale, reach in self.step_reaches.items():
-            margin = max(margin, margins.get(scale, 0)) + reach * STRIDES[scale - 1]
+        for scale, radius in self.step_radii.items():
+            margin = max(margin, margins.get(scale, 0)) + radius * STRIDES[scale - 1]
             places[scale] = core.grown(margin, self.whole)
         features = self._features([*map(places.get, SCALES), places[max(places)]])
         decoded, deep, place = {}, features.pop(), places[max(places)]
         for scale in reversed(places):
             deep = places[scale].cut(deep, place, STRIDES[scale])
             place = places[scale]
-            deep = decoded[scale] = self.model.keypoint_branch.up(scale, deep, features.pop())
+            deep = decoded[scale] = self.model.keypoint_branch.trunk.up(scale, deep, features.pop())
         return decoded, places

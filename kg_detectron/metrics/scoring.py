@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.cell_sets import ImageCells, read_cells, read_predictions
 from kg_detectron.metrics import DSB_IOUS, AreaMetrics, CocoMetrics, MatchingMetrics, PaperMetrics

@@ -1,16 +1,21 @@
-"""ResNet conv1..conv4 and the two convolutions on the image itself (paper, figure 1)."""
+"""Backbones: feature maps c0..c4 of an image, at strides 1, 2, 4, 8, 16 (paper, figure 1).
 
-from collections.abc import Callable
+A backbone is a module with the attributes of `Backbone`, registered by name in `BACKBONES`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
-STRIDES = (1, 2, 4, 8, 16)  # of c0..c4
-SIZE_DIVISIBILITY = STRIDES[-1]
+from kg_detectron.modeling.settings import require
 
-_RESNETS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50}
+STRIDES = (1, 2, 4, 8, 16)  # of c0..c4
+FEATURES = ("c0", "c1", "c2", "c3", "c4")
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -25,8 +30,95 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+class Backbone(Protocol):
+    """What every backbone has.
+
+    Attributes:
+        channels: of c0..c4.
+        divisor: the sides of its input are multiples of it.
+        receptive_radius: of c0..c4, input pixels to every side on which a value depends. Group normalisation, whose
+            statistics are those of the whole image, is not counted.
+    """
+
+    channels: tuple[int, ...]
+    divisor: int
+    receptive_radius: tuple[int, ...]
+
+    def __call__(self, image: Tensor) -> list[Tensor]:
+        """(N, 3, h, w) -> [c0, c1, c2, c3, c4]."""
+
+    def image_features(self, image: Tensor) -> Tensor:
+        """c0 alone, the largest of the maps: tiles need it on a smaller window than the others."""
+
+    def deep_features(self, image: Tensor) -> list[Tensor]:
+        """[c1, c2, c3, c4]."""
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Settings of the backbone (the paper's by default).
+
+    Attributes:
+        backbone: name in `BACKBONES`.
+        norm: norm layer, of `NORMS`; the light trunk has the same.
+        backbone_weights: initial weights, by the name that the backbone's package gives them, such as "IMAGENET1K_V1";
+            "" for random ones. Model files leave it out.
+        c0_channels: channels of c0, the two convolutions on the image itself.
+        backbone_lr_factor: the backbone learns at this factor of the learning rate.
+
+    Raises:
+        ValueError: a value that does not exist.
+    """
+
+    NODE: ClassVar[str] = "MODEL.CELLS"
+
+    backbone: str = "resnet50"
+    norm: str = "BN"
+    backbone_weights: str = field(default="", metadata={"initial": True})
+    c0_channels: int = 64
+    backbone_lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.backbone in BACKBONES, "backbone", f"one of {', '.join(sorted(BACKBONES))}", self.backbone)
+        require(self.norm in NORMS, "norm", f"one of {', '.join(sorted(NORMS))}", self.norm)
+        require(self.c0_channels >= 1, "c0_channels", "1 or more", self.c0_channels)
+        require(self.backbone_lr_factor >= 0, "backbone_lr_factor", "0 or more", self.backbone_lr_factor)
+
+
+BACKBONES: dict[str, Callable[[BackboneSettings], nn.Module]] = {}
+
+
+def register_backbone(name: str) -> Callable[[Callable[[BackboneSettings], nn.Module]], Callable]:
+    """Decorator: make a builder of a backbone, called with `BackboneSettings`, known under a name."""
+
+    def register(build: Callable[[BackboneSettings], nn.Module]) -> Callable:
+        BACKBONES[name] = build
+        return build
+
+    return register
+
+
+def build_backbone(settings: BackboneSettings) -> nn.Module:
+    """The backbone of a name, with its initial weights if it has any."""
+    return BACKBONES[settings.backbone](settings)
+
+
+def image_convolutions(channels: int) -> nn.Sequential:
+    """The two convolutions on the image itself that give c0: conv3x3, ReLU, conv3x3, ReLU."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
+    for layer in layers[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    return layers
+
+
 class ResNetC4(nn.Module):
-    """Feature maps c0..c4 of an image.
+    """torchvision's ResNet up to conv4, and two convolutions on the image itself.
 
     Args:
         depth: 18, 34 or 50.
@@ -35,79 +127,77 @@ class ResNetC4(nn.Module):
         weights: member of torchvision's weight enum of that depth, such as ``"IMAGENET1K_V1"``, or None for random.
 
     Raises:
-        ValueError: for a depth, norm or weights name that does not exist.
+        ValueError: a depth, norm or weights name that does not exist.
     """
+
+    divisor = STRIDES[-1]
 
     def __init__(self, depth: int = 50, norm: str = "BN", c0_channels: int = 64, weights: str | None = None) -> None:
         super().__init__()
-        if depth not in _RESNETS:
-            raise ValueError(f"depth: expected one of {sorted(_RESNETS)}, got {depth}")
-        if norm not in NORMS:
-            raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {norm!r}")
-        body = _RESNETS[depth](norm_layer=NORMS[norm])
+        builders = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50}
+        require(depth in builders, "depth", f"one of {sorted(builders)}", depth)
+        require(norm in NORMS, "norm", f"one of {sorted(NORMS)}", norm)
+        body = builders[depth](norm_layer=NORMS[norm])
         self.conv1, self.bn1, self.relu, self.maxpool = body.conv1, body.bn1, body.relu, body.maxpool
         self.layer1, self.layer2, self.layer3 = body.layer1, body.layer2, body.layer3
-        self.c0_conv = nn.Sequential(
-            nn.Conv2d(3, c0_channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(c0_channels, c0_channels, 3, padding=1),
-            nn.ReLU(inplace=True),
-        )
-        for layer in self.c0_conv[::2]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-        expansion = 4 if depth == 50 else 1
+        self.c0_conv = image_convolutions(c0_channels)
+        expansion = self.layer1[0].expansion
         self.channels = (c0_channels, 64, 64 * expansion, 128 * expansion, 256 * expansion)
         if weights:
             enum = torchvision.models.get_model_weights(f"resnet{depth}")
-            if weights not in enum.__members__:
-                raise ValueError(f"weights: expected one of {sorted(enum.__members__)}, got {weights!r}")
+            require(weights in enum.__members__, "weights", f"one of {sorted(enum.__members__)}", weights)
             self.load_resnet_weights(enum[weights].get_state_dict(progress=True, check_hash=True))
 
     def load_resnet_weights(self, state_dict: dict[str, Tensor]) -> None:
         """Load a torchvision ResNet's weights by name; its conv5 and classifier have no place here.
 
         Raises:
-            RuntimeError: where a weight of conv1..conv4 is missing or has another shape.
+            RuntimeError: a weight of conv1..conv4 is missing or has another shape.
         """
-        own = {name: value for name, value in state_dict.items() if not name.startswith(("layer4.", "fc."))}
+        body = {name: value for name, value in state_dict.items() if not name.startswith(("layer4.", "fc."))}
         c0 = {name: value for name, value in self.state_dict().items() if name.startswith("c0_conv.")}
-        self.load_state_dict(own | c0)
+        self.load_state_dict(body | c0)
 
     @property
-    def reach(self) -> tuple[int, ...]:
-        """How far away, in input pixels to every side, a pixel still has a part in a value of each of c0..c4.
-
-        Group normalisation, whose statistics are those of the whole image, is not counted.
-        """
-        reaches = [sum(layer.kernel_size[0] // 2 for layer in self.c0_conv[::2])]
-        reach, stride = 0, 1
+    def receptive_radius(self) -> tuple[int, ...]:
+        radii = [sum(layer.kernel_size[0] // 2 for layer in self.c0_conv[::2])]
+        radius, stride = 0, 1
         for stage in ([self.conv1], [self.maxpool, self.layer1], [self.layer2], [self.layer3]):
             for name, layer in nn.ModuleList(stage).named_modules():
                 if isinstance(layer, nn.Conv2d | nn.MaxPool2d) and "downsample" not in name:  # the shortcut: 1x1
                     kernel, step = (v if isinstance(v, int) else v[0] for v in (layer.kernel_size, layer.stride))
-                    reach += kernel // 2 * stride
+                    radius += kernel // 2 * stride
                     stride *= step
-            reaches.append(reach)
-        return tuple(reaches)
+            radii.append(radius)
+        return tuple(radii)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(N,3,H,W), H and W multiples of 16 -> [c0, c1, c2, c3, c4] at strides 1, 2, 4, 8, 16."""
-        return [self.c0_conv(image), *self.resnet(image)]
+        """(N, 3, h, w), sides multiples of 16 -> [c0, c1, c2, c3, c4] at strides 1, 2, 4, 8, 16."""
+        return [self.image_features(image), *self.deep_features(image)]
 
-    def resnet(self, image: Tensor) -> list[Tensor]:
-        """As `forward`, without c0, the largest of the maps."""
+    def image_features(self, image: Tensor) -> Tensor:
+        return self.c0_conv(image)
+
+    def deep_features(self, image: Tensor) -> list[Tensor]:
         c1 = self.relu(self.bn1(self.conv1(image)))
         c2 = self.layer1(self.maxpool(c1))
         c3 = self.layer2(c2)
         return [c1, c2, c3, self.layer3(c3)]
 
 
-def pad_to_batch(images: list[Tensor]) -> Tensor:
-    """Stack images (C,h,w) of any size into (N,C,H,W), zeros at the right and below, H and W multiples of 16."""
-    side = [max(image.shape[d] for image in images) for d in (1, 2)]
-    height, width = (-(-s // SIZE_DIVISIBILITY) * SIZE_DIVISIBILITY for s in side)
-    batch = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-    for image, place in zip(images, batch, strict=True):
-        place[:, : image.shape[1], : image.shape[2]] = image
-    return batch
+def _resnet(depth: int) -> Callable[[BackboneSettings], nn.Module]:
+    return lambda s: ResNetC4(depth, s.norm, s.c0_channels, s.backbone_weights or None)
+
+
+for _depth in (18, 34, 50):
+    register_backbone(f"resnet{_depth}")(_resnet(_depth))
+
+
+def receptive_radius(module: nn.Module) -> int:
+    """Receptive-field radius, in pixels, of the convolutions of a module, which follow each other at one stride."""
+    return sum(layer.kernel_size[0] // 2 for layer in module.modules() if isinstance(layer, nn.Conv2d))
+
+
+def feature_names(channels: Sequence[int]) -> dict[str, int]:
+    """Channels by name, c0..c4."""
+    return dict(zip(FEATURES, channels, strict=True))

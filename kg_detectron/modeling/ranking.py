@@ -1,39 +1,53 @@
 """Scores of the cells by what is known only after segmentation: AP is about their order.
 
-Our own (DESIGN.md section 8). The paper's score is the mean of the keypoints' votes. It knows nothing of the mask, and
+Our own. The paper's score is the mean of the keypoints' votes. It knows nothing of the mask, and
 a second box on a cell that has one may outrank the box of another cell.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import MaskCrops
+from kg_detectron.modeling.settings import require
 
 # Pairs of boxes that are compared at once: bounds the memory where an image holds very many cells.
 PAIRS_AT_ONCE = 2**22
 
 
-class CellRanking(nn.Module):
-    """New scores, and the order of the cells by them. With both arguments 0, the paper's: scores and order stay.
+@dataclass(frozen=True)
+class RankingSettings:
+    """Settings of the scores after segmentation (with zeros the paper's, the mean of the keypoints' votes).
 
-    Args:
-        blur_weight: the score is multiplied by exp(-blur_weight * blur), see `outline_blur`; per pixel.
+    Attributes:
+        blur_weight: the score is multiplied by exp(-blur_weight * blur), see `outline_blur`; per pixel, 0 or more.
         overlap_sigma: after that, the score of a cell is multiplied by exp(-u^2 / overlap_sigma), u being the greatest
             intersection over union of its box with that of a cell that had a higher score; 0 is off. It makes a higher
             threshold of NMS harmless, which leaves close cells their boxes.
 
     Raises:
-        ValueError: for a negative number.
+        ValueError: a negative number.
     """
 
-    def __init__(self, blur_weight: float = 0.0, overlap_sigma: float = 0.0) -> None:
+    NODE: ClassVar[str] = "MODEL.CELLS"
+
+    blur_weight: float = 0.0
+    overlap_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.blur_weight >= 0, "blur_weight", "0 or more", self.blur_weight)
+        require(self.overlap_sigma >= 0, "overlap_sigma", "0 or more", self.overlap_sigma)
+
+
+class CellRanking(nn.Module):
+    """New scores, and the order of the cells by them, see `RankingSettings`."""
+
+    def __init__(self, settings: RankingSettings | None = None) -> None:
         super().__init__()
-        for name, value in (("blur_weight", blur_weight), ("overlap_sigma", overlap_sigma)):
-            if not value >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {value}")
-        self.blur_weight = blur_weight
-        self.overlap_sigma = overlap_sigma
+        self.settings = settings or RankingSettings()
 
     def forward(self, boxes: Tensor, scores: Tensor, masks: MaskCrops) -> tuple[Tensor, Tensor]:
         """Rank the cells of one image.
@@ -50,15 +64,17 @@ class CellRanking(nn.Module):
 
     def blur(self, masks: MaskCrops) -> Tensor:
         """The (R,) `outline_blur` of masks; zeros where it does not count."""
-        return outline_blur(masks) if self.blur_weight else torch.zeros(len(masks))
+        return outline_blur(masks) if self.settings.blur_weight else torch.zeros(len(masks))
 
     def rank(self, boxes: Tensor, scores: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, with the (R,) `blur` of the masks in their place."""
-        scores, order = (scores * torch.exp(-self.blur_weight * blur)).sort(descending=True, stable=True)
-        if not self.overlap_sigma:
+        scores, order = (scores * torch.exp(-self.settings.blur_weight * blur)).sort(descending=True, stable=True)
+        if not self.settings.overlap_sigma:
             return order, scores
         overlap = _overlap_with_earlier(boxes[order])
-        scores, again = (scores * torch.exp(-overlap.square() / self.overlap_sigma)).sort(descending=True, stable=True)
+        scores, again = (scores * torch.exp(-overlap.square() / self.settings.overlap_sigma)).sort(
+            descending=True, stable=True
+        )
         return order[again], scores
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 from kg_detectron.export.overlay import stretched
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import read_image

@@ -1,6 +1,7 @@
 """All files of one result: each read back, each the same when written twice."""
 
 import csv
+import dataclasses
 import json
 import uuid
 from pathlib import Path
@@ -18,14 +19,14 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 from skimage.measure import regionprops
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.outlines import outline
 from kg_detectron.export.results import KINDS, result_files, save_results
 from kg_detectron.io.labels import read_label_image, write_label_image
 
 
-def random_cells(seed: int, count: int, height: int, width: int) -> dict:
+def random_cells(seed: int, count: int, height: int, width: int) -> Cells:
     """Separate cells of one pixel up to the whole image, with holes, at the borders, and touching."""
     generator = np.random.default_rng(seed)
     crops, windows = [], []
@@ -36,12 +37,12 @@ def random_cells(seed: int, count: int, height: int, width: int) -> dict:
         crops.append(torch.from_numpy(generator.random((y2 - y1, x2 - x1)) < generator.choice([0.4, 0.8, 1])))
     windows = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
     return separate_cells(
-        {
-            "boxes": windows + torch.from_numpy(generator.random((count, 4))).float(),
-            "scores": torch.from_numpy(generator.random(count)).float(),
-            "labels": torch.ones(count, dtype=torch.int64),
-            "masks": MaskCrops(crops, windows, (height, width)),
-        }
+        Cells(
+            windows + torch.from_numpy(generator.random((count, 4))).float(),
+            torch.from_numpy(generator.random(count)).float(),
+            torch.ones(count, dtype=torch.int64),
+            MaskCrops(crops, windows, (height, width)),
+        )
     )
 
 
@@ -179,13 +180,13 @@ def test_rings_of_an_outline_are_simple_polygons(seed, density):
 def test_cells_that_are_not_separate_are_refused(tmp_path):
     cells = random_cells(0, 1, 8, 8)
     assert len(cells["masks"]) == 1
-    twice = {name: value[[0, 0]] for name, value in cells.items()}
+    twice = cells[[0, 0]]
     with pytest.raises(ValueError, match="separate_cells"):
         save_results(twice, np.zeros((8, 8)), tmp_path, "x", ["labels"])
     for crop in (np.eye(3, dtype=bool), np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)):
         masks = MaskCrops([torch.from_numpy(crop)], torch.tensor([[0, 0, 3, 3]]), (8, 8))
         with pytest.raises(ValueError, match=f"cell 1.*component, got {crop.sum()}"):
-            save_results(cells | {"masks": masks}, np.zeros((8, 8)), tmp_path, "x", ["geojson"])
+            save_results(dataclasses.replace(cells, masks=masks), np.zeros((8, 8)), tmp_path, "x", ["geojson"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import tifffile
 import torch
 from skimage.measure import regionprops_table
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS
 from kg_detectron.export.label_images import LabelStack, write_labels
 from kg_detectron.export.results import Result, save_results, write_results
@@ -21,17 +21,17 @@ from kg_detectron.export.results import Result, save_results, write_results
 IMAGEJ = sorted(Path("/usr/share/java").glob("ij-*.jar")) or sorted(Path("/usr/share/java").glob("ij.jar"))
 
 
-def two_cells(shift: int = 0, size: tuple[int, int] = (64, 80)) -> dict:
+def two_cells(shift: int = 0, size: tuple[int, int] = (64, 80)) -> Cells:
     """A rectangle, and one with a hole; both move with the page."""
     ring = torch.ones(10, 12, dtype=torch.bool)
     ring[4:6, 4:6] = False
     windows = torch.tensor([[5 + shift, 6, 17 + shift, 16], [30, 20 + shift, 42, 30 + shift]])
-    return {
-        "boxes": windows.float(),
-        "scores": torch.tensor([0.9, 0.8]),
-        "labels": torch.ones(2, dtype=torch.int64),
-        "masks": MaskCrops([torch.ones(10, 12, dtype=torch.bool), ring], windows, size),
-    }
+    return Cells(
+        windows.float(),
+        torch.tensor([0.9, 0.8]),
+        torch.ones(2, dtype=torch.int64),
+        MaskCrops([torch.ones(10, 12, dtype=torch.bool), ring], windows, size),
+    )
 
 
 def stack(axes: str, shape: tuple[int, ...], pixel_size: float | None = 0.325) -> list[Result]:

@@ -14,6 +14,7 @@ import pytest
 import roifile
 import tifffile
 import torch
+from builders import tiny_network
 from PIL import Image
 
 from kg_detectron import load_model, predict
@@ -21,22 +22,16 @@ from kg_detectron.cells.separation import separate_cells
 from kg_detectron.cli.main import main
 from kg_detectron.export.kinds import KINDS
 from kg_detectron.inference import save_model
-from kg_detectron.inference.many_files import predict as many_files_predict
 from kg_detectron.inference.many_files import predict_files, rerun
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.images import read_image
-from kg_detectron.modeling import KeypointGraphNet
 
 ROOT = Path(__file__).parents[2]
-RNG = np.random.default_rng(0)
-# Random weights find "cells" everywhere, and other ones where a single level of the image changes.
-TINY = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "segmentation": "s1"}
-TINY |= {"radius": 2.0, "smooth_sigma": 1.0, "peak_threshold": 0.0, "input_size": (32, 48)}
 
 
 def saved(path: Path, seed: int = 0, **changes) -> Path:
-    torch.manual_seed(seed)
-    save_model(KeypointGraphNet(**TINY | changes), path)
+    """Random weights find "cells" everywhere, and other ones where a single level of the image changes."""
+    save_model(tiny_network(seed, size=(32, 48), radius=2.0, smooth_sigma=1.0, **changes), path)
     return path
 
 
@@ -88,8 +83,8 @@ def test_all_results_of_one_image_are_those_of_python(images: Path, model: Path,
     assert main(["predict", str(images / "good0.png"), "-m", str(model), "-o", str(out), "--save", "all"]) == 0
     (record,) = manifest(out)["files"]
     cells = separate_cells(predict(load_model(model), read_image(images / "good0.png")))
-    assert record["cells"] == len(cells["scores"]) > 10
-    np.testing.assert_array_equal(labels(out / "good0_labels.tif"), cells["masks"].label_image())
+    assert record["cells"] == len(cells.scores) > 10
+    np.testing.assert_array_equal(labels(out / "good0_labels.tif"), cells.masks.label_image())
     assert len(record["outputs"]) == len(KINDS)
     assert {*record["outputs"], "cells.csv"} == contents(out).keys()
 
@@ -144,7 +139,7 @@ def test_bad_files_do_not_stop_the_rest(images: Path, model: Path, tmp_path: Pat
 
 def test_any_failure_is_of_its_file_alone(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails_once(*arguments, **keywords):
-        monkeypatch.setattr("kg_detectron.inference.many_files.predict", many_files_predict)
+        monkeypatch.setattr("kg_detectron.inference.many_files.predict", predict)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("kg_detectron.inference.many_files.predict", fails_once)
@@ -256,7 +251,7 @@ def test_an_interrupted_run_keeps_its_manifest(
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return many_files_predict(*arguments, **keywords)
+        return predict(*arguments, **keywords)
 
     monkeypatch.setattr("kg_detectron.inference.many_files.predict", interrupted)
     assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out")]) == 130
@@ -330,7 +325,7 @@ def test_pages_do_not_overwrite_another_file(model: Path, tmp_path: Path):
     summary = predict_files([tmp_path], model, tmp_path / "out")
     assert [record.name for record in summary.failed] == ["a"] and "a_page0002" in summary.failed[0].error
     expected = separate_cells(predict(load_model(model), read_image(tmp_path / "a_page0002.png")))
-    np.testing.assert_array_equal(labels(tmp_path / "out" / "a_page0002_labels.tif"), expected["masks"].label_image())
+    np.testing.assert_array_equal(labels(tmp_path / "out" / "a_page0002_labels.tif"), expected.masks.label_image())
 
 
 def files(folder: Path) -> set[str]:
@@ -484,14 +479,14 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
     assert main([*run, "--save", "coco"]) == 0
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]
     expected = predict(load_model(model), read_image(images / "good0.png"))
-    assert [a["segmentation"]["counts"].encode() for a in found] == [rle["counts"] for rle in expected["masks"].rle()]
-    assert [a["score"] for a in found] == expected["scores"].tolist()
-    assert len(found) > len(separate_cells(expected)["scores"])
+    assert [a["segmentation"]["counts"].encode() for a in found] == [rle["counts"] for rle in expected.masks.rle()]
+    assert [a["score"] for a in found] == expected.scores.tolist()
+    assert len(found) > len(separate_cells(expected).scores)
 
 
 def test_doubtful_cells_can_be_left_out(images: Path, model: Path, tmp_path: Path):
     image = images / "good0.png"
-    scores = predict(load_model(model), read_image(image))["scores"]
+    scores = predict(load_model(model), read_image(image)).scores
     limit = float(scores[len(scores) // 2])
     predict_files([image], model, tmp_path / "out", Settings(save=("coco",), keep_overlaps=True, min_score=limit))
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from kg_detectron.layers import (
     smooth_votes,
 )
 from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
+from kg_detectron.modeling.settings import require
 
 
 class Peaks(NamedTuple):
@@ -47,42 +49,56 @@ class Candidates(NamedTuple):
         return (self.boxes[:, 2:] > self.boxes[:, :2]).all(1)
 
 
+@dataclass(frozen=True)
+class DecodingSettings:
+    """Settings of the way from maps to boxes (the paper's by default).
+
+    Attributes:
+        smooth_sigma: standard deviation of the Gaussian on the votes, pixels of each scale; 0 leaves them as they are.
+        peak_threshold: smoothed votes above which a local maximum is a peak.
+        hops: grouping: 1 looks for partners from the first keypoint only, 2 from the joined ones too.
+        corner_and_centre: retrieval: let one corner and the centre give a box too.
+        nms_threshold: intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    NODE: ClassVar[str] = "MODEL.KEYPOINT_GRAPH"
+
+    smooth_sigma: float = 2.0
+    peak_threshold: float = 0.004
+    hops: int = 1
+    corner_and_centre: bool = False
+    nms_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.smooth_sigma >= 0, "smooth_sigma", "0 or more pixels", self.smooth_sigma)
+        require(self.peak_threshold >= 0, "peak_threshold", "0 or more", self.peak_threshold)
+        require(self.hops in (1, 2), "hops", "1 or 2", self.hops)
+        require(0 <= self.nms_threshold <= 1, "nms_threshold", "a fraction of 0..1", self.nms_threshold)
+
+
 class KeypointDecoder(nn.Module):
     """Boxes of the cells, from the keypoint maps of all scales: `find` their keypoints, `assemble` them.
 
     Args:
         radius: disc radius r, pixels of each scale; grouping matches within r + 1 and rejects within 2 r.
-        smooth_sigma: standard deviation of the Gaussian on the votes, pixels of each scale.
-        peak_threshold: smoothed votes above which a local maximum is a peak.
-        hops: 1 or 2, see `group_keypoints`.
-        corner_and_centre: see `graphs_to_boxes`.
-        nms_threshold: intersection over union above which the lower-scoring of two boxes is dropped.
+        settings: see `DecodingSettings`.
     """
 
-    def __init__(
-        self,
-        radius: float = 5.0,
-        smooth_sigma: float = 2.0,
-        peak_threshold: float = 0.004,
-        hops: int = 1,
-        corner_and_centre: bool = False,
-        nms_threshold: float = 0.5,
-    ) -> None:
+    def __init__(self, radius: float = 5.0, settings: DecodingSettings | None = None) -> None:
         super().__init__()
         self.radius = radius
-        self.smooth_sigma = smooth_sigma
-        self.peak_threshold = peak_threshold
-        self.hops = hops
-        self.corner_and_centre = corner_and_centre
-        self.nms_threshold = nms_threshold
+        self.settings = settings or DecodingSettings()
 
     @property
-    def reach(self) -> int:
-        """How far away, in pixels of a scale to every side, a value of its maps still has a part in a peak.
+    def receptive_radius(self) -> int:
+        """Pixels of a scale, to every side, on which a peak depends.
 
         Votes that travel further than 2 r are not counted; training asks for at most r.
         """
-        vote, gaussian, neighbour = math.ceil(2 * self.radius) + 1, int(4 * self.smooth_sigma + 0.5), 1
+        vote, gaussian, neighbour = math.ceil(2 * self.radius) + 1, int(4 * self.settings.smooth_sigma + 0.5), 1
         return vote + gaussian + neighbour
 
     def forward(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
@@ -100,7 +116,7 @@ class KeypointDecoder(nn.Module):
     @torch.no_grad()
     def find(self, maps: list[KeypointMaps]) -> Peaks:
         """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
-        peaks, scores = find_peaks(self.vote(maps), self.peak_threshold)
+        peaks, scores = find_peaks(self.vote(maps), self.settings.peak_threshold)
         return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
 
     @torch.no_grad()
@@ -109,7 +125,7 @@ class KeypointDecoder(nn.Module):
         return [
             smooth_votes(
                 hough_vote(scale.heatmap.float().sigmoid(), scale.single_offset.float(), self.radius),
-                self.smooth_sigma,
+                self.settings.smooth_sigma,
             )
             for scale in maps
         ]
@@ -132,13 +148,13 @@ class KeypointDecoder(nn.Module):
         """
         candidates = self.retrieve(peaks, sizes, strides)
         kept = [self.suppress(candidates, i) for i in range(len(sizes))]
-        return [(candidates.boxes[own], candidates.scores[own]) for own in kept]
+        return [(candidates.boxes[boxes], candidates.scores[boxes]) for boxes in kept]
 
     @torch.no_grad()
     def retrieve(self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
         """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
-        graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.hops)
-        corners, scores, graph = graphs_to_boxes(graphs, self.corner_and_centre)
+        graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.settings.hops)
+        corners, scores, graph = graphs_to_boxes(graphs, self.settings.corner_and_centre)
         of_box = group[graph]
         # What depends on the group travels to the device as one table.
         table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
@@ -151,5 +167,5 @@ class KeypointDecoder(nn.Module):
     def suppress(self, candidates: Candidates, image: int) -> Tensor:
         """NMS among the boxes of one image: the indices (K,) of those that stay, by falling score."""
         # Image by image: the boxes of one must not shift in the last digit for its place in the batch.
-        own = (candidates.has_area & (candidates.image == image)).nonzero()[:, 0]
-        return own[nms(candidates.boxes[own], candidates.scores[own], self.nms_threshold)]
+        boxes = (candidates.has_area & (candidates.image == image)).nonzero()[:, 0]
+        return boxes[nms(candidates.boxes[boxes], candidates.scores[boxes], self.settings.nms_threshold)]

@@ -1,18 +1,49 @@
-"""Keypoint branch: the decoder from c4 up to s1, and three heads at every scale (paper, figure 1a)."""
+"""Keypoint branch: the trunk, and three heads at every scale (paper, figure 1a)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from kg_detectron.graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
-
-SCALES = (1, 2, 3, 4)
+from kg_detectron.modeling.backbone import NORMS, receptive_radius
+from kg_detectron.modeling.settings import require
+from kg_detectron.modeling.trunk import SCALES, LargeKernelBlock, Trunk, convolution
 
 # Discs cover few pixels: starting from a low probability, here as a logit, spares the first epochs.
 HEATMAP_PRIOR = -3.0
+
+HEADS = ("paper", "lite")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """Settings of the keypoint heads (the paper's by default).
+
+    Attributes:
+        heads: "paper": three heads of two convolutions each; "lite": ours, one block of a depthwise convolution that
+            the three share, and one 1x1 convolution.
+        head_kernel: kernel side of the heads, pixels of a scale, odd.
+        scales: scales with heads, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    NODE: ClassVar[str] = "MODEL.KEYPOINT_GRAPH"
+
+    heads: str = "paper"
+    head_kernel: int = 7
+    scales: tuple[int, ...] = (1, 2, 3, 4)
+
+    def __post_init__(self) -> None:
+        require(self.heads in HEADS, "heads", f"one of {', '.join(HEADS)}", self.heads)
+        require(self.head_kernel >= 1 and self.head_kernel % 2 == 1, "head_kernel", "an odd number", self.head_kernel)
+        scales = tuple(self.scales)
+        good = bool(scales) and len(set(scales)) == len(scales) and set(scales) <= set(SCALES)
+        require(good, "scales", f"different ones of {SCALES}", scales)
 
 
 class KeypointMaps(NamedTuple):
@@ -22,33 +53,6 @@ class KeypointMaps(NamedTuple):
     single_offset: Tensor  # [N,10,h,w] pixels of the scale
     group_offset: Tensor  # [N,40,h,w] pixels of the scale
     stride: int
-
-
-def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
-    """Convolution that keeps the size, initialised for a ReLU behind it."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def reach(module: nn.Module) -> int:
-    """How far away, in pixels to every side, an input of convolutions in a row has a part in their output."""
-    return sum(layer.kernel_size[0] // 2 for layer in module.modules() if isinstance(layer, nn.Conv2d))
-
-
-class UpCombine(nn.Module):
-    """One step up: conv3x3 on the up-sampled deep map, concatenation with the shallow one, conv1x1."""
-
-    def __init__(self, deep: int, shallow: int, width: int) -> None:
-        super().__init__()
-        self.up = nn.Sequential(convolution(deep, width, 3), nn.ReLU(inplace=True))
-        self.combine = nn.Sequential(convolution(width + shallow, width, 1), nn.ReLU(inplace=True))
-
-    def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
-        """deep (N,deep,h/2,w/2), shallow (N,shallow,h,w) -> (N,width,h,w)."""
-        deep = interpolate(deep, shallow.shape[2:], mode="bilinear", align_corners=False)
-        return self.combine(torch.cat((self.up(deep), shallow), dim=1))
 
 
 class KeypointHeads(nn.Module):
@@ -70,71 +74,82 @@ class KeypointHeads(nn.Module):
         return nn.Sequential(convolution(width, width, kernel), nn.ReLU(inplace=True), last)
 
     @property
-    def reach(self) -> int:
-        """How far away, in pixels of the scale to every side, a value of the decoder map has a part in the maps."""
-        return reach(self.heatmap)
+    def receptive_radius(self) -> int:
+        """Receptive-field radius in pixels of the scale."""
+        return receptive_radius(self.heatmap)
 
     def forward(self, decoded: Tensor) -> KeypointMaps:
-        """(N,width,h,w) -> the maps of that scale."""
+        """(N, width, h, w) -> the maps of that scale."""
         return KeypointMaps(self.heatmap(decoded), self.single_offset(decoded), self.group_offset(decoded), self.stride)
 
 
+class LiteHeads(nn.Module):
+    """Heatmap, single offset and group offset of one scale, by one 1x1 convolution behind one block that they share."""
+
+    def __init__(self, width: int, kernel: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.stride = stride
+        self.trunk = nn.Sequential(LargeKernelBlock(width, kernel, norm), NORMS[norm](width), nn.ReLU(inplace=True))
+        self.channels = (HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS, GROUP_OFFSET_CHANNELS)
+        self.predict = nn.Conv2d(width, sum(self.channels), 1)
+        nn.init.normal_(self.predict.weight, std=0.1 / width**0.5)
+        nn.init.zeros_(self.predict.bias)
+        nn.init.constant_(self.predict.bias[:HEATMAP_CHANNELS], HEATMAP_PRIOR)
+
+    @property
+    def receptive_radius(self) -> int:
+        """Receptive-field radius in pixels of the scale."""
+        return receptive_radius(self.trunk)
+
+    def forward(self, decoded: Tensor) -> KeypointMaps:
+        """(N, width, h, w) -> the maps of that scale."""
+        heatmap, single_offset, group_offset = self.predict(self.trunk(decoded)).split(self.channels, dim=1)
+        return KeypointMaps(heatmap, single_offset, group_offset, self.stride)
+
+
 class KeypointBranch(nn.Module):
-    """Decoder maps, down to the lowest scale with heads, and keypoint maps.
+    """Decoder maps, up to the lowest scale with heads, and keypoint maps.
 
     Args:
-        in_channels: channels of c0..c4.
-        widths: channels of the decoder maps s1..s4.
-        head_kernel: kernel size of the heads, odd.
+        trunk: makes the decoder maps, up to the lowest of ``scales`` at least.
+        head_kernel: kernel side of the heads, odd.
         scales: scales with heads, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
-        step: makes one step up, called with the channels of the deep map, of the shallow one, and of the result.
         heads: makes the heads of a scale, called with their width, kernel and stride.
 
     Raises:
-        ValueError: for arguments that do not fit.
+        ValueError: the trunk does not go up to the lowest scale.
     """
 
     def __init__(
         self,
-        in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
-        widths: Sequence[int] = (64, 64, 256, 512),
+        trunk: Trunk,
         head_kernel: int = 7,
-        scales: Sequence[int] = (1, 2, 3, 4),
-        step: Callable[[int, int, int], nn.Module] = UpCombine,
+        scales: Sequence[int] = SCALES,
         heads: Callable[[int, int, int], nn.Module] = KeypointHeads,
     ) -> None:
         super().__init__()
-        if len(in_channels) != 5 or len(widths) != 4:
-            raise ValueError(
-                f"in_channels and widths: expected 5 and 4 numbers, got {tuple(in_channels)}, {tuple(widths)}"
-            )
-        if head_kernel < 1 or head_kernel % 2 == 0:
-            raise ValueError(f"head_kernel: expected an odd positive number, got {head_kernel}")
-        if not scales or sorted(set(scales)) != sorted(scales) or not set(scales) <= set(SCALES):
-            raise ValueError(f"scales: expected different ones of {SCALES}, got {tuple(scales)}")
-        deep = (*widths[1:], in_channels[4])
-        self.decoded_scales = range(min(scales), len(SCALES) + 1)
-        self.steps = nn.ModuleList(step(deep[s - 1], in_channels[s - 1], widths[s - 1]) for s in self.decoded_scales)
-        self.heads = nn.ModuleDict({f"s{s}": heads(widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)})
-
-    def up(self, scale: int, deep: Tensor, shallow: Tensor) -> Tensor:
-        """Decoder map of a scale, from the one below (c4 for scale 4) and the feature map beside it."""
-        return self.steps[self.decoded_scales.index(scale)](deep, shallow)
+        require(min(scales) in trunk.scales, "scales", f"scales of the trunk, {list(trunk.scales)}", tuple(scales))
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(
+            {f"s{s}": heads(trunk.widths[s - 1], head_kernel, 2 ** (s - 1)) for s in sorted(scales)}
+        )
 
     @property
-    def reaches(self) -> tuple[dict[int, int], dict[int, int]]:
-        """How far away, in pixels of a scale to every side, values of other maps have a part in its own.
+    def scales(self) -> list[int]:
+        """Scales with heads, ascending."""
+        return [int(name[1:]) for name in self.heads]
 
-        Returns:
-            By scale: of what a step up starts from, in the decoder map; of the decoder map, in the heads' maps.
-        """
-        up = {s: 2 + reach(step) for s, step in zip(self.decoded_scales, self.steps, strict=True)}  # 2: bilinear
-        return up, {int(name[1]): heads.reach for name, heads in self.heads.items()}
+    def head(self, scale: int) -> nn.Module:
+        """The heads of a scale."""
+        return self.heads[f"s{scale}"]
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], dict[str, Tensor]]:
-        """[c0..c4] -> the maps of each chosen scale, from shallow to deep, and the decoder maps by name."""
-        decoded: dict[str, Tensor] = {}
-        deep = features[len(SCALES)]
-        for s in reversed(self.decoded_scales):
-            deep = decoded[f"s{s}"] = self.up(s, deep, features[s - 1])
-        return [heads(decoded[name]) for name, heads in self.heads.items()], decoded
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[KeypointMaps], dict[int, Tensor]]:
+        """[c0..c4] -> the maps of each scale with heads, from shallow to deep, and the decoder maps by scale."""
+        decoded = self.trunk(features)
+        return [self.head(scale)(decoded[scale]) for scale in self.scales], decoded
+
+
+def build_keypoint_branch(settings: HeadSettings, trunk: Trunk, norm: str) -> KeypointBranch:
+    """The keypoint branch on a trunk; ``norm`` is the norm layer of the "lite" heads."""
+    heads = KeypointHeads if settings.heads == "paper" else partial(LiteHeads, norm=norm)
+    return KeypointBranch(trunk, settings.head_kernel, settings.scales, heads)

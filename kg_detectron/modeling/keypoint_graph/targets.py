@@ -1,14 +1,46 @@
 """Training targets of the keypoint branch, rendered from boxes (paper, equations 1 and 3)."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
 
 from kg_detectron.layers import box_keypoints, render_targets
+from kg_detectron.modeling.settings import require
 
-__all__ = ["box_keypoints", "jittered_boxes", "keypoint_targets"]
+__all__ = ["TargetSettings", "box_keypoints", "keypoint_targets"]
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Settings of the training targets and of their losses (the paper's by default).
+
+    Attributes:
+        radius: radius r of the keypoint discs, pixels of each scale. Grouping matches within r + 1 and rejects within
+            2 r.
+        min_side: cells with both sides (last minus first pixel) above this many pixels of the finest scale are targets
+            there; None is 2 r + 1, as at the other scales, which need not find the small ones.
+        heatmap_weight, single_offset_weight, group_offset_weight: weights of the losses, 0 or more.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    NODE: ClassVar[str] = "MODEL.KEYPOINT_GRAPH"
+
+    radius: float = 5.0
+    min_side: float | None = None
+    heatmap_weight: float = 1.0
+    single_offset_weight: float = 1.0
+    group_offset_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        require(self.radius > 0, "radius", "pixels above 0", self.radius)
+        require(self.min_side is None or self.min_side >= 0, "min_side", "0 or more pixels, or None", self.min_side)
+        for name in ("heatmap_weight", "single_offset_weight", "group_offset_weight"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
 
 def keypoint_targets(
@@ -48,20 +80,3 @@ def keypoint_targets(
     image = image.to(every.device, non_blocking=True)
     smallest = 2 * radius + 1 if min_side is None else min_side
     return render_targets(every, image, len(boxes), height, width, stride, radius, smallest)
-
-
-def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tensor:
-    """Boxes that are off as decoded ones are: each edge moved at random, uniformly by up to `amount` of the box's side.
-
-    Args:
-        boxes: (M,4), xyxy continuous, input pixels.
-        size: (H, W) of the image, which the result stays in.
-        amount: fraction of the width (left, right) or height (top, bottom), at least 0 and below 0.5, so that edges
-            never cross.
-
-    Returns:
-        (M,4); the random numbers are those of PyTorch's generator of the boxes' device.
-    """
-    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    moved = boxes + (2 * torch.rand_like(boxes) - 1) * amount * sides
-    return clip_boxes_to_image(moved, size)

@@ -1,0 +1,86 @@
+"""The cells that were found in one image."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
+
+from kg_detectron.cells.masks import MaskCrops
+
+_TENSORS = ("boxes", "scores", "labels", "masks")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one image, by falling score.
+
+    As in torchvision's detection models ``cells["boxes"]`` is ``cells.boxes``, and so on.
+
+    Attributes:
+        boxes: (R, 4) xyxy continuous (x2 = last pixel + 1), pixels of the image.
+        scores: (R,), falling.
+        labels: (R,) int64, the class of each; 1 where there is one class.
+        masks: R masks.
+        scale: pixels of the network's input for one of the image, (y, x).
+        scale_source: where the scale comes from: "given", "diameter", "pixel size", "estimated", "training size", ...
+        notes: sentences about what a user should know, such as cells that were left out.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: MaskCrops
+    scale: tuple[float, float] = (1.0, 1.0)
+    scale_source: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image."""
+        return self.masks.size
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the fields that hold one value for each cell."""
+        return _TENSORS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_TENSORS)
+
+    def __getitem__(self, item: Any) -> Any:
+        """The field of a name; or some cells, for a slice, an index list, or a tensor of indices or bools."""
+        if isinstance(item, str):
+            if item not in _TENSORS:
+                raise KeyError(item)
+            return getattr(self, item)
+        if isinstance(item, list):
+            item = torch.tensor(item, dtype=torch.long)
+        return dataclasses.replace(self, **{name: getattr(self, name)[item] for name in _TENSORS})
+
+    def above(self, score: float) -> "Cells":
+        """The cells of this score or a higher one."""
+        return self[self.scores >= score]
+
+    def in_frame(self, size: tuple[int, int], scale: tuple[float, float]) -> "Cells":
+        """The same cells in the frame of the image that the network saw resized; those outside it are left out.
+
+        Args:
+            size: (H, W) of the image.
+            scale: (y, x), pixels of this frame for one of the image.
+        """
+        y, x = scale
+        # Where the image ends inside a pixel of the network's input, its frame goes on a little further.
+        whole = tuple(max(round(side / s), limit) for side, s, limit in zip(self.size, scale, size, strict=True))
+        boxes = clip_boxes_to_image(self.boxes / self.boxes.new_tensor([x, y, x, y]), size)
+        cells = dataclasses.replace(self, boxes=boxes, masks=self.masks.resized(whole), scale=scale)
+        if whole != tuple(size):
+            inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            cells = cells[inside]
+            cells = dataclasses.replace(cells, masks=cells.masks.cropped(size))
+        return cells

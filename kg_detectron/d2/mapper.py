@@ -1,0 +1,163 @@
+"""From a record of a dataset to what the models take.
+
+H, W: height and width in pixels; N counts cells.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
+from scipy import ndimage
+
+from kg_detectron.d2.augmentation import build_augmentations
+from kg_detectron.d2.config import settings_of
+from kg_detectron.io.coco import decode_runs
+from kg_detectron.io.images import read_image
+from kg_detectron.modeling import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+# Cells of which less than this many pixels a side are left after the augmentations are not worth a target.
+_MIN_SIDE = 2
+
+
+# Masks: run lengths -> label images -> transforms -> one mask and one box per cell
+
+
+def _rle_pixels(counts: str | bytes) -> np.ndarray:
+    """(P,) int64: flat indices, columns first, of the pixels of one mask in COCO's compressed run lengths.
+
+    pycocotools decodes to a dense image per cell; with hundreds of cells that costs more than the augmentation.
+    """
+    runs = decode_runs(counts)
+    start, length = np.cumsum(runs)[: len(runs) - 1 : 2], runs[1::2]  # of the runs of foreground
+    return np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
+
+
+def _label_layers(masks: Iterable[np.ndarray], height: int, width: int) -> list[np.ndarray]:
+    """Label images, (H,W) int32, as few as cells that overlap need; cell i has the value i + 1 in just one of them."""
+    layers: list[np.ndarray] = []
+    for label, pixels in enumerate(masks, start=1):
+        layer = next((layer for layer in layers if not layer[pixels].any()), None)
+        if layer is None:
+            layer = np.zeros(height * width, np.int32)
+            layers.append(layer)
+        layer[pixels] = label
+    return [np.ascontiguousarray(layer.reshape(width, height).T) for layer in layers]
+
+
+def _transform_cells(
+    cells: Sequence[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int], new_size: tuple[int, int]
+) -> Instances:
+    """Annotations in an image of ``size`` (H, W) -> `Instances` of ``new_size``, less cells under 2 x 2 pixels."""
+    layers = _label_layers((_rle_pixels(cell["segmentation"]["counts"]) for cell in cells), *size)
+    found = {}
+    for layer in layers:
+        warped = transforms.apply_segmentation(layer)
+        for index, window in enumerate(ndimage.find_objects(warped)):
+            if window is not None and all(side.stop - side.start >= _MIN_SIDE for side in window):
+                found[index] = (warped, *window)
+    kept = sorted(found)
+    boxes = np.zeros((len(kept), 4), np.float32)
+    masks = np.zeros((len(kept), *new_size), bool)
+    for row, index in enumerate(kept):
+        warped, ys, xs = found[index]
+        boxes[row] = xs.start, ys.start, xs.stop, ys.stop
+        masks[row, ys, xs] = warped[ys, xs] == index + 1
+    return Instances(
+        new_size,
+        gt_boxes=Boxes(torch.from_numpy(boxes)),
+        gt_classes=torch.tensor([cells[index]["category_id"] for index in kept], dtype=torch.int64),
+        gt_masks=BitMasks(torch.from_numpy(masks)),
+    )
+
+
+# Meta-architectures that do all preprocessing of an evaluation themselves.
+PREPARING = ("KGInstanceSegmentation", "CellInstanceSegmentation")
+
+
+class CellMapper:
+    """Record of a dataset -> what the models take.
+
+    ``image``: (3, H, W) tensor, channels in the order of ``image_format``; prepared by the model's preprocessing and
+    the augmentations (float32, 0..255), or raw where the model prepares it itself. ``file_name``, ``image_id``,
+    ``height``, ``width``: the record's, so that predictions can go back to the frame of the file. ``instances``, where
+    ``with_targets`` is set: `Instances` with ``gt_boxes`` (the masks' tight boxes), ``gt_classes`` and ``gt_masks``
+    (`BitMasks`), possibly of no cell.
+
+    `CellMapper(cfg, is_train=True)` augments and gives targets; `CellMapper(cfg, is_train=False)` gives what evaluation
+    takes; `CellMapper(cfg, is_train=False, with_targets=True)` gives prepared images and their targets.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        augmentations: Sequence[T.Augmentation],
+        preprocessing: Preprocessing,
+        image_format: str = "BGR",
+        with_targets: bool = True,
+        raw: bool = False,
+    ):
+        if image_format not in ("BGR", "RGB"):
+            raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {image_format!r}")
+        self.augmentations = T.AugmentationList(augmentations)
+        self.preprocessing = preprocessing
+        self.image_format = image_format
+        self.with_targets = with_targets
+        self.raw = raw and not with_targets
+        logger.info("Augmentations: %s", self.augmentations)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        return {
+            "augmentations": build_augmentations(cfg, is_train),
+            "preprocessing": settings_of(cfg, Preprocessing),
+            "image_format": cfg.INPUT.FORMAT,
+            "with_targets": is_train,
+            "raw": cfg.MODEL.META_ARCHITECTURE in PREPARING,
+        }
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Map one record, which stays as it is.
+
+        Raises:
+            ValueError: an image that cannot be read or normalised, or has another size than the record says; a mask
+                that is not in compressed run lengths, which `register_cells` makes of any.
+        """
+        image = read_image(record["file_name"])
+        size = record["height"], record["width"]
+        if image.shape[:2] != size:
+            raise ValueError(f"{record['file_name']}: expected {size} pixels (height, width), got {image.shape[:2]}")
+        mapped = {key: record[key] for key in ("file_name", "image_id", "height", "width")}
+        if self.raw:
+            return mapped | {"image": _tensor(image)}
+        try:
+            image = self.preprocessing.levels(image)(image)
+        except ValueError as error:
+            raise ValueError(f"{record['file_name']}: {error}") from None
+        if self.image_format == "RGB":
+            image = image[:, :, ::-1]
+        cells = [cell for cell in record.get("annotations", ()) if not cell.get("iscrowd", 0)]
+        if not all(isinstance(cell["segmentation"], dict) for cell in cells):
+            raise ValueError(f"{record['file_name']}: a mask is not in run lengths; register the set by register_cells")
+        boxes = np.array([cell["bbox"] for cell in cells], np.float64).reshape(-1, 4)
+        if cells:
+            boxes = BoxMode.convert(boxes, cells[0]["bbox_mode"], BoxMode.XYXY_ABS)
+        frame = T.AugInput(image, boxes=boxes)
+        transforms = self.augmentations(frame)
+        mapped["image"] = _tensor(frame.image)
+        if self.with_targets:
+            mapped["instances"] = _transform_cells(cells, transforms, size, frame.image.shape[:2])
+        return mapped
+
+
+def _tensor(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) of any type -> (3, H, W)."""
+    image = image.astype(image.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))

@@ -1,0 +1,111 @@
+"""The trainer: Detectron2's, with the data, optimiser, evaluation, checkpoints and hooks of this project."""
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import get_default_optimizer_params
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from torch import nn
+
+from kg_detectron.d2.checkpointer import WholeCheckpointer
+from kg_detectron.d2.evaluators import build_evaluators
+from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
+from kg_detectron.d2.loaders import build_test_loader, build_train_loader, build_validation_loader
+from kg_detectron.d2.meta_architecture import Description
+from kg_detectron.d2.solver import build_lr_scheduler
+from kg_detectron.d2.writers import build_writers
+from kg_detectron.inference.model_file import DESCRIPTION_KEY
+
+# Checkpoints that stay beside model_best.pth and model_final.pth.
+CHECKPOINTS_TO_KEEP = 2
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer with the data, optimiser, evaluation, checkpoints and hooks of this project."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        folder = os.path.basename(dataset_name).removesuffix(".json")  # of a dataset that is named by its file
+        return build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference", folder))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "ADAM":
+            raise ValueError(f"SOLVER.OPTIMIZER: expected SGD or ADAM, got {cfg.SOLVER.OPTIMIZER!r}")
+        parameters = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        return torch.optim.Adam(parameters, cfg.SOLVER.BASE_LR)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
+    def build_hooks(self) -> list[HookBase]:
+        cfg = self.cfg
+        # Detectron2's __init__ has just made its own checkpointer, and asks for the hooks, which take ours.
+        self.checkpointer = WholeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        description = Description.of(self.model)
+        if description is not None:
+            self.checkpointer.add_checkpointable(DESCRIPTION_KEY, description)
+        default = [hook for hook in super().build_hooks() if hook is not None]
+        for hook in default:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = CHECKPOINTS_TO_KEEP
+        validation = []
+        if cfg.DATASETS.VALIDATION:
+            stop = cfg.SOLVER.EARLY_STOPPING
+            validation = [
+                ValidationLoss(cfg.TEST.EVAL_PERIOD, lambda: build_validation_loader(cfg)),
+                EarlyStopping(self.checkpointer, patience=stop.PATIENCE, min_delta=stop.MIN_DELTA),
+            ]
+        kinds = [type(hook) for hook in default]
+        stepped, evaluation = kinds.index(hooks.LRScheduler) + 1, kinds.index(hooks.EvalHook)
+        return [
+            Seeding(self.data_loader.sampler, cfg.SOLVER.IMS_PER_BATCH),
+            FiniteLosses(),
+            *default[:stepped],
+            *validation,
+            *default[stepped:evaluation],
+            StopOnSignal(self.checkpointer),
+            *default[evaluation:],
+        ]
+
+    def build_writers(self) -> list[EventWriter]:
+        return []  # Detectron2 asks before it is known where a resumed run begins; `train` adds them
+
+    def train(self) -> None:
+        if comm.is_main_process():
+            if not self.start_iter:
+                self.checkpointer.forget_last_checkpoint()
+            writers = build_writers(self.cfg.OUTPUT_DIR, self.start_iter, self.max_iter)
+            self.register_hooks([hooks.PeriodicWriter(writers, period=20)])
+        with contextlib.suppress(StopTraining):
+            super().train()

@@ -1,0 +1,222 @@
+"""What every method is: images in, cells out, or losses. The stages that all methods share.
+
+H, W: an image's height and width in pixels; h, w: those of the network's input.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.modeling.cell_size import estimate_scale
+from kg_detectron.modeling.precision import autocast, check_precision
+from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing, as_tensor
+from kg_detectron.modeling.scores import Scores
+from kg_detectron.modeling.settings import to_plain
+
+
+class InstanceNet(nn.Module, ABC):
+    """Base of the methods, with the calling convention of torchvision's detection models.
+
+    In training ``model(images, targets)`` returns a dict of losses, of images that a training loader has prepared; in
+    evaluation ``model(images)`` takes raw images, does all preprocessing itself, and returns the `Cells` of each.
+
+    A method has a frozen dataclass of settings (`Settings`), whose field ``preprocessing`` is a `Preprocessing`, is
+    made from it by `build`, and defines `losses` and `find`. `register_method` gives it a name.
+
+    Attributes:
+        settings: of this model.
+        scores: how scores become probabilities, and the threshold that belongs to them; part of the model file.
+    """
+
+    method: ClassVar[str] = ""
+    Settings: ClassVar[type] = type(None)
+    # Whether `kg_detectron.inference.tiling` knows how to run it tile by tile.
+    tiled: ClassVar[bool] = False
+    # Sides of the network's input are multiples of it.
+    divisor: int = 16
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.scores = Scores()
+        self.precision = "float32"
+        self.register_buffer("place", torch.zeros(()), persistent=False)  # its device and type are the model's
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any) -> "InstanceNet":
+        """The network of settings, with the initial weights that they name."""
+
+    @abstractmethod
+    def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+        """Weighted losses, by name.
+
+        Args:
+            batch: (N, 3, h, w), the network's input.
+            boxes: N tensors (M, 4), xyxy continuous, input pixels.
+            masks: N tensors (M, H, W), bool.
+        """
+
+    @abstractmethod
+    def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
+        """The cells of each image, by falling score, which need not be a probability.
+
+        Args:
+            batch: (N, 3, h, w), the network's input.
+            sizes: (H, W) of each of the N images, without the padding.
+        """
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing that this model was trained with."""
+        return self.settings.preprocessing
+
+    def with_preprocessing(self, **changes: Any) -> "InstanceNet":
+        """Change settings of the preprocessing, in place, and return the model."""
+        changed = dataclasses.replace(self.preprocessing, **changes)
+        self.settings = dataclasses.replace(self.settings, preprocessing=changed)
+        return self
+
+    def description(self) -> dict[str, Any]:
+        """What a model file needs to build the network again, as nested dicts without initial weights."""
+        plain = to_plain(self.settings)
+        plain.get("backbone", {}).pop("backbone_weights", None)
+        return {"method": self.method, "settings": plain, "scores": to_plain(self.scores)}
+
+    def dense_modules(self) -> list[nn.Module]:
+        """The modules that work on whole maps, once an image; what is left works cell by cell."""
+        return [self]
+
+    def accelerate(
+        self, precision: str = "float32", channels_last: bool = False, compiled: bool = False
+    ) -> "InstanceNet":
+        """Set how the model runs in evaluation, in place, and return the model. Decoding runs in float32 in any case.
+
+        Args:
+            precision: of the convolutions: "float32", "bfloat16" or "float16"; the last is for GPUs, and takes CPUs
+                without such instructions up to a hundred times as long.
+            channels_last: keep the maps with the channels last: faster on CPUs, and on GPUs in half precision.
+            compiled: let `torch.compile` compile the dense modules, for good: a minute at the first image, and a C++
+                compiler at hand.
+
+        Raises:
+            ValueError: another precision.
+        """
+        self.precision = check_precision(precision)
+        self.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if compiled:
+            for module in self.dense_modules():
+                module.compile()
+        return self
+
+    def forward(
+        self, images: Sequence[Tensor | np.ndarray], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[Cells]:
+        """Losses in training, cells in evaluation.
+
+        Args:
+            images: in training N tensors (3, H, W), BGR, 0..255, sizes may differ. In evaluation raw images, (3, H, W)
+                tensors or (H, W, 3) arrays, BGR, of any type that the normalisation takes.
+            targets: in training, for each image a dict with ``boxes`` (M, 4), xyxy continuous input pixels, and
+                ``masks`` (M, H, W), bool.
+
+        Returns:
+            In training the losses by name. In evaluation the cells of each image, in its own frame.
+
+        Raises:
+            ValueError: images or targets that do not have these shapes.
+        """
+        if not self.training:
+            return [self.predict_whole(_as_array(image)) for image in images]
+        prepared = _checked_images(images)
+        boxes, masks = _checked_targets(prepared, targets)
+        return self.losses(self.preprocessing.batch(prepared, self.divisor), boxes, masks)
+
+    def predict_whole(self, image: np.ndarray) -> Cells:
+        """The cells of a raw image (H, W, 3), in its frame: all steps, the image at once."""
+        seen, source = self.network_image(image)
+        (cells,) = self.detect([as_tensor(seen[:, :], self.place)])
+        return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale), scale_source=source)
+
+    def network_image(
+        self,
+        image: np.ndarray,
+        *,
+        scale: float | None = None,
+        diameter: float | None = None,
+        pixel_size: float | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> tuple[NetworkImage, str]:
+        """A raw image (H, W, 3) as the network sees it, and where its scale comes from.
+
+        Args:
+            scale, diameter, pixel_size: see `kg_detectron.inference.predictor.predict`.
+            preprocessing: instead of the model's own.
+
+        Raises:
+            ValueError: an image of another shape, type or range, or more than one way to the scale.
+        """
+        if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(f"image: expected shape (H, W, 3), got {tuple(image.shape)}")
+        settings = preprocessing or self.preprocessing
+        levels = settings.levels(image)
+        found = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
+        if found is None:
+            found = estimate_scale(self, image, levels)
+        return NetworkImage(image, levels, found.value), found.source
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Tensor]) -> list[Cells]:
+        """The cells of images (3, h, w) of 0..255 that are prepared, in their frame; scores are probabilities."""
+        prepared = _checked_images(images)
+        batch = self.preprocessing.batch(prepared, self.divisor)
+        with autocast(self.precision, batch.device):
+            found = self.find(batch, [(image.shape[1], image.shape[2]) for image in prepared])
+        return [dataclasses.replace(cells, scores=self.scores(cells.scores)) for cells in found]
+
+    @property
+    def threshold(self) -> float:
+        """The score from which on cells are taken for true, unless somebody asks for others."""
+        return self.scores.threshold
+
+
+def cells_of_image(boxes: Tensor, scores: Tensor, masks: MaskCrops) -> Cells:
+    """Cells of one class."""
+    return Cells(boxes, scores, torch.ones_like(scores, dtype=torch.long), masks)
+
+
+def _as_array(image: Tensor | np.ndarray) -> np.ndarray:
+    return image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
+
+
+def _checked_images(images: Sequence[Tensor | np.ndarray]) -> list[Tensor]:
+    if not len(images):
+        raise ValueError("images: expected at least one image, got an empty list")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"images[{i}]: expected a tensor (3, H, W), got {type(image).__name__} {tuple(image.shape)}"
+            )
+    return [image if image.is_floating_point() else image.float() for image in images]
+
+
+def _checked_targets(
+    images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    if targets is None or len(targets) != len(images):
+        got = "none" if targets is None else len(targets)
+        raise ValueError(f"targets: training needs one dict for each of {len(images)} images, got {got}")
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        boxes, masks = target["boxes"], target["masks"]
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"targets[{i}]['boxes']: expected shape (M, 4), got {tuple(boxes.shape)}")
+        if tuple(masks.shape) != (len(boxes), *image.shape[1:]):
+            expected = (len(boxes), *image.shape[1:])
+            raise ValueError(f"targets[{i}]['masks']: expected shape {expected}, got {tuple(masks.shape)}")
+    return [target["boxes"] for target in targets], [target["masks"] for target in targets]

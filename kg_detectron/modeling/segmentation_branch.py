@@ -1,0 +1,251 @@
+"""Segmentation branch: cut every cell out of the feature maps and segment it there (paper, figure 1b, section 2.2).
+
+Letters: N images, L maps, R boxes, M cells, C channels, P pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
+from torchvision.ops import clip_boxes_to_image
+
+from kg_detectron.cells import MaskCrops
+from kg_detectron.layers import crop_pixels
+from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
+from kg_detectron.modeling.settings import require
+from kg_detectron.modeling.trunk import UpCombine, convolution
+
+CUT_FROM = ("features", "s1")
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """Settings of the segmentation branch (the paper's by default).
+
+    Attributes:
+        cut_from: "features": crops of the backbone's c0..c4; "s1": crops of the decoder map s1, the paper's `seg s1`.
+        mask_weight: weight of the mask loss.
+        box_jitter: in training every edge of a true box is moved at random by up to this fraction of the box's side, as
+            detected boxes are off; at least 0 and below 0.5. Ours.
+        mask_margin: input pixels by which crops extend beyond their boxes, on every side; the box of the cell is then
+            that of its mask. It needs training with `box_jitter`, for otherwise masks fill their crops. Ours.
+        mask_threshold: probability from which a pixel belongs to the cell.
+        chunk_pixels: pixels of crops that go through the branch together, which bounds its memory; a chunk may exceed
+            this by one crop.
+
+    Raises:
+        ValueError: a value out of its range, or a margin without jitter.
+    """
+
+    NODE: ClassVar[str] = "MODEL.CELLS"
+
+    cut_from: str = "features"
+    mask_weight: float = 1.0
+    box_jitter: float = 0.0
+    mask_margin: float = 0.0
+    mask_threshold: float = 0.5
+    chunk_pixels: int = 2**18
+
+    def __post_init__(self) -> None:
+        require(self.cut_from in CUT_FROM, "cut_from", f"one of {', '.join(CUT_FROM)}", self.cut_from)
+        require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
+        require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
+        require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)
+        require(self.chunk_pixels >= 1, "chunk_pixels", "a positive number", self.chunk_pixels)
+        if self.mask_margin and not self.box_jitter:
+            raise ValueError(
+                f"mask_margin: {self.mask_margin} pixels need training with box_jitter, which is 0: masks that were "
+                "trained on exact boxes fill their crops"
+            )
+
+
+class SegmentationBranch(nn.Module):
+    """Masks of boxes, from feature maps at strides 1, 2, 4, ...
+
+    `segment_crop` is the branch as the paper describes it, one crop at a time: the specification. `forward` gives the
+    same for many crops at once, see `packed_crops`.
+
+    Args:
+        in_channels: channels of the L maps: c0..c4, or s1 alone.
+        widths: channels of the results at the first L - 1 maps (one number where L is 1).
+        settings: see `SegmentationSettings`.
+
+    Raises:
+        ValueError: widths that do not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
+        widths: Sequence[int] = (64, 64, 256, 512),
+        settings: SegmentationSettings | None = None,
+    ) -> None:
+        super().__init__()
+        expected = max(1, len(in_channels) - 1)
+        require(len(widths) == expected, "widths", f"{expected} for {len(in_channels)} maps", tuple(widths))
+        self.settings = settings or SegmentationSettings()
+        deep = (*widths[1:], in_channels[-1])
+        self.steps = nn.ModuleList(UpCombine(d, c, w) for d, c, w in zip(deep, in_channels[:-1], widths, strict=False))
+        # A crop whose deep levels are left out begins at a shallower map, which must then have that level's width.
+        self.project = nn.ModuleList(
+            nn.Identity() if c == w else nn.Sequential(convolution(c, w, 1), nn.ReLU(inplace=True))
+            for c, w in zip(in_channels, widths, strict=False)
+        )
+        self.hidden = nn.Sequential(convolution(widths[0], widths[0], 3), nn.ReLU(inplace=True))
+        self.predict = nn.Conv2d(widths[0], 1, 3, padding=1)
+        nn.init.normal_(self.predict.weight, std=0.01)
+        nn.init.zeros_(self.predict.bias)
+
+    @property
+    def chunk_pixels(self) -> int:
+        """Pixels of crops that go through the branch together."""
+        return self.settings.chunk_pixels
+
+    def maps(self, features: Sequence[Tensor], decoded: Mapping[int, Tensor]) -> list[Tensor]:
+        """The maps that crops are cut from: c0..c4, or the decoder map s1."""
+        return list(features) if self.settings.cut_from == "features" else [decoded[1]]
+
+    def segment_crop(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
+        """Segment one box of one image, as the paper says it.
+
+        Args:
+            maps: L maps (C, h, w) at strides 1, 2, 4, ...
+            box: (4,) xyxy, continuous, input pixels.
+
+        Returns:
+            Mask logits (h, w) of the box's own size: no RoIAlign, no fixed grid.
+        """
+        windows = crop_windows(box[None].float().cpu(), [m.shape[1:] for m in maps])[:, 0]
+        crops = [m[None, :, y1:y2, x1:x2] for m, (x1, y1, x2, y2) in zip(maps, windows.tolist(), strict=True)]
+        # A level of less than 2 pixels on a side is left out, and with it all deeper ones.
+        small = next((i for i, crop in enumerate(crops) if min(crop.shape[2:]) < 2), len(crops))
+        crops = crops[: max(1, small)]
+        result = crops[-1]
+        if len(crops) <= len(self.project):
+            result = self.project[len(crops) - 1](result)
+        for step, shallow in zip(reversed(self.steps[: len(crops) - 1]), reversed(crops[:-1]), strict=True):
+            result = step(interpolate(result, shallow.shape[2:], mode="bilinear", align_corners=False), shallow)
+        return self.predict(self.hidden(result))[0, 0]
+
+    def forward(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Segment boxes.
+
+        Args:
+            maps: L maps (N, C, h, w) at strides 1, 2, 4, ...
+            boxes: N tensors (R, 4), xyxy continuous, input pixels.
+
+        Returns:
+            The mask logits of all boxes, image after image: tensors (h, w) of the box's own size; and the places of
+            these crops, (R, 4) int64 xyxy on the CPU.
+        """
+        logits, windows = packed_logits(self, maps, boxes)
+        sizes = window_sizes(windows)
+        crops = logits.split(sizes.prod(1).tolist()) if len(sizes) else []
+        return [crop.view(tuple(size)) for crop, size in zip(crops, sizes.tolist(), strict=True)], windows
+
+    def predict_masks(
+        self, maps: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[MaskCrops]:
+        """Mask probabilities of the boxes of each image, and of the margin around each, as crops.
+
+        Args:
+            maps, boxes: as in `forward`.
+            sizes: (h, w) of each image, input pixels, without the padding; boxes lie within it.
+        """
+        if margin := self.settings.mask_margin:
+            outwards = boxes[0].new_tensor([-margin, -margin, margin, margin])
+            boxes = [clip_boxes_to_image(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
+        logits, windows = self(maps, boxes)
+        masks = []
+        for count, size in zip(map(len, boxes), sizes, strict=True):
+            crops = [crop.float().sigmoid() for crop in logits[:count]]
+            masks.append(MaskCrops(crops, windows[:count], size, self.settings.mask_threshold))
+            logits, windows = logits[count:], windows[count:]
+        return masks
+
+    def cell_boxes(self, boxes: Tensor, masks: MaskCrops) -> Tensor:
+        """The boxes (R, 4) of cells with masks of `predict_masks`: with a margin those of the masks, else as given."""
+        return masks.extents().to(boxes) if self.settings.mask_margin else boxes
+
+    def losses(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+        """The weighted ``loss_mask`` of true boxes, jittered where asked for; arguments as in `loss`."""
+        if amount := self.settings.box_jitter:
+            boxes = [jittered_boxes(b, tuple(m.shape[1:]), amount) for b, m in zip(boxes, masks, strict=True)]
+        return {"loss_mask": self.settings.mask_weight * self.loss(maps, boxes, masks)}
+
+    def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
+        """Mask loss of boxes; each crop's target is the mask of its cell alone.
+
+        Args:
+            maps: as in `forward`.
+            boxes: N tensors (M, 4).
+            masks: N tensors (M, H, W), bool, input pixels (unpadded size).
+        """
+        # Crops of weight 0 that begin at each of the levels: all parameters take part in every step, which distributed
+        # training needs, and a batch without cells has a loss.
+        sides = 2 ** torch.arange(1, len(maps) + 1)
+        everywhere = torch.stack((sides * 0, sides * 0, sides, sides), dim=1).to(boxes[0])
+        logits, windows = packed_logits(self, maps, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
+        skipped = int(window_sizes(windows[: len(sides)]).prod(1).sum())
+        zero = 0 * logits[:skipped].float().sum()
+        windows, logits = windows[len(sides) :], logits[skipped:]
+        if not len(windows):
+            return zero
+        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1)) + zero
+
+
+def build_segmentation_branch(
+    settings: SegmentationSettings, in_channels: Sequence[int], widths: Sequence[int], lowest: int
+) -> SegmentationBranch:
+    """The branch on c0..c4 with channels ``in_channels``, or on s1; ``lowest`` is the lowest scale of the trunk.
+
+    Raises:
+        ValueError: ``cut_from`` "s1" where the trunk does not go up to s1.
+    """
+    if settings.cut_from == "features":
+        return SegmentationBranch(in_channels, widths, settings)
+    require(lowest == 1, "cut_from", "features, for 's1' needs scale 1, and the lowest scale is " + str(lowest), "s1")
+    return SegmentationBranch(widths[:1], widths[:1], settings)
+
+
+def mask_loss(logits: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
+    """Binary cross entropy of mask crops: mean over the pixels of a crop, then over the crops.
+
+    Args:
+        logits: (P,), the pixels of M crops, one crop after another.
+        targets: (P,), bool or 0..1.
+        areas: (M,) int64, pixels of each crop, M > 0.
+    """
+    areas = areas.to(logits.device)
+    weight = (1 / areas).repeat_interleave(areas, output_size=len(logits))
+    return binary_cross_entropy_with_logits(logits.float(), targets.float(), weight, reduction="sum") / len(areas)
+
+
+def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tensor:
+    """Boxes that are off as decoded ones are: each edge moved at random, uniformly by up to `amount` of the box's side.
+
+    Args:
+        boxes: (M, 4), xyxy continuous, input pixels.
+        size: (H, W) of the image, which the result stays in.
+        amount: fraction of the width (left, right) or height (top, bottom), at least 0 and below 0.5, so that edges
+            never cross.
+
+    Returns:
+        (M, 4); the random numbers are those of PyTorch's generator of the boxes' device.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    moved = boxes + (2 * torch.rand_like(boxes) - 1) * amount * sides
+    return clip_boxes_to_image(moved, size)
+
+
+def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:
+    """Masks, N tensors (M,H,W), inside the windows [R,4] of all cells -> [P]."""
+    pixels = torch.cat([m.flatten() for m in masks])
+    counts = torch.tensor([len(m) for m in masks])
+    height, width = torch.tensor([m.shape[1:] for m in masks]).repeat_interleave(counts, dim=0).unbind(1)
+    first = (height * width).cumsum(0) - height * width + windows[:, 1] * width + windows[:, 0]
+    crop, y, x = crop_pixels(window_sizes(windows), pixels.device)
+    return pixels[first.to(pixels.device)[crop] + y * width.to(pixels.device)[crop] + x]
