@@ -5,7 +5,7 @@ import argparse
 from kg_detectron.cli.layout import LAYOUT_HELP
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "check-data",
@@ -16,7 +16,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("masks", metavar="MASKS", nargs="?", help="folder of their masks; none for a COCO JSON")
     parser.add_argument("--layout", choices=("labels", "cells"), help=LAYOUT_HELP)
     parser.add_argument("--images", dest="root", metavar="DIR", help="of a COCO JSON (default: its folder)")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

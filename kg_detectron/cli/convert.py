@@ -6,7 +6,7 @@ import sys
 from kg_detectron.cli.layout import LAYOUT_HELP
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "convert",
@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("-o", "--output", required=True, metavar="FILE.json", help="an existing one is replaced")
     parser.add_argument("--layout", choices=("labels", "cells"), help=LAYOUT_HELP)
     parser.add_argument("--category", default="cell", help="name of the only category (default: cell)")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

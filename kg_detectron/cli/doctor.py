@@ -81,14 +81,15 @@ class Finding:
         return f"{line}\n       {self.remedy}" if self.remedy else line
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
-    return commands.add_parser(
+    parser = commands.add_parser(
         "doctor",
         help="see whether everything installed works",
         description="Try PyTorch, torchvision, the compiled operators, CUDA and Detectron2, and name the command that "
         "mends what does not work. Exit status 1 where something cannot run.",
     )
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.inference.run_settings import SettingError
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "explain",
@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("image", metavar="IMAGE", help="PNG, JPEG or TIFF")
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument("-o", "--output", required=True, metavar="PNG", help="the file to write")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "export",
@@ -17,7 +17,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--half", action="store_true", help="weights of 16 bits: half the size, results not quite equal"
     )
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,10 +12,11 @@ from importlib.metadata import version as installed_version
 
 from kg_detectron._version import __version__
 
-# Each is a module with add_parser(commands) and run(arguments). The functions behind the commands are imported in
-# `run`: PyTorch takes seconds, --help and a wrong option should not.
+# Each is a module whose add_parser(commands) adds the command, with run(arguments), which returns the exit status. The
+# functions behind a command are imported in `run`: PyTorch takes seconds, --help and a wrong option should not.
 COMMANDS = (
     "predict",
+    "train",
     "rerun",
     "models",
     "evaluate",
@@ -61,8 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name in COMMANDS:
-        module = import_module(f"kg_detectron.cli.{name}")
-        module.add_parser(commands).set_defaults(run=module.run)
+        import_module(f"kg_detectron.cli.{name}").add_parser(commands)
     return parser
 
 

@@ -5,13 +5,14 @@ import argparse
 from kg_detectron.inference.model_names import DEFAULT_MODEL, KEPT_MODELS, kept_models
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
-    return commands.add_parser(
+    parser = commands.add_parser(
         "models",
         help="list the models that come with the package",
         description="List the models that -m takes by name.",
     )
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from kg_detectron.export.kinds import EXPORTERS
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.inference.run_settings import Settings, check_device, check_output
-from kg_detectron.io.inputs import find_inputs
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
@@ -20,7 +19,7 @@ _SETTINGS += ("keep_overlaps", "max_pixels")
 MODEL_HELP = f"model file, checkpoint of tools/train_net.py, or name of a kept model (default: {DEFAULT_MODEL})"
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "predict",
@@ -114,7 +113,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse images of more pixels; default: 1000000000")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -137,7 +136,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     check_output(arguments.output)
     model_path(arguments.model)
-    find_inputs(inputs, arguments.output)
+    for given in inputs:
+        if not _is_input(given):
+            raise FileNotFoundError(f"{given}: there is no such file or folder")
+
+    from kg_detectron.io.finding import find_images
+
+    find_images(inputs, arguments.output)  # as a check: PyTorch takes longer to import
 
     from kg_detectron.inference.many_files import predict_files
 

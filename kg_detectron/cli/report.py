@@ -8,7 +8,7 @@ from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.inference.run_settings import SettingError
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "report",
@@ -52,7 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="show how the boxes of these images came about, in the model of --model",
     )
     parser.add_argument("-m", "--model", help=f"for --explain: {MODEL_HELP}")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

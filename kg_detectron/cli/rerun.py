@@ -7,7 +7,7 @@ from kg_detectron.cli.predict import complain, exit_status, say
 from kg_detectron.inference.run_settings import check_device, check_output
 
 
-def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "rerun",
@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--run", dest="number", type=int, metavar="N", help="repeat only the Nth run into the folder, 1 for the oldest"
     )
     parser.add_argument("--device", help="default: the run's")
-    return parser
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS, result_files
 from kg_detectron.export.label_images import LabelStack, stack_shape
 from kg_detectron.export.results import Result, write_results
-from kg_detectron.inference.bridge import find_images, open_image
 from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, PlaneRecord
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
@@ -26,8 +24,9 @@ from kg_detectron.inference.run_settings import SettingError, Settings, check_de
 from kg_detectron.inference.run_tables import remove_tables, write_tables
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.coco import checked_relative_path
-from kg_detectron.io.images import MAX_PIXELS
-from kg_detectron.io.inputs import Input
+from kg_detectron.io.finding import Input, find_images
+from kg_detectron.io.images import MAX_PIXELS, Page, open_image
+from kg_detectron.io.normalisation import UnknownWhiteLevel
 
 # Pixels of an image above which its cells are separated on disk, not in memory.
 _LARGE = 8192 * 8192
@@ -327,7 +326,7 @@ class _Run:
         if removed:
             _note(record, f"removed of an earlier run: {', '.join(removed)}.")
 
-    def _predict_page(self, page: Any, record: FileRecord, name: str, bar: tqdm) -> Cells:
+    def _predict_page(self, page: Page, record: FileRecord, name: str, bar: tqdm) -> Cells:
         """The cells of a page: those of a sufficient score, separated."""
         settings = self.settings
         start = time.perf_counter()
@@ -392,7 +391,7 @@ class _Run:
 class _Stack:
     """The files of a stack that hold all its pages; none where the file is no stack, or its pages differ in size."""
 
-    def __init__(self, item: Input, settings: Settings, output: Path, pages: list[Any]) -> None:
+    def __init__(self, item: Input, settings: Settings, output: Path, pages: list[Page]) -> None:
         self.target = output / item.name
         sizes = {page.pixels.shape[:2] for page in pages}
         joined: tuple[str, ...] = ()
@@ -426,7 +425,7 @@ class _Stack:
         return list(paths.values())
 
 
-def _position(page: Any) -> dict[str, int]:
+def _position(page: Page) -> dict[str, int]:
     """Where a page lies in its stack, by the letter of the axis; {} where only its number is known."""
     return {axis.upper(): int(index) for axis, index in page.position.items() if axis not in ("scene", "page")}
 
@@ -443,6 +442,8 @@ def _reason(error: Exception, path: Path) -> str:
     text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
     if isinstance(error, SettingError):
         text = error.as_options()
+    elif isinstance(error, UnknownWhiteLevel):
+        text += "; use --normalise percentile"
     return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from kg_detectron.export.kinds import fault_in_kinds
-from kg_detectron.io.inputs import Input, find_inputs
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
@@ -155,17 +154,3 @@ def check_output(output: str | Path) -> None:
     """
     if Path(output).exists() and not Path(output).is_dir():
         raise SettingError("output", f"expected a folder, but {output} is a file")
-
-
-def check_inputs(inputs: Sequence[str | Path], output: str | Path) -> list[Input]:
-    """Find the images of a run.
-
-    Raises:
-        FileNotFoundError: none of the inputs exists.
-        ValueError: as in `find_inputs`.
-    """
-    items = find_inputs(inputs, output)
-    if not any(item.path.exists() or item.path.is_symlink() for item in items):
-        missing = ", ".join(str(given) for given in inputs)
-        raise FileNotFoundError(f"no such file or folder, and nothing that matches: {missing}")
-    return items
