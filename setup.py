@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools wants it
 
 REQUIRES = [
+    "faster-coco-eval>=1.6",
     "fvcore",
     "imageio",
     "iopath",

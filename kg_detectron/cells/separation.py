@@ -46,20 +46,36 @@ def separate_cells(
     return separate
 
 
+def connected_pieces(mask: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """The connected pieces of a mask: the project's one definition of "a piece".
+
+    Pixels that share an edge are connected; pixels that meet at a corner only are not.
+
+    Args:
+        mask: (H, W) bool.
+    Returns:
+        Their number K; (H, W) int32, 0 background, 1..K the pieces; and (K,) int64, their areas in pixels.
+    """
+    count, pieces, stats, _ = cv2.connectedComponentsWithStats(
+        np.ascontiguousarray(mask).view(np.uint8), connectivity=4
+    )
+    return count - 1, pieces, stats[1:, cv2.CC_STAT_AREA].astype(np.int64)
+
+
 def _largest_piece(mask: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray] | None:
     """The largest 4-connected component of a mask (h,w), as its window xyxy and its pixels; None for an empty mask."""
     if not mask.any():
         return None
-    count, components, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
+    count, components, areas = connected_pieces(mask)
     best = 1
-    if count > 2:
-        areas = stats[1:, cv2.CC_STAT_AREA]
+    if count > 1:
         largest = np.flatnonzero(areas == areas.max()) + 1
         if len(largest) > 1:  # OpenCV does not promise the order of its labels
             ids = components.ravel()
             best = ids[np.isin(ids, largest).argmax()]
         else:
             best = largest[0]
-    left, top, width, height = stats[best, :4].tolist()
-    window = left, top, left + width, top + height
-    return window, components[top : top + height, left : left + width] == best
+    piece = components == best
+    rows, columns = np.flatnonzero(piece.any(axis=1)), np.flatnonzero(piece.any(axis=0))
+    left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return (left, top, right, bottom), piece[top:bottom, left:right]

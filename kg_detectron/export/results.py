@@ -138,7 +138,7 @@ def _write_coco(path: Path, cells: dict[str, Tensor | MaskCrops], file_name: str
             "category_id": label,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
-            "segmentation": {"size": [height, width], "counts": rle["counts"].decode("ascii")},
+            "segmentation": rle,
             "area": int(coco_mask.area(rle)),
             "iscrowd": 0,
         }
