@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import torch
+from skimage.measure import label
 from torch import Tensor
 
 from kg_detectron.cells.masks import MaskCrops
@@ -60,6 +61,20 @@ def connected_pieces(mask: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         np.ascontiguousarray(mask).view(np.uint8), connectivity=4
     )
     return count - 1, pieces, stats[1:, cv2.CC_STAT_AREA].astype(np.int64)
+
+
+def pieces_of_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many pieces, as `connected_pieces` tells them, every number of a label image has.
+
+    Args:
+        labels: (H, W) integers, 0 background.
+    Returns:
+        The K numbers, rising, and their pieces, (K,) int64 each.
+    """
+    pieces = label(labels, background=0, connectivity=1)
+    _, first = np.unique(pieces, return_index=True)
+    values = labels.ravel()[first]
+    return np.unique(values[values > 0], return_counts=True)
 
 
 def _largest_piece(mask: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray] | None:

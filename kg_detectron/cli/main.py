@@ -1,6 +1,7 @@
 """The command ``kg-detectron``."""
 
 import argparse
+import os
 import platform
 import shlex
 import sys
@@ -13,6 +14,7 @@ from kg_detectron import __version__
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
+    from kg_detectron.io.dataset_check import Choice
 
 
 def versions() -> str:
@@ -192,7 +194,13 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--max-detections", type=int, default=10000, metavar="N", help="an image, for COCO's AP (default: 10000)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument(
+        "--only-common",
+        action="store_true",
+        help="evaluate the images that GT and PRED both have; by default one without prediction counts as without "
+        "detections, and one that GT lacks is an error",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE, those of every image too")
     parser.set_defaults(run=_evaluate)
 
 
@@ -205,6 +213,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         ious=arguments.iou,
         min_score=arguments.min_score,
         max_detections=arguments.max_detections,
+        only_common=arguments.only_common,
     )
     if arguments.json is not None:
         write_report(arguments.json, figures)
@@ -213,21 +222,51 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 _LAYOUT = (
-    "labels: one label image an image, NAME.tif or NAME_labels.tif; cells: one file a cell, NAME/*.png, or where "
-    "IMAGES and MASKS are one folder, NAME/images/*.png and NAME/masks/*.png; default: what is there"
+    "labels: one label image an image, NAME.tif, NAME_labels.tif or NAME_masks.tif; cells: one file a cell, "
+    "NAME/*.png, or where IMAGES and MASKS are one folder, NAME/images/*.png and NAME/masks/*.png; default: what is "
+    "there"
 )
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that say what of a file is read, as in predict."""
+    parser.add_argument("--axes", type=str.upper, help="axis order of TIFF stacks, such as ZCYX: C for channels")
+    parser.add_argument(
+        "--channels", nargs="+", metavar="N", help="channels to take, from 1: one as grey, or three as red, green, blue"
+    )
+    parser.add_argument("--scene", metavar="N", help="scene to take of files that hold several")
+    parser.add_argument(
+        "--background", type=int, default=0, metavar="LABEL", help="number of the background in label images"
+    )
+
+
+def _choice(arguments: argparse.Namespace) -> "Choice":
+    from kg_detectron.io.dataset_check import Choice
+
+    channels = arguments.channels and tuple(int(c) if c.isdigit() else c for c in arguments.channels)
+    scene = int(arguments.scene) if arguments.scene and arguments.scene.isdigit() else arguments.scene
+    return Choice(arguments.axes, channels, scene, arguments.background)
 
 
 def _add_check_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "check-data",
         help="find what is wrong with images and their masks",
-        description="List all that is wrong with a dataset, and count it by kind. Exit status 1 where anything is.",
+        description="List all that is wrong with a dataset, and count it by kind.",
+        epilog="Exit status: 0, nothing is wrong (notes may be printed); 1, something is; 2, nothing was checked.",
     )
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or a COCO JSON")
-    parser.add_argument("masks", metavar="MASKS", nargs="?", help="folder of their masks; none for a COCO JSON")
+    parser.add_argument(
+        "masks", metavar="MASKS", nargs="?", help="folder of their masks; none for a COCO JSON, or where one has both"
+    )
     parser.add_argument("--layout", choices=("labels", "cells"), help=_LAYOUT)
     parser.add_argument("--images", dest="root", metavar="DIR", help="of a COCO JSON (default: its folder)")
+    parser.add_argument(
+        "--normalise",
+        choices=("fixed", "percentile"),
+        help="INPUT.NORMALISATION of the training that is planned; default: name what fixed cannot take",
+    )
+    _add_choice(parser)
     parser.set_defaults(run=_check_data)
 
 
@@ -235,44 +274,83 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from collections import Counter
 
     from kg_detectron.io.dataset_check import check_coco, check_masks
+    from kg_detectron.io.fault import Severity
+    from kg_detectron.io.normalisation import Normalisation
 
+    normalisation = arguments.normalise and Normalisation(arguments.normalise)
     if arguments.images.lower().endswith(".json"):
         if arguments.masks is not None or arguments.layout is not None:
             raise ValueError("MASKS and --layout go with a folder of images; a COCO JSON holds its masks")
-        faults, images = check_coco(arguments.images, arguments.root)
-    elif arguments.masks is None or arguments.root is not None:
-        raise ValueError(
-            "expected IMAGES MASKS, two folders, or a COCO JSON with --images DIR where they are elsewhere"
+        faults, images = check_coco(
+            arguments.images, arguments.root, normalisation=normalisation, choice=_choice(arguments)
         )
+    elif arguments.root is not None:
+        raise ValueError("--images names the folder of the images of a COCO JSON; expected IMAGES MASKS, two folders")
     else:
-        faults, images = check_masks(arguments.images, arguments.masks, arguments.layout)
+        faults, images = check_masks(
+            arguments.images, arguments.masks, arguments.layout, choice=_choice(arguments), normalisation=normalisation
+        )
     for fault in faults:
-        print(f"{fault.kind}: {fault}")
+        print(f"{'note: ' if fault.severity == Severity.NOTE else ''}{fault.kind}: {fault}")
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(fault.kind for fault in faults).items()))
-    print(f"{images} images looked at: {counts or 'nothing found'}")
-    return 1 if faults else 0
+    print(f"{images} images looked at: {counts or 'no faults'}")
+    return 1 if any(fault.severity > Severity.NOTE for fault in faults) else 0
 
 
 def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "convert",
         help="make a COCO JSON for training from images and their masks",
-        description="Write a COCO JSON that tools/train_net.py takes as a dataset: DATASETS.TRAIN \"('FILE.json',)\".",
+        description="Write a COCO JSON that tools/train_net.py takes as a dataset: DATASETS.TRAIN \"('FILE.json',)\". "
+        "A COCO JSON instead of images is mended: ids, boxes, polygons beyond the image, categories that nothing uses.",
     )
-    parser.add_argument("images", metavar="IMAGES", help="folder of images, in that of the JSON or below")
-    parser.add_argument("masks", metavar="MASKS", help="folder of their masks")
+    parser.add_argument(
+        "images", metavar="IMAGES", help="folder of images, in that of the JSON or below; or a COCO JSON to mend"
+    )
+    parser.add_argument(
+        "masks", metavar="MASKS", nargs="?", help="folder of their masks; none for a COCO JSON, or where one has both"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE.json", help="an existing one is replaced")
     parser.add_argument("--layout", choices=("labels", "cells"), help=_LAYOUT)
-    parser.add_argument("--category", default="cell", help="name of the only category (default: cell)")
+    parser.add_argument("--images", dest="root", metavar="DIR", help="of a COCO JSON (default: its folder)")
+    parser.add_argument("--category", help="name of the only category (default: cell, or that of a COCO JSON)")
+    parser.add_argument("--merge-categories", action="store_true", help="make one of several categories of a COCO JSON")
+    parser.add_argument(
+        "--crowds",
+        choices=("cells", "leave-out"),
+        help="take the crowd annotations of a COCO JSON as one cell each, or leave them out (default: refuse them)",
+    )
+    _add_choice(parser)
     parser.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from kg_detectron.io.convert import convert
+    from kg_detectron.io.convert import convert, convert_coco
 
-    images, cells, faults = convert(
-        arguments.images, arguments.masks, arguments.output, layout=arguments.layout, category=arguments.category
-    )
+    choice = _choice(arguments)
+    if arguments.images.lower().endswith(".json"):
+        if arguments.masks is not None or arguments.layout is not None:
+            raise ValueError("MASKS and --layout go with a folder of images; a COCO JSON holds its masks")
+        images, cells, faults = convert_coco(
+            arguments.images,
+            arguments.output,
+            image_root=arguments.root,
+            merge_categories=arguments.merge_categories,
+            category=arguments.category,
+            crowds=arguments.crowds or "refuse",
+            choice=choice,
+        )
+    else:
+        if arguments.root is not None or arguments.merge_categories or arguments.crowds is not None:
+            raise ValueError("--images, --merge-categories and --crowds go with a COCO JSON")
+        images, cells, faults = convert(
+            arguments.images,
+            arguments.masks,
+            arguments.output,
+            layout=arguments.layout,
+            category=arguments.category or "cell",
+            choice=choice,
+        )
     for fault in faults:
         print(f"{fault.kind}: {fault}", file=sys.stderr)
     print(f"{arguments.output}: {images} images, {cells} cells")
@@ -457,7 +535,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()  # here, where a closed pipe can be heard of
+        return status
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError) as error:  # what users can mend; anything else is ours, with its traceback
         print(f"kg-detectron: error: {error}", file=sys.stderr)
         return 2
