@@ -246,3 +246,14 @@ def test_bad_predictions_are_named(tmp_path):
     instances.remove("pred_masks")
     with pytest.raises(ValueError, match="no pred_masks"):
         PaperEvaluator(NAME).process([record], [{"instances": instances}])
+
+
+def test_annotation_ids_that_coco_cannot_take_are_numbered_anew(tmp_path):
+    """An annotation of id 0 counts as missed in COCO's evaluation."""
+    path = write_dataset(tmp_path, [5])
+    data = json.loads(path.read_text())
+    for annotation in data["annotations"]:
+        annotation["id"] -= 1
+    path.write_text(json.dumps(data))
+    register(path)
+    assert evaluate(build_evaluators(config(), NAME))["segm"]["AP"] == pytest.approx(100)
