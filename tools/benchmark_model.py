@@ -31,7 +31,7 @@ from one_by_one import one_by_one  # noqa: E402
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 STAGES = ("backbone", "keypoint branch", "decode", "masks", "paste")
-CONFIGS = ("kg_dsb2018", "kg_dsb2018_lite", "mask_rcnn_dsb2018", "mask_rcnn_dsb2018_fpn")
+CONFIGS = ("kg_dsb2018", "kg_lite_dsb2018", "mask_rcnn_dsb2018", "mask_rcnn_fpn_dsb2018")
 DEFINITIONS = """\
 Milliseconds are medians. GMACs are the multiply-adds of convolutions and matrix products (torch.utils.flop_counter).
 MiB are the most that the tensors of a stage hold at once beyond its input: on a GPU by PyTorch's allocator; on the CPU

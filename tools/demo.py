@@ -27,7 +27,7 @@ from kg_detectron.io.resize import resize_image, resize_labels
 ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")
 DATA = DEMO / "data"
-RUNS = {"kg_synthetic": "keypoint graph", "mask_rcnn_synthetic": "Mask R-CNN"}
+RUNS = {"kg_r18_synthetic_cpu": "keypoint graph", "mask_rcnn_fpn_r18_synthetic_cpu": "Mask R-CNN"}
 ITERATIONS = 240
 PICTURES = 3
 
@@ -117,7 +117,7 @@ def with_the_core(dataset: CocoDataset) -> dict[str, dict[int, list[tuple[float,
     for record in dataset.records:
         cells = predict(model, read_image(record["file_name"]))
         found[record["image_id"]] = list(zip(cells["scores"].tolist(), cells["masks"].rle(), strict=True))
-    return {RUNS["kg_synthetic"]: found}
+    return {RUNS["kg_r18_synthetic_cpu"]: found}
 
 
 def main() -> None:

@@ -87,11 +87,11 @@ def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> lis
     return rows
 
 
-KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_dsb2018_tiny")
-LITE, TINY_LITE = Row("kg lite", "kg_dsb2018_lite"), Row("kg lite", "kg_dsb2018_lite_tiny")
+KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")
+LITE, TINY_LITE = Row("kg lite", "kg_lite_dsb2018"), Row("kg lite", "kg_lite_dsb2018_cpu")
 # On the CPU, as long as 730 iterations of the multi-scale network.
 SINGLE_SCALE = (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")
-TINY_SINGLE = Row("kg single scale", "kg_dsb2018_tiny", SINGLE_SCALE)
+TINY_SINGLE = Row("kg single scale", "kg_r18_dsb2018_cpu", SINGLE_SCALE)
 TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
@@ -99,9 +99,9 @@ PLANS: dict[str, list[Row]] = {
         KG,
         Row("kg plus", "kg_dsb2018_plus"),
         LITE,
-        Row("kg lite plus", "kg_dsb2018_lite_plus"),
+        Row("kg lite plus", "kg_lite_dsb2018_plus"),
         Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
-        Row("mask_rcnn FPN", "mask_rcnn_dsb2018_fpn"),
+        Row("mask_rcnn FPN", "mask_rcnn_fpn_dsb2018"),
         Row("kg seg s1", "kg_dsb2018_seg_s1"),
         Row("kg single scale", "kg_dsb2018_single_scale"),
         *_steps(KG, DECODING, trained=False),
@@ -109,14 +109,14 @@ PLANS: dict[str, list[Row]] = {
     ],
     "cpu": [
         TINY_LITE,
-        Row("kg lite plus", "kg_dsb2018_lite_plus_tiny"),
-        Row("mask_rcnn C4", "mask_rcnn_dsb2018_tiny_c4"),
-        Row("mask_rcnn FPN", "mask_rcnn_dsb2018_tiny"),
+        Row("kg lite plus", "kg_lite_dsb2018_plus_cpu"),
+        Row("mask_rcnn C4", "mask_rcnn_c4_narrow_dsb2018_cpu"),
+        Row("mask_rcnn FPN", "mask_rcnn_fpn_r18_dsb2018_cpu"),
         TINY_KG,
-        Row("kg plus", "kg_dsb2018_plus_tiny"),
-        Row("kg seg s1", "kg_dsb2018_tiny", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
+        Row("kg plus", "kg_r18_dsb2018_plus_cpu"),
+        Row("kg seg s1", "kg_r18_dsb2018_cpu", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
         TINY_SINGLE,
-        Row("kg plus single scale", "kg_dsb2018_plus_tiny", SINGLE_SCALE),
+        Row("kg plus single scale", "kg_r18_dsb2018_plus_cpu", SINGLE_SCALE),
         *_steps(TINY_SINGLE, {"lower threshold": {"PEAK_THRESHOLD": "0.0003"}}, trained=False),
         *_steps(TINY_KG, DECODING, trained=False),
         *_steps(TINY_LITE, DECODING, trained=False),

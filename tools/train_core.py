@@ -21,7 +21,7 @@ from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import KeypointGraphNet
 
-# The network of configs/Base-KG-tiny.yaml.
+# The network of configs/parts/method/kg_r18.yaml.
 TINY = {
     "depth": 18,
     "c0_channels": 16,

@@ -3,7 +3,8 @@
 
 Runs the keypoint-graph model and Mask R-CNN alike, on one or several GPUs or machines, or on the CPU
 (`MODEL.DEVICE cpu`). `--eval-only` evaluates `MODEL.WEIGHTS`, `--resume` continues from the last checkpoint of
-`OUTPUT_DIR`, and further `KEY VALUE` pairs override the config.
+`OUTPUT_DIR`, and further `KEY VALUE` pairs override the config. Results go to `output/<name of the config>`, unless
+`OUTPUT_DIR` says otherwise. A mistake in any of these ends the program with one sentence and status 2.
 
 A run depends on its config and `SEED` alone (on the CPU; GPUs round differently from run to run). Without one, a seed
 is drawn and written to `OUTPUT_DIR/config.yaml`. Interrupted in any way and resumed, a run ends as it would have
@@ -15,9 +16,23 @@ Configs and checkpoints are read as data. `--trust-pickle` lets those that hold 
 weights, for example. MODEL.WEIGHTS that are a URL are downloaded where they stand on the command line.
 """
 
+import importlib.util
 import os
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from torch import nn
+from torch.multiprocessing import ProcessExitedException
+
+if importlib.util.find_spec("detectron2") is None:
+    print(
+        "train_net.py: error: Detectron2 is not installed; `make setup` installs it, `kg-detectron train` needs none",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -27,9 +42,12 @@ from detectron2.utils.logger import setup_logger
 
 from kg_detectron.d2 import add_kg_config, register_files
 from kg_detectron.d2.checkpointer import WholeCheckpointer
-from kg_detectron.d2.config import merge_config
+from kg_detectron.d2.config import drop_initial_weights, merge_config
 from kg_detectron.d2.trainer import Trainer
 from kg_detectron.d2.training_check import check_datasets
+
+# What users' mistakes raise before the training begins.
+MISTAKES = (OSError, ValueError, KeyError)
 
 
 def run_seed(cfg: CfgNode, resume: bool) -> int:
@@ -49,8 +67,14 @@ def setup(args: Namespace) -> CfgNode:
     """
     cfg = get_cfg()
     add_kg_config(cfg)
+    if not args.config_file:
+        raise ValueError("--config-file: expected a config, such as configs/kg_dsb2018.yaml")
+    cfg.OUTPUT_DIR = os.path.join("output", Path(args.config_file).stem)
     merge_config(cfg, args.config_file)
-    cfg.merge_from_list(args.opts)
+    try:
+        cfg.merge_from_list(args.opts)
+    except AssertionError as error:  # as Detectron2's config says it
+        raise ValueError(f"KEY VALUE: {error}") from error
     if "://" in cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS not in args.opts:
         raise ValueError(
             f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} of {args.config_file} is not downloaded unless it stands on the"
@@ -59,7 +83,7 @@ def setup(args: Namespace) -> CfgNode:
     if cfg.MODEL.LOAD_PROPOSALS and not args.trust_pickle:
         raise ValueError("MODEL.LOAD_PROPOSALS: files of proposals are pickles, which can run code (--trust-pickle)")
     if args.eval_only or args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
-        cfg.MODEL.CELLS.BACKBONE_WEIGHTS = ""  # the checkpoint has them: nothing need be downloaded
+        drop_initial_weights(cfg)  # the checkpoint has them: nothing need be downloaded
     cfg.SEED = run_seed(cfg, args.resume)
     cfg.freeze()
     for key in ("TRAIN", "VALIDATION", "TEST"):
@@ -80,7 +104,12 @@ def setup(args: Namespace) -> CfgNode:
     return cfg
 
 
-def main(args: Namespace) -> None:
+def prepare(args: Namespace) -> Callable[[], object]:
+    """Everything that can fail for a mistake of the user's, and what is left: the training, or the evaluation.
+
+    Raises:
+        OSError, KeyError, ValueError: see `setup`; and data or weights that are missing, faulty or do not fit.
+    """
     cfg = setup(args)
     if not args.eval_only:
         names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION, *cfg.DATASETS.TEST]
@@ -88,14 +117,44 @@ def main(args: Namespace) -> None:
         trainer = Trainer(cfg)
         trainer.checkpointer.trust_pickle = args.trust_pickle
         trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        return
+        return trainer.train
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("--eval-only needs the weights to evaluate: add MODEL.WEIGHTS FILE to the command")
     model = Trainer.build_model(cfg)
-    WholeCheckpointer(model, trust_pickle=args.trust_pickle).load(cfg.MODEL.WEIGHTS)
+    WholeCheckpointer(model, trust_pickle=args.trust_pickle, complete=True).load(cfg.MODEL.WEIGHTS)
+    return partial(evaluate, cfg, model)
+
+
+def evaluate(cfg: CfgNode, model: nn.Module) -> None:
+    """Evaluate a model in all processes."""
     Trainer.test(cfg, model)
     comm.synchronize()
+
+
+def main(args: Namespace) -> None:
+    """Train or evaluate, in each of the processes."""
+    prepare(args)()
+
+
+def run(args: Namespace) -> None:
+    """As `main`, with one sentence for a user's mistake.
+
+    Raises:
+        SystemExit: with status 2, for a mistake.
+    """
+    try:
+        work = prepare(args)
+    except MISTAKES as error:
+        if comm.is_main_process():
+            print(f"train_net.py: error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    work()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def build_parser() -> ArgumentParser:
@@ -113,11 +172,14 @@ def build_parser() -> ArgumentParser:
 
 if __name__ == "__main__":
     arguments = build_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    try:
+        launch(
+            run,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
+    except ProcessExitedException as error:  # of one of several processes, which has said why
+        sys.exit(error.exit_code)

@@ -9,10 +9,14 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from kg_detectron.inference.model_file import HOST_PREFIX, SAFETENSORS, read_model
 from kg_detectron.io.safe_load import read_checkpoint
 
 # Where a file is written before it takes its name. One name for all: what a killed process leaves, the next save takes.
 _UNFINISHED = ".unfinished"
+
+# Entry of a checkpoint that was read: the name of a file whose weights must all be there.
+_WHOLE = "whole"
 
 
 class WholeCheckpointer(DetectionCheckpointer):
@@ -22,12 +26,30 @@ class WholeCheckpointer(DetectionCheckpointer):
     their names; until then the former ones stay.
 
     Files are read as data only. ``trust_pickle`` lets a file run the code that is in it: the one way to load
-    Detectron2's own weights (``.pkl``), those of pycls (``.pyth``) and old checkpoints.
+    Detectron2's own weights (``.pkl``), those of pycls (``.pyth``) and old checkpoints. Model files of the core
+    (``.safetensors``) load completely or not at all.
+
+    Args:
+        complete: refuse any file that has not all weights of the model, of which Detectron2 only warns.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, **parts: Any) -> None:
+    def __init__(
+        self, model: nn.Module, save_dir: str = "", *, trust_pickle: bool = False, complete: bool = False, **parts: Any
+    ) -> None:
         super().__init__(model, save_dir, **parts)
         self.trust_pickle = trust_pickle
+        self.complete = complete
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, and the states of the checkpointables.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file that cannot be read as a checkpoint, that would run code, or whose weights do not fit.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: there is no such file of weights")
+        return super().load(path, checkpointables)
 
     def save(self, name: str, **extra: Any) -> None:
         """Write ``name.pth`` with the model, all checkpointables and ``extra``, in the main process.
@@ -103,7 +125,21 @@ class WholeCheckpointer(DetectionCheckpointer):
                 f"{filename} was refused: loading a pickle runs the code that is in it. "
                 "If you trust where it comes from, allow it with --trust-pickle"
             )
+        if filename.endswith(SAFETENSORS):
+            _, weights = read_model(filename)
+            return {"model": {HOST_PREFIX + name: value for name, value in weights.items()}, _WHOLE: filename}
         return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        file = checkpoint.pop(_WHOLE, "the file" if self.complete else None)
+        result = super()._load_model(checkpoint)
+        lost = [*result.missing_keys, *(name for name, *_ in result.incorrect_shapes)]
+        if file and lost:
+            raise ValueError(
+                f"{file} does not fit the model of the config: {len(lost)} weights are missing or have another shape, "
+                f"such as {lost[0]}"
+            )
+        return result
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return torch.load(f, map_location="cpu", weights_only=False) if self.trust_pickle else read_checkpoint(f)

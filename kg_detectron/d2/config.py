@@ -68,6 +68,15 @@ def method_settings(cfg: CN) -> Any:
     return settings_of(cfg, method_class(cfg.MODEL.CELLS.METHOD).Settings)
 
 
+def drop_initial_weights(cfg: CN) -> None:
+    """Make every part of every method start from random weights (in place): a checkpoint follows, or none is wanted."""
+    for method in method_names():
+        for _, part in parts(method_class(method).Settings):
+            for key, field in config_keys(part):
+                if field.metadata.get("initial"):
+                    _add(cfg, key, "")
+
+
 def _get(cfg: CN, key: str) -> Any:
     node = cfg
     for name in key.split("."):

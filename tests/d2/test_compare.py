@@ -142,14 +142,14 @@ def mask_rcnn(folder: Path) -> str:
     small = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 8]
     small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
     small += ["MODEL.RPN.POST_NMS_TOPK_TEST", 20, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
-    return write_run(folder, config("Base-MaskRCNN-FPN.yaml", small))
+    return write_run(folder, config("parts/method/mask_rcnn_fpn.yaml", small))
 
 
 def keypoint_graph(folder: Path) -> str:
     small = ["MODEL.KEYPOINT_GRAPH.DEPTH", 18, "MODEL.KEYPOINT_GRAPH.C0_CHANNELS", 4]
     small += ["MODEL.KEYPOINT_GRAPH.WIDTHS", [4, 4, 8, 8], "MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3]
     # Weights that a finished run has no use for; building the model for real would download them.
-    run = Path(write_run(folder, config("Base-KG.yaml", [*small, "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", ""])))
+    run = Path(write_run(folder, config("parts/method/kg.yaml", [*small, "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", ""])))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("BACKBONE_WEIGHTS: ''", "BACKBONE_WEIGHTS: no such weights"))
     return str(run)

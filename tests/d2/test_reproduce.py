@@ -28,7 +28,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    rows = [reproduce.Row("a row", "kg_synthetic"), reproduce.Row("a row: hop", "kg_synthetic", HOP, "a row")]
+    rows = [reproduce.Row("a row", "kg_r18_synthetic_cpu"), reproduce.Row("a row: hop", "kg_r18_synthetic_cpu", HOP, "a row")]
     monkeypatch.setitem(reproduce.PLANS, "cpu", rows)
     return tmp_path
 
@@ -52,7 +52,7 @@ def test_rows_are_trained_once_evaluated_and_put_into_tables(plan, monkeypatch, 
     monkeypatch.setattr(reproduce, "_python", refuse)
     assert reproduce.main([*command, "--seeds", "7", "--opts", *SMALL]) == 0
     table = (plan / "results" / "cpu" / "tables.md").read_text()
-    assert table.count("\n| a row") == 2 * 3 and "kg_synthetic, random" in table
+    assert table.count("\n| a row") == 2 * 3 and "kg_r18_synthetic_cpu, random" in table
     assert f"{first['figures']['mask_AP@0.5']:.2f}" in table
 
 

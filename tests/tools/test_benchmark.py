@@ -37,16 +37,16 @@ def test_operators(device):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_models(device):
     """Every table has a line for each model and number of cells, with a figure for each stage."""
-    small = "--size 64 --cells 0 3 --repeats 1 --configs kg_synthetic mask_rcnn_synthetic".split()
+    small = "--size 64 --cells 0 3 --repeats 1 --configs kg_r18_synthetic_cpu mask_rcnn_fpn_r18_synthetic_cpu".split()
     if importlib.util.find_spec("detectron2") is None:
         pytest.skip("without Detectron2 only the paper's large network can be measured")
     lines = run_benchmark("model", "--device", device, *small).splitlines()
-    for model in ("kg_synthetic", "mask_rcnn_synthetic"):
+    for model in ("kg_r18_synthetic_cpu", "mask_rcnn_fpn_r18_synthetic_cpu"):
         for count in (0, 3):
             own = [line for line in lines if line.startswith(f"| {model} | {count} |")]
             assert [line.count("|") for line in own] == [11, 9, 9, 9, 8]
     assert any("decode + masks, %" in line for line in lines)
-    assert any(line.startswith("Masks of 3 cells, `kg_synthetic`") for line in lines)
+    assert any(line.startswith("Masks of 3 cells, `kg_r18_synthetic_cpu`") for line in lines)
 
 
 def test_as_many_cells_as_asked_for_reach_the_masks():
