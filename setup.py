@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools wants it
 
 REQUIRES = [
+    "faster-coco-eval>=1.6",
     "fvcore",
     "imagecodecs",  # TIFF's codecs, of which tifffile has few of its own
     "iopath",

@@ -219,7 +219,7 @@ def coco_results(
             "category_id": category_ids[label],
             "bbox": box,
             "score": score,
-            "segmentation": {"size": list(rle["size"]), "counts": bytes.decode(rle["counts"])},
+            "segmentation": rle,
         }
         for box, score, label, rle in zip(*columns, strict=True)
     ]

@@ -17,17 +17,13 @@ def write(path: Path, result: "Result") -> None:
     columns = result.cells.boxes.tolist(), result.scores, result.labels, result.masks.rle()
     annotations = []
     for id, ((x1, y1, x2, y2), score, label, rle) in enumerate(zip(*columns, strict=True), start=1):
-        counts = rle["counts"]
         annotation = {
             "id": id,
             "image_id": 1,
             "category_id": label,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "score": score,
-            "segmentation": {
-                "size": [height, width],
-                "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
-            },
+            "segmentation": rle,
             "area": int(coco_mask.area(rle)),
             "iscrowd": 0,
         }

