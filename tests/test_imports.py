@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "cells": set(),
     "io": CELLS,
     "export": CELLS | {"io"},
-    "metrics": CELLS | {"io"},
+    "metrics": CELLS | {"io", "_version"},
     "synthetic": CELLS,
     "layers": LAYERS,
     "modeling": MODELING,

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.io.coco import decode_mask, load_coco
-from kg_detectron.io.convert import _FATAL as FATAL
-from kg_detectron.io.dataset_check import read_pair
+from kg_detectron.io.dataset_check import Choice, read_pair
+from kg_detectron.io.fault import fatal
 from kg_detectron.io.images import read_image
 from kg_detectron.io.pairs import find_pairs
 from kg_detectron.io.resize import resize_image, resize_labels
@@ -136,7 +136,7 @@ def read_dataset(
     pairs, faults, layout = find_pairs(images, masks, layout)
     result = []
     for pair in pairs:
-        content = read_pair(pair, layout)
+        content = read_pair(pair, layout, Choice())
         faults += content.faults
         if content.size is None or not content.cells:
             continue
@@ -144,9 +144,9 @@ def read_dataset(
         windows = torch.cat([cells.windows for cells in content.cells])
         labels = MaskCrops(crops, windows, content.size).label_image()
         result.append(labelled_image(pair.name, read_image(pair.image), labels, preprocessing))
-    fatal = [fault for fault in faults if fault.kind in FATAL]
-    if fatal:
-        raise ValueError(f"{len(fatal)} faults, which kg-detectron check-data lists; the first: {fatal[0]}")
+    bad = fatal(faults)
+    if bad:
+        raise ValueError(f"{len(bad)} faults, which kg-detectron check-data lists; the first: {bad[0]}")
     return result
 
 
