@@ -138,12 +138,12 @@ def read_dataset(
     for pair in pairs:
         content = read_pair(pair, layout, Choice())
         faults += content.faults
-        if content.size is None or not content.cells:
+        if content.image is None or not content.cells:
             continue
         crops = [crop for cells in content.cells for crop in cells.crops]
         windows = torch.cat([cells.windows for cells in content.cells])
-        labels = MaskCrops(crops, windows, content.size).label_image()
-        result.append(labelled_image(pair.name, read_image(pair.image), labels, preprocessing))
+        labels = MaskCrops(crops, windows, content.image.shape[:2]).label_image()
+        result.append(labelled_image(pair.name, content.image, labels, preprocessing))
     bad = fatal(faults)
     if bad:
         raise ValueError(f"{len(bad)} faults, which kg-detectron check-data lists; the first: {bad[0]}")
