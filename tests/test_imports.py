@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "graph": set(),
     "cells": set(),
     "io": CELLS,
-    "export": CELLS | {"io"},
+    "export": CELLS | {"io", "_version"},
     "metrics": CELLS | {"io", "_version"},
     "synthetic": CELLS,
     "layers": LAYERS,

@@ -140,9 +140,9 @@ def load_stages(config: str, size: int, device: str, channels_last: bool) -> Key
     else:
         from detectron2.config import get_cfg
         from detectron2.modeling import build_model
+        from kg_detectron.d2.modeling import ModelDescription
 
         from kg_detectron.d2 import add_kg_config
-        from kg_detectron.d2.modeling import ModelDescription
 
         cfg = get_cfg()
         add_kg_config(cfg)

@@ -4,7 +4,7 @@
     python tools/convert_torchvision_weights.py my_resnet50.pth R-50.pth
 
 Use the file as MODEL.WEIGHTS of a Mask R-CNN with a C4 or an FPN backbone and MODEL.RESNETS.STRIDE_IN_1X1 False, as in
-configs/parts/method/mask_rcnn_c4.yaml. It is a plain dictionary of tensors and loads under torch.load(weights_only=True).
+configs/parts/method/mask_rcnn_c4.yaml. It is a plain dictionary of tensors, which torch.load(weights_only=True) loads.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``kg-detectron convert``: make a COCO JSON for training."""
+"""``kg-detectron convert``: make a COCO JSON for training, or mend one."""
 
 import argparse
 import sys
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the JSON."""
     from kg_detectron.io.convert import convert, convert_coco
 
+    chosen = choice(arguments)
     if arguments.images.lower().endswith(".json"):
         if arguments.masks is not None or arguments.layout is not None:
             raise ValueError("MASKS and --layout go with a folder of images; a COCO JSON holds its masks")
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             merge_categories=arguments.merge_categories,
             category=arguments.category,
             crowds=arguments.crowds or "refuse",
-            choice=choice(arguments),
+            choice=chosen,
         )
     else:
         if arguments.root is not None or arguments.merge_categories or arguments.crowds is not None:
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.output,
             layout=arguments.layout,
             category=arguments.category or "cell",
-            choice=choice(arguments),
+            choice=chosen,
         )
     for fault in faults:
         print(f"{fault.kind}: {fault}", file=sys.stderr)

@@ -216,7 +216,7 @@ def report(figures: dict[str, Any]) -> str:
     for side, names in figures["images_left_out"].items():
         if names:
             shown = ", ".join(names[:5]) + (", ..." if names[5:] else "")
-            lines.append(f"left out, {len(names)} images that only the {side.replace('_', ' ')} has: {shown}")
+            lines.append(f"left out, {len(names)} images only in the {side.replace('_', ' ')}: {shown}")
     if not figures["has_scores"]:
         lines.append("the predictions have no scores: no ranking, hence no AP (n/a)")
     elif figures["min_score"] > 0:

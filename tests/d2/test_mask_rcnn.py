@@ -14,6 +14,7 @@ from kg_detectron.d2 import CellMapper
 from kg_detectron.d2.solver import build_lr_scheduler
 from kg_detectron.io.coco import encode_mask
 
+
 @pytest.mark.parametrize("name, images", [("mask_rcnn_dsb2018", 402), ("mask_rcnn_neural_fpn", 386)])
 def test_schedule_of_the_paper(name, images):
     """Adam at 1e-4, x 0.96 after each of 100 epochs."""
