@@ -1,7 +1,9 @@
-"""Options that say how images and masks are read, which several commands have."""
+"""Options of the commands that read labelled images, which several commands have."""
 
 import argparse
 from typing import TYPE_CHECKING
+
+from kg_detectron.cli.predict import name_or_number
 
 if TYPE_CHECKING:
     from kg_detectron.io.dataset_check import Choice
@@ -17,18 +19,22 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     """The options that say what of a file is read, as in predict."""
     parser.add_argument("--axes", type=str.upper, help="axis order of TIFF stacks, such as ZCYX: C for channels")
     parser.add_argument(
-        "--channels", nargs="+", metavar="N", help="channels to take, from 1: one as grey, or three as red, green, blue"
+        "--channels",
+        nargs="+",
+        metavar="NAME|N",
+        help="channels to take, by name or from 1: one as grey, or three as red, green, blue",
     )
-    parser.add_argument("--scene", metavar="N", help="scene to take of files that hold several")
+    parser.add_argument(
+        "--scene", type=name_or_number, metavar="NAME|N", help="scene to take of files that hold several"
+    )
     parser.add_argument(
         "--background", type=int, default=0, metavar="LABEL", help="number of the background in label images"
     )
 
 
 def choice(arguments: argparse.Namespace) -> "Choice":
-    """What `add_choice` asked for."""
+    """What of a file is read, as the options say."""
     from kg_detectron.io.dataset_check import Choice
 
-    channels = arguments.channels and tuple(int(c) if c.isdigit() else c for c in arguments.channels)
-    scene = int(arguments.scene) if arguments.scene and arguments.scene.isdigit() else arguments.scene
-    return Choice(arguments.axes, channels, scene, arguments.background)
+    channels = arguments.channels and tuple(map(name_or_number, arguments.channels))
+    return Choice(arguments.axes, channels, arguments.scene, arguments.background)
