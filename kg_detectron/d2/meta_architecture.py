@@ -77,12 +77,13 @@ class CellInstanceSegmentation(nn.Module):
 
 
 def raw_image(image: Tensor) -> np.ndarray:
-    """An image (3, H, W) as (H, W, 3). Floats that hold 8 bits, as Detectron2's predictor has them, become 8 bits."""
+    """An image (3, H, W) as (H, W, 3). Floats that hold 8 or 16 bits, as of Detectron2's predictor, become those."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     if pixels.dtype.kind == "f" and pixels.max(initial=0) > 1:
-        eight_bits = pixels.clip(0, 255).astype(np.uint8)
-        if np.array_equal(eight_bits, pixels):
-            return eight_bits
+        for kind in (np.uint8, np.uint16):
+            integers = pixels.clip(0, np.iinfo(kind).max).astype(kind)
+            if np.array_equal(integers, pixels):
+                return integers
     return pixels
 
 

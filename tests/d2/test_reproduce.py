@@ -28,7 +28,10 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    rows = [reproduce.Row("a row", "kg_r18_synthetic_cpu"), reproduce.Row("a row: hop", "kg_r18_synthetic_cpu", HOP, "a row")]
+    rows = [
+        reproduce.Row("a row", "kg_r18_synthetic_cpu"),
+        reproduce.Row("a row: hop", "kg_r18_synthetic_cpu", HOP, "a row"),
+    ]
     monkeypatch.setitem(reproduce.PLANS, "cpu", rows)
     return tmp_path
 
