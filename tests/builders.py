@@ -101,10 +101,14 @@ def train(
     steps: int,
     rate: float = 4e-3,
     batch_size: int = 2,
+    decay: bool = False,
 ) -> None:
-    """Train a network in place on examples that ``draw`` makes, and leave it in evaluation mode."""
+    """Train a network in place on examples that ``draw`` makes, and leave it in evaluation mode.
+
+    The learning rate stays, or falls to 0 along a cosine.
+    """
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps if decay else 10**9)
     model.train()
     for _ in range(steps):
         images, targets = zip(*(draw() for _ in range(batch_size)), strict=True)

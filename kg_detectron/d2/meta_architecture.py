@@ -1,5 +1,6 @@
 """Detectron2's meta-architectures: unpack `Instances`, call the core's network, pack `Instances`."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,14 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
             preprocessing=settings_of(cfg, Preprocessing),
             precision=cfg.MODEL.CELLS.PRECISION,
         )
-    settings = settings_of(cfg, KeypointGraphSettings)
+    # What a registered part decides itself, as SegS1MaskHead what masks are cut from, belongs to the description.
+    settings = dataclasses.replace(
+        settings_of(cfg, KeypointGraphSettings),
+        targets=proposals.targets,
+        decoding=proposals.decoder.settings,
+        segmentation=heads.mask_head.core.settings,
+        ranking=heads.ranking.settings,
+    )
     network = KeypointGraphNet(
         settings,
         backbone=backbone.core,

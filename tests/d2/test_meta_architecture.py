@@ -19,7 +19,8 @@ from kg_detectron.d2.config import method_settings
 from kg_detectron.d2.meta_architecture import CellInstanceSegmentation, Description, MixedRCNN
 from kg_detectron.inference import load_model, predict
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import KeypointGraphNet, KeypointGraphSettings
+from kg_detectron.modeling.settings import from_plain
 
 # From the network's input of `scene` to the output that it asks for.
 OUTPUT_SCALE = torch.tensor([120 / 96, 100 / 64, 120 / 96, 100 / 64])
@@ -186,6 +187,14 @@ def test_precision_is_that_of_the_core():
         build_model(small_config("MODEL.CELLS.PRECISION", "half"))
 
 
+def test_what_masks_are_cut_from_is_said_once():
+    """By the name of the mask head, where Detectron2's registries are used."""
+    with pytest.raises(ValueError, match="CUT_FROM: 's1' does not go with .* CropFeatureMaskHead"):
+        build_model(small_config("MODEL.CELLS.CUT_FROM", "s1"))
+    model = build_model(small_config("MODEL.CELLS.CUT_FROM", "s1", "MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead"))
+    assert model.network.settings.segmentation.cut_from == "s1"
+
+
 def test_unknown_parts_are_named():
     with pytest.raises(KeyError, match="NoSuchHead"):
         build_model(small_config("MODEL.ROI_MASK_HEAD.NAME", "NoSuchHead"))
@@ -210,8 +219,7 @@ def test_every_config_builds(name):
     cfg = load_config(name, "MODEL.CELLS.BACKBONE_WEIGHTS", "", "MODEL.DEVICE", "meta")
     with torch.device("meta"):
         model = build_model(cfg)
-        core = KeypointGraphNet.build(method_settings(cfg))
-    assert model.network.description() == core.description()
+        core = KeypointGraphNet.build(from_plain(KeypointGraphSettings, model.network.description()["settings"]))
     assert {name: value.shape for name, value in model.network.state_dict().items()} == {
         name: value.shape for name, value in core.state_dict().items()
     }
