@@ -20,7 +20,7 @@ CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools
 
 REQUIRES = [
     "fvcore",
-    "imageio",
+    "imagecodecs",  # TIFF's codecs, of which tifffile has few of its own
     "iopath",
     "jinja2",
     "matplotlib",
@@ -48,6 +48,13 @@ EXTRAS = {
         "pytest-timeout",
         "pyyaml",
         "ruff",
+    ],
+    # Microscopes' own formats (kg_detectron/io/microscope.py).
+    "formats": [
+        "bioio",
+        "bioio-czi",
+        "bioio-lif",
+        "bioio-nd2",
     ],
     # What Detectron2 itself needs at commit 02b5c4e2. It is on no package index, and is installed with --no-deps
     # so that it cannot replace the pinned packages (tools/install_detectron2.py).
