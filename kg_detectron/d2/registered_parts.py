@@ -151,8 +151,8 @@ class CellMaskHead(nn.Module):
         settings = settings_of(cfg, SegmentationSettings)
         if settings.cut_from not in ("features", cls.cut_from):
             raise ValueError(
-                f"MODEL.CELLS.CUT_FROM: {settings.cut_from!r} does not go with MODEL.ROI_MASK_HEAD.NAME {cls.__name__}, "
-                f"which cuts from {cls.cut_from!r}"
+                f"MODEL.CELLS.CUT_FROM: {settings.cut_from!r} does not go with MODEL.ROI_MASK_HEAD.NAME "
+                f"{cls.__name__}, which cuts from {cls.cut_from!r}"
             )
         settings = dataclasses.replace(settings, cut_from=cls.cut_from)
         channels = [input_shape[name].channels for name in FEATURES]

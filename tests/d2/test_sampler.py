@@ -73,4 +73,4 @@ def test_iterations_and_processes_have_random_numbers_of_their_own():
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     drawn = [draws(*place) for place in places]
     assert all(len(set(column)) == len(places) for column in zip(*drawn, strict=True))
-    assert [draws(*place) for place in places] == found
+    assert [draws(*place) for place in places] == drawn
