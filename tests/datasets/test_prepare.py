@@ -1,6 +1,5 @@
 """The scripts of datasets/: raw files to COCO JSON."""
 
-import importlib.util
 import json
 import shutil
 import struct
@@ -8,27 +7,17 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import cv2
+import make_synthetic as synthetic
 import numpy as np
+import prepare_dsb2018 as dsb2018
+import prepare_neural as neural
 import pytest
 
 from kg_detectron.io.coco import decode_mask, load_coco
 
 DATASETS = Path(__file__).parents[2] / "datasets"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DATASETS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-dsb2018, neural, synthetic, usiigaci = map(
-    script, ("prepare_dsb2018", "prepare_neural", "make_synthetic", "prepare_usiigaci")
-)
 
 
 def files(folder: Path) -> dict[str, bytes]:
