@@ -44,6 +44,7 @@ sanitize: $(ready)  ## run the tests of the C++ operators with the address and u
 lint: $(installed)  ## check style and layout of the code
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	find kg_detectron tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:  ## remove caches and build products; VENV stays
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis kg_detectron/layers/_C.* $(built)

@@ -1,8 +1,9 @@
 """The package kg_detectron, its command, its dependencies, and its compiled operators.
 
 The C++ operators are always built; the CUDA ones too where a CUDA toolkit is found (``CUDA_HOME``) or ``FORCE_CUDA=1``,
-and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is said, and
-left to the PyTorch reference: the installation goes on. It needs the installed PyTorch, so ``--no-build-isolation``.
+and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is reported,
+the PyTorch reference stands in for it, and the installation goes on; only with ``FORCE_CUDA=1`` it fails. It needs the
+installed PyTorch, so ``--no-build-isolation``.
 """
 
 import os
@@ -40,6 +41,7 @@ REQUIRES = [
 
 EXTRAS = {
     "dev": [
+        "clang-format",
         "hypothesis",
         "packaging",
         "pytest>=8",
@@ -101,13 +103,16 @@ def compile_operators(cuda: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "lock").unlink(missing_ok=True)  # of a build that was killed, for which this one would wait for ever
     threads = ["-fopenmp"] if sys.platform == "linux" else []  # what at::parallel_for is compiled to
-    flags = [
-        "-O3",
-        "-ffp-contract=off",  # equal distances stay equal, as they are in the reference and on the GPU
-        "-fno-trapping-math",  # nobody looks at traps and errno, which keep loops from being vectorised
-        "-fno-math-errno",
-        "-fno-tree-slp-vectorize",  # two votes written as one vector must be waited for before the next are added
-    ]
+    if sys.platform == "win32":  # MSVC, which contracts nothing unless told to
+        flags = ["/O2"]
+    else:  # GCC and Clang
+        flags = [
+            "-O3",
+            "-ffp-contract=off",  # equal distances stay equal, as they are in the reference and on the GPU
+            "-fno-trapping-math",  # floating-point traps and errno, which nothing here reads, prevent vectorised loops
+            "-fno-math-errno",
+            "-fno-tree-slp-vectorize",  # two votes written as one vector delay the next additions to them
+        ]
     cpp_extension.load(
         "_C",
         [str(ROOT / path) for path in sources(".cpp", *([".cu"] if cuda else []))],
@@ -118,11 +123,11 @@ def compile_operators(cuda: bool) -> Path:
         with_cuda=cuda,
         is_python_module=False,
     )
-    return next(folder.glob("_C.so"))
+    return next(path for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd"))
 
 
 class BuildOperators(build_ext):
-    """``build_ext`` by PyTorch's own builder. It never fails: what cannot be built is said and left out."""
+    """``build_ext`` by PyTorch's own builder. What cannot be built is reported and left out, but for FORCE_CUDA=1."""
 
     def run(self) -> None:
         if self.inplace:  # no outdated library may stay behind where nothing new can be built
@@ -134,15 +139,20 @@ class BuildOperators(build_ext):
         toolkit = Path("/usr/local/cuda")
         if not os.environ.get("CUDA_HOME") and (toolkit / "include" / "cuda_runtime.h").is_file():
             os.environ["CUDA_HOME"] = str(toolkit)  # PyTorch would ask for nvcc on the PATH, which may be a launcher
+        force = os.environ.get("FORCE_CUDA", "")
         try:
             import torch
             from torch.utils.cpp_extension import CUDA_HOME
         except ImportError:
-            say("NOT BUILT, for PyTorch is not installed here: install it first, then use pip's --no-build-isolation.")
+            say("NOT BUILT: PyTorch is not installed here. Install it first, then use pip's --no-build-isolation.")
+            if force == "1":
+                sys.exit("kg_detectron operators: FORCE_CUDA=1, and PyTorch is not installed.")
             return
-        force = os.environ.get("FORCE_CUDA", "")
         has_cuda = CUDA_HOME is not None and torch.version.cuda is not None
-        for cuda in (True, False) if force == "1" or has_cuda and force != "0" else (False,):
+        if force == "1" and not has_cuda:
+            missing = "a PyTorch with CUDA" if torch.version.cuda is None else "a CUDA toolkit (CUDA_HOME)"
+            sys.exit(f"kg_detectron operators: FORCE_CUDA=1, and {missing} was not found.")
+        for cuda in (True, False) if has_cuda and force != "0" else (False,):
             parts = "C++ and CUDA" if cuda else "C++"
             say(f"building {parts}, which takes some minutes.")
             try:
@@ -150,6 +160,8 @@ class BuildOperators(build_ext):
             except Exception as error:  # a compiler, a linker or ninja that is missing or fails, in whatever way
                 print(error, flush=True)
                 say(f"building {parts} FAILED, see above.")
+                if force == "1":
+                    sys.exit("kg_detectron operators: FORCE_CUDA=1, and the CUDA part cannot be built.")
             else:
                 target = Path(self.get_ext_fullpath(extension.name))
                 target.parent.mkdir(parents=True, exist_ok=True)

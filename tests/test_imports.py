@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "layers": LAYERS,
     "modeling": MODELING,
     "inference": INFERENCE,
+    "training": INFERENCE | {"inference"},
     "report": INFERENCE | {"inference"},
-    "cli": INFERENCE | {"inference", "report"},
-    "d2": INFERENCE | {"inference"},
+    "cli": INFERENCE | {"inference", "training", "report"},
+    "d2": INFERENCE | {"inference", "training"},
     "__init__": INFERENCE | {"inference"},
 }
 

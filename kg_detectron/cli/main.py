@@ -10,6 +10,7 @@ from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING
 
 from kg_detectron._version import __version__
+from kg_detectron.cli import train
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
@@ -433,6 +434,7 @@ def build_parser() -> argparse.ArgumentParser:
     # Each command adds itself here, with set_defaults(run=a function of the arguments that returns the exit status).
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_predict(commands)
+    train.add_parser(commands)
     _add_rerun(commands)
     _add_evaluate(commands)
     _add_check_data(commands)

@@ -14,6 +14,7 @@ from detectron2.config import CfgNode as CN
 
 from kg_detectron.modeling import method_class, method_names
 from kg_detectron.modeling.settings import config_keys, parts
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 
 T = TypeVar("T")
 
@@ -119,7 +120,12 @@ def add_kg_config(cfg: CN) -> None:
     # Datasets of the validation loss, which early stopping watches; empty computes none (the figures use TEST).
     cfg.DATASETS.VALIDATION = ()
 
-    # Training augmentations (paper, section 3), each applied with probability 1/2 or 0 where it is off.
+    # Of training where INPUT.RESIZE is "isotropic": windows whose scale follows the size of the cells.
+    for part in (GeometrySettings, ColourSettings):
+        for key, field in config_keys(part):
+            _add(cfg, key, field.default)
+    # Of training where INPUT.RESIZE is "squeeze": the published augmentations (paper, section 3), each applied
+    # with probability 1/2, or 0 where it is off.
     aug = cfg.INPUT.AUGMENTATION = CN()
     # Random expansion: the image surrounded by up to this many times its size; 1 is off.
     aug.EXPAND = 2.0

@@ -26,8 +26,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from kg_detectron.d2.sampler import EndlessSampler
-from kg_detectron.d2.seeds import seed_iteration
+from kg_detectron.training.sampler import EndlessSampler
+from kg_detectron.training.seeds import seed_iteration
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
 from kg_detectron.d2.mapper import CellMapper
-from kg_detectron.d2.sampler import EndlessSampler, SampleDataset
+from kg_detectron.training.sampler import EndlessSampler, SampleDataset
 
 
 def build_train_loader(cfg: CfgNode) -> DataLoader:

@@ -3,8 +3,9 @@
 H, W: height and width in pixels; N counts cells.
 """
 
+import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from kg_detectron.d2.config import settings_of
 from kg_detectron.io.coco import decode_runs
 from kg_detectron.io.images import read_image
 from kg_detectron.modeling import Preprocessing
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
+from kg_detectron.training.dataset import LabelledImage, at_natural_scale, augmented, image_of_record
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ class CellMapper:
         image_format: str = "BGR",
         with_targets: bool = True,
         raw: bool = False,
+        windows: Callable[[LabelledImage], tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
     ):
         if image_format not in ("BGR", "RGB"):
             raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {image_format!r}")
@@ -111,6 +115,7 @@ class CellMapper:
         self.image_format = image_format
         self.with_targets = with_targets
         self.raw = raw and not with_targets
+        self.windows = windows
         logger.info("Augmentations: %s", self.augmentations)
 
     @classmethod
@@ -121,6 +126,7 @@ class CellMapper:
             "image_format": cfg.INPUT.FORMAT,
             "with_targets": is_train,
             "raw": cfg.MODEL.META_ARCHITECTURE in PREPARING,
+            "windows": _windows(cfg, is_train),
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +136,8 @@ class CellMapper:
             ValueError: an image that cannot be read or normalised, or has another size than the record says; a mask
                 that is not in compressed run lengths, which `register_cells` makes of any.
         """
+        if self.windows is not None and self.with_targets:
+            return self._window(record)
         image = read_image(record["file_name"])
         size = record["height"], record["width"]
         if image.shape[:2] != size:
@@ -155,6 +163,34 @@ class CellMapper:
         if self.with_targets:
             mapped["instances"] = _transform_cells(cells, transforms, size, frame.image.shape[:2])
         return mapped
+
+    def _window(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A window whose scale follows the size of the cells; in evaluation the whole image at that scale."""
+        image, target = self.windows(image_of_record(record, self.preprocessing))
+        instances = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]))
+        instances.gt_classes = torch.zeros(len(target["boxes"]), dtype=torch.int64)
+        instances.gt_masks = BitMasks(target["masks"])
+        mapped = {key: record[key] for key in ("file_name", "image_id", "height", "width")}
+        return mapped | {"image": image if self.image_format == "BGR" else image.flip(0), "instances": instances}
+
+
+def _windows(
+    cfg: CfgNode, is_train: bool
+) -> Callable[[LabelledImage], tuple[torch.Tensor, dict[str, torch.Tensor]]] | None:
+    """What makes training windows, or for validation whole images, where the scale follows the size of the cells."""
+    preprocessing = settings_of(cfg, Preprocessing)
+    if preprocessing.resize != "isotropic":
+        return None
+    if not is_train:
+        return functools.partial(at_natural_scale, diameter=preprocessing.diameter)
+    geometry, colours = settings_of(cfg, GeometrySettings), settings_of(cfg, ColourSettings)
+
+    def window(source: LabelledImage) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # NumPy's global generator is that of the sample.
+        generator = np.random.default_rng(np.random.randint(2**32, size=4, dtype=np.uint64))
+        return augmented(source, preprocessing.diameter, geometry, colours, generator)
+
+    return window
 
 
 def _tensor(image: np.ndarray) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Operators of the keypoint graph: compiled where they were built, their PyTorch reference elsewhere."""
 
+from .crops import crop_pixels
+from .keypoints import box_keypoints
 from .nms import nms
 from .ops import (
     convolve_resized,
@@ -12,7 +14,6 @@ from .ops import (
     render_targets,
     smooth_votes,
 )
-from .reference import box_keypoints, crop_pixels
 
 __all__ = [
     "box_keypoints",

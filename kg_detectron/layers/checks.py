@@ -1,4 +1,7 @@
-"""What the operators ask of their arguments, compiled or not. Every error names the argument."""
+"""The checks of arguments in the PyTorch reference; the compiled kernels have the same ones in csrc/checks.h.
+
+Every error names the argument, what was expected and what came.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..graph import GROUP_OFFSET_CHANNELS, NUM_KEYPOINTS
+from ..graph import NUM_KEYPOINTS
 
 
 def _check_maps(name: str, maps: Tensor, channels: int | None = None) -> None:
@@ -48,9 +51,9 @@ def _check_scales(name: str, maps: Sequence[Tensor], channels: int | None = None
         raise ValueError(f"{name}: expected the maps of at least one scale, got none")
     for scale in maps:
         _check_maps(name, scale, channels)
-        of, expected = ((tuple(m.shape[:2]), m.dtype, m.device) for m in (scale, maps[0]))
-        if of != expected:
-            raise ValueError(f"{name}: expected (N,C), type and device {expected} at every scale, got {of}")
+        facts, expected = ((tuple(m.shape[:2]), m.dtype, m.device) for m in (scale, maps[0]))
+        if facts != expected:
+            raise ValueError(f"{name}: expected (N,C), type and device {expected} at every scale, got {facts}")
 
 
 def check_threshold(scores: Sequence[Tensor], threshold: float) -> None:
@@ -65,10 +68,17 @@ def _check_peaks(peaks: Tensor) -> None:
         raise ValueError(f"peaks: expected int64 (P,4), got {peaks.dtype} of shape {tuple(peaks.shape)}")
 
 
-def check_gathering(peaks: Tensor, group_offsets: Sequence[Tensor]) -> None:
+def _check_edges(edges: Sequence[tuple[int, int]]) -> None:
+    keypoints = range(NUM_KEYPOINTS)
+    if len(set(edges)) < len(edges) or any(k == l or k not in keypoints or l not in keypoints for k, l in edges):
+        raise ValueError(f"edges: expected different pairs of different keypoints below {NUM_KEYPOINTS}, got {edges}")
+
+
+def check_gathering(peaks: Tensor, group_offsets: Sequence[Tensor], edges: Sequence[tuple[int, int]]) -> None:
     """For `gather_displacements`."""
     _check_peaks(peaks)
-    _check_scales("group_offsets", group_offsets, GROUP_OFFSET_CHANNELS)
+    _check_edges(edges)
+    _check_scales("group_offsets", group_offsets, 2 * len(edges))
     if peaks.device != group_offsets[0].device:
         raise ValueError(
             f"peaks and group_offsets: expected one device, got {peaks.device} and {group_offsets[0].device}"
@@ -119,12 +129,43 @@ def check_graphs(graphs: Tensor) -> None:
         )
 
 
-def check_crops(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> None:
+def check_targets(
+    boxes: Tensor,
+    image: Tensor,
+    images: int,
+    height: int,
+    width: int,
+    stride: float,
+    radius: float,
+    edges: Sequence[tuple[int, int]],
+) -> None:
+    """For `render_targets`."""
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or boxes.dtype != torch.float32:
+        raise ValueError(f"boxes: expected float32 (M,4), got {boxes.dtype} of shape {tuple(boxes.shape)}")
+    if image.shape != boxes.shape[:1] or image.dtype != torch.int64 or image.device != boxes.device:
+        raise ValueError(
+            f"image: expected int64 {tuple(boxes.shape[:1])} on {boxes.device}, "
+            f"got {image.dtype} of shape {tuple(image.shape)} on {image.device}"
+        )
+    if min(images, height, width) < 0:
+        raise ValueError(f"images, height and width: expected no negative ones, got {images}, {height} and {width}")
+    if len(image) and not 0 <= int(image.min()) <= int(image.max()) < images:
+        raise ValueError(f"image: expected indices below {images}, got {int(image.min())} to {int(image.max())}")
+    _check_positive("stride", stride)
+    _check_positive("radius", radius)
+    _check_edges(edges)
+
+
+def check_products(products: Tensor) -> None:
     """For `convolve_resized`."""
     if products.dim() != 3 or products.shape[1] != 9 or not products.is_floating_point():
         raise ValueError(
             f"products: expected a floating-point tensor (P,9,C), got {products.dtype} of shape {tuple(products.shape)}"
         )
+
+
+def check_crops(products: int, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> None:
+    """The tables of `convolve_resized`, for so many pixels of products and of the result."""
     for name, table in (("before", before), ("after", after), ("places", places)):
         if table.shape != (len(before), 2) or table.dtype != torch.int64 or table.device.type != "cpu":
             raise ValueError(
@@ -133,8 +174,8 @@ def check_crops(products: Tensor, before: Tensor, after: Tensor, places: Tensor,
             )
     if len(before) and min(before.min(), after.min()) < 1:
         raise ValueError(f"before, after: expected sides of at least 1, got {before.min()} and {after.min()}")
-    if before.prod(1).sum() != len(products):
-        raise ValueError(f"products: expected {before.prod(1).sum()} pixels, as `before` says, got {len(products)}")
+    if before.prod(1).sum() != products:
+        raise ValueError(f"products: expected {before.prod(1).sum()} pixels, as `before` says, got {products}")
     last = places[:, 0] + (after[:, 0] - 1) * places[:, 1] + after[:, 1]
     if bool(((places[:, 0] < 0) | (places[:, 1] < after[:, 1]) | (last > pixels)).any()):
         raise ValueError(f"places: expected crops within {pixels} pixels, got {places.tolist()}")

@@ -1,34 +1,35 @@
-"""The keypoint-graph operators: compiled where they were built for the device, `reference` elsewhere.
+"""The keypoint-graph operators: for each one its schema, its typed wrapper, and its fake.
 
-`reference` says what each one does and takes; the letters are its letters. Beside every wrapper stands its fake, which
-gives the shapes to `torch.compile`. On a GPU, `find_peaks`, `group_peaks` and `graphs_to_boxes` wait for the device
-once each, for the size of their result, whatever the number of images and scales; `group_keypoints` also to hear of
-peaks outside the maps. The others never wait.
+An operator has up to three kernels, and PyTorch's dispatcher chooses among them: C++ (csrc/cpu), CUDA (csrc/cuda), and
+for every other device, or where nothing was compiled, the PyTorch reference (`reference`), with a warning. Each kernel
+checks its arguments first, so that they are checked once, by whatever way they come. The fakes give shapes to
+`torch.compile` and `torch.export`.
+
+Letters: N images, K keypoint types, H x W pixels of one scale, P peaks, G graphs, R boxes. x points right, y down.
+Coordinates are pixel indices of the scale. Only `convolve_resized` is differentiable.
+
+On a GPU, `find_peaks`, `group_peaks` and `graphs_to_boxes` wait for the device once each, for the size of their result,
+whatever the number of images and scales; `group_keypoints` also to learn of peaks outside the maps. The others never
+wait.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 
-from ..graph import GROUP_OFFSET_CHANNELS, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
+from ..graph import DIRECTED_EDGES, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
 from . import reference
-from .checks import (
-    check_crops,
-    check_gathering,
-    check_graphs,
-    check_grouping,
-    check_positions,
-    check_smoothing,
-    check_threshold,
-    check_votes,
-)
+from .checks import check_positions
 
-# Those that are compiled for every device, and those for the CPU alone.
+# Those with a CUDA kernel, and those without.
 OPERATORS = (
     "hough_vote",
     "smooth_votes",
@@ -40,113 +41,182 @@ OPERATORS = (
 )
 CPU_OPERATORS = ("convolve_resized", "convolve_resized_backward")
 
+_BUILD = "run `make setup`, or `pip install --no-build-isolation .`, in a checkout of kg_detectron"
 
-def _load() -> frozenset[str]:
-    """Load the compiled operators; the types of device that they were built for."""
-    chosen = os.environ.get("KG_DETECTRON_LIBRARY")  # another build of it, for tools/sanitize.py
+
+def _load_library() -> None:
+    """Load the compiled kernels, where there are any."""
+    chosen = os.environ.get("KG_DETECTRON_LIBRARY")  # another build, for tools/sanitize.py
     library = Path(chosen) if chosen else next(Path(__file__).parent.glob("_C.*"), None)
-    if library is None:
-        return frozenset()
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:  # built for another PyTorch
-        warnings.warn(f"kg_detectron: {library.name} does not load ({error})", stacklevel=2)
-        return frozenset()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    try:
-        return frozenset(
-            key.lower()
-            for key, names in (("CPU", OPERATORS + CPU_OPERATORS), ("CUDA", OPERATORS))
-            if all(has(f"kg_detectron::{name}", key) for name in names)
-        )
-    except RuntimeError as error:  # built from older sources, without one of them
-        warnings.warn(f"kg_detectron: {library.name} is out of date ({error})", stacklevel=2)
-        return frozenset()
+    if library is not None:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:  # built for another PyTorch
+            warnings.warn(f"kg_detectron: {library.name} does not load ({error})", stacklevel=2)
 
 
-COMPILED_FOR = _load()
+_load_library()
 _warned: set[str] = set()
 
 
-def _is_compiled(device: torch.device) -> bool:
-    """Whether the operators were built for this type of device; a warning, once, where they were not."""
-    if device.type in COMPILED_FOR:
-        return True
-    if device.type not in _warned:
-        _warned.add(device.type)
-        warnings.warn(
-            f"kg_detectron: its operators are not compiled for {device.type}, and their slow PyTorch reference runs. "
-            f"To build them, have a C++ compiler{', CUDA_HOME' if device.type == 'cuda' else ''} and ninja, and run "
-            "`make setup`, or `pip install --no-build-isolation .`, in a checkout of kg_detectron.",
-            stacklevel=3,
-        )
-    return False
+def _define(schema: str, kernel: Callable[..., Any]) -> None:
+    """Define an operator, with its reference as the kernel of all devices that have none of their own."""
+    name = schema.split("(", 1)[0]
+
+    @functools.wraps(kernel)
+    def fallback(*arguments: Any) -> Any:
+        first = arguments[0] if isinstance(arguments[0], Tensor) else next(iter(arguments[0]), None)
+        if first is not None:
+            _warn_once(first.device.type)
+        return kernel(*arguments)
+
+    try:
+        torch.library.define(f"kg_detectron::{name}", schema.removeprefix(name))
+        torch.library.impl(f"kg_detectron::{name}", "default", fallback)
+    except RuntimeError as error:  # its signatures are others
+        message = f"kg_detectron: its compiled operators are out of date; to build them again, {_BUILD}"
+        raise ImportError(message) from error
 
 
-def _register_fake(name: str) -> Callable:
-    """`torch.library.register_fake`, where there is an operator to register it for."""
-    if COMPILED_FOR:
-        return torch.library.register_fake(f"kg_detectron::{name}")
-    return lambda fake: fake
+def _warn_once(device: str) -> None:
+    """Say that the operators are not compiled for this type of device, where that is so."""
+    if device in COMPILED_FOR or device in _warned:
+        return
+    _warned.add(device)
+    warnings.warn(
+        f"kg_detectron: its operators are not compiled for {device}, and their slow PyTorch reference runs. To build "
+        f"them, have a C++ compiler{', CUDA_HOME' if device == 'cuda' else ''} and ninja, and {_BUILD}.",
+        stacklevel=4,
+    )
+
+
+def _flat(edges: Sequence[tuple[int, int]]) -> list[int]:
+    """Edges as a schema takes them: k and l of each one, one after another."""
+    return list(chain.from_iterable(edges))
+
+
+def _pairs(edges: list[int]) -> list[tuple[int, int]]:
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+_define("hough_vote(Tensor heatmap, Tensor offsets, float radius) -> Tensor", reference.hough_vote)
+
+
 @torch.no_grad()
 def hough_vote(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
-    check_votes(heatmap, offsets, radius)
-    if not _is_compiled(heatmap.device):
-        return reference.hough_vote(heatmap, offsets, radius)
+    """Hough voting (paper, equation 2).
+
+    Every pixel x casts its heatmap probability to x + s(x), bilinearly, scaled by 1 / (pi radius^2). Votes that land
+    outside the map are dropped, corner by corner. A value or an offset that is not finite casts no vote.
+
+    Args:
+        heatmap: (N, K, H, W) probabilities.
+        offsets: (N, 2K, H, W) single offsets, channels 2k, 2k+1 = x, y, in pixels.
+        radius: disc radius, pixels.
+
+    Returns:
+        (N, K, H, W) keypoint scores, float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for shapes, types or a radius that do not fit.
+    """
     return torch.ops.kg_detectron.hough_vote(heatmap, offsets, radius)
 
 
-@_register_fake("hough_vote")
+@torch.library.register_fake("kg_detectron::hough_vote")
 def _(heatmap: Tensor, offsets: Tensor, radius: float) -> Tensor:
     return heatmap.new_empty(heatmap.shape, dtype=_wide(heatmap.dtype))
 
 
+_define("smooth_votes(Tensor votes, float sigma) -> Tensor", reference.smooth_votes)
+
+
 @torch.no_grad()
 def smooth_votes(votes: Tensor, sigma: float) -> Tensor:
-    check_smoothing(votes, sigma)
-    if sigma == 0:
-        return votes.to(_wide(votes.dtype))
-    if not _is_compiled(votes.device):
-        return reference.smooth_votes(votes, sigma)
+    """Gaussian of the votes: half-sample symmetric border, truncated at 4 sigma.
+
+    Args:
+        votes: (N, K, H, W).
+        sigma: standard deviation, pixels; 0 copies the votes.
+
+    Returns:
+        (N, K, H, W), float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: for maps of another shape or type, or a negative sigma.
+    """
     return torch.ops.kg_detectron.smooth_votes(votes, sigma)
 
 
-@_register_fake("smooth_votes")
+@torch.library.register_fake("kg_detectron::smooth_votes")
 def _(votes: Tensor, sigma: float) -> Tensor:
     return votes.new_empty(votes.shape, dtype=_wide(votes.dtype))
 
 
+_define("find_peaks(Tensor[] scores, float threshold) -> (Tensor peaks, Tensor values)", reference.find_peaks)
+
+
 @torch.no_grad()
 def find_peaks(scores: Tensor | Sequence[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    maps = [scores] if isinstance(scores, Tensor) else scores
-    check_threshold(maps, threshold)
-    if not _is_compiled(maps[0].device):
-        return reference.find_peaks(maps, threshold)
-    return torch.ops.kg_detectron.find_peaks(maps, threshold)
+    """Local maxima of the score maps (paper, section 2.1, step 2).
+
+    A peak is a pixel that is above the threshold and equal to the maximum of its 4-neighbourhood. Values that are not
+    finite are no peaks and hide none.
+
+    Args:
+        scores: (N, K, H, W), or a sequence of them, one for each scale.
+        threshold: peaks are strictly above it.
+
+    Returns:
+        peaks: (P, 4) int64, columns image, keypoint, y, x; ordered by image, then falling score, then keypoint, y, x.
+            Of several scales, "image" is image + N * index of the scale.
+        scores: (P,) their scores.
+
+    Raises:
+        ValueError: for maps of another shape or type, or scales that differ in more than their size.
+    """
+    return torch.ops.kg_detectron.find_peaks([scores] if isinstance(scores, Tensor) else scores, threshold)
 
 
-@_register_fake("find_peaks")
-def _(maps: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
+@torch.library.register_fake("kg_detectron::find_peaks")
+def _(scores: list[Tensor], threshold: float) -> tuple[Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
-    return maps[0].new_empty((count, 4), dtype=torch.int64), maps[0].new_empty((count,))
+    return scores[0].new_empty((count, 4), dtype=torch.int64), scores[0].new_empty((count,))
+
+
+_define(
+    "gather_displacements(Tensor peaks, Tensor[] group_offsets, int[] edges) -> Tensor",
+    lambda peaks, group_offsets, edges: reference.gather_displacements(peaks, group_offsets, _pairs(edges)),
+)
 
 
 @torch.no_grad()
-def gather_displacements(peaks: Tensor, group_offsets: Sequence[Tensor]) -> Tensor:
-    check_gathering(peaks, group_offsets)
-    if not _is_compiled(peaks.device):
-        return reference.gather_displacements(peaks, group_offsets)
-    return torch.ops.kg_detectron.gather_displacements(peaks, group_offsets)
+def gather_displacements(
+    peaks: Tensor, group_offsets: Sequence[Tensor], edges: Sequence[tuple[int, int]] = DIRECTED_EDGES
+) -> Tensor:
+    """The group offsets at the peaks, towards the other keypoints.
+
+    Args:
+        peaks: (P, 4) int64, columns image + N * index of the scale, keypoint, y, x.
+        group_offsets: (N, 2E, H, W) of each scale; channels 2e, 2e+1 = x, y of edge e, in pixels.
+        edges: keypoints k, l of the E directed edges k -> l.
+
+    Returns:
+        (P, 4, 2): for a peak of keypoint k the x, y of g(k -> l), l ascending without k; not numbers for a peak outside
+        the maps and for a pair without an edge.
+
+    Raises:
+        ValueError: for shapes, types, devices or edges that do not fit.
+    """
+    return torch.ops.kg_detectron.gather_displacements(peaks, group_offsets, _flat(edges))
 
 
-@_register_fake("gather_displacements")
-def _(peaks: Tensor, group_offsets: list[Tensor]) -> Tensor:
+@torch.library.register_fake("kg_detectron::gather_displacements")
+def _(peaks: Tensor, group_offsets: list[Tensor], edges: list[int]) -> Tensor:
     return group_offsets[0].new_empty((peaks.shape[0], NUM_KEYPOINTS - 1, 2))
 
 
@@ -159,9 +229,30 @@ def group_keypoints(
     reject_radius: float = 10,
     hops: int = 1,
 ) -> tuple[Tensor, Tensor]:
+    """`group_peaks` with the displacements that the maps of one scale have at the peaks.
+
+    Args:
+        peaks: (P, 4) int64, columns image, keypoint, y, x, in the order of `find_peaks`.
+        scores: (P,) positive scores.
+        group_offsets: (N, 40, H, W), in pixels.
+        match_radius, reject_radius, hops: see `group_peaks`.
+
+    Returns:
+        graphs: (G, 5, 3) and image: (G,), see `group_peaks`.
+
+    Raises:
+        ValueError: for shapes, types, peaks outside the maps, or options that do not fit.
+    """
     displacements = gather_displacements(peaks, [group_offsets])
     check_positions(peaks, group_offsets)
     return group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
+
+
+_define(
+    "group_peaks(Tensor peaks, Tensor scores, Tensor displacements, float match_radius, float reject_radius, int hops) "
+    "-> (Tensor graphs, Tensor image)",
+    reference.group_peaks,
+)
 
 
 @torch.no_grad()
@@ -173,13 +264,37 @@ def group_peaks(
     reject_radius: float = 10,
     hops: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    check_grouping(peaks, scores, displacements, match_radius, reject_radius, hops)
-    if not _is_compiled(peaks.device):
-        return reference.group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
+    """Link peaks into keypoint graphs, greedily by falling score (paper, section 2.1, step 2).
+
+    For each image: the best remaining peak leaves the queue; unless it lies within `reject_radius` of a present
+    keypoint of its type in an existing graph, it opens a graph. For each other type l ascending, the peak of type l in
+    the queue that is nearest to start + g(start -> l), within `match_radius`, leaves the queue and joins (ties: higher
+    score). With ``hops=2`` a type that is still missing is looked for from the joined keypoints too, best score first.
+
+    Args:
+        peaks: (P, 4) int64, columns image, keypoint, y, x, in the order of `find_peaks`. The image is any number that
+            tells apart what is grouped apart, such as image + N * index of the scale.
+        scores: (P,) positive scores.
+        displacements: (P, 4, 2) as from `gather_displacements`: for a peak of keypoint k the x, y of the group offset
+            there towards each other keypoint l, l ascending without k, in pixels. From one that is not finite, no
+            partner is found.
+        match_radius: pixels, r + 1 in the paper's code.
+        reject_radius: pixels, 2r.
+        hops: 1 or 2.
+
+    Returns:
+        graphs: (G, 5, 3) x, y, score of each keypoint, score 0 = missing; by image, in the order in which they were
+            opened.
+        image: (G,) int64, ascending.
+
+    Raises:
+        ValueError: for shapes, types, impossible positions (negative, 2^31 or more, no keypoint), or options that do
+            not fit.
+    """
     return torch.ops.kg_detectron.group_peaks(peaks, scores, displacements, match_radius, reject_radius, hops)
 
 
-@_register_fake("group_peaks")
+@torch.library.register_fake("kg_detectron::group_peaks")
 def _(
     peaks: Tensor, scores: Tensor, displacements: Tensor, match_radius: float, reject_radius: float, hops: int
 ) -> tuple[Tensor, Tensor]:
@@ -187,18 +302,45 @@ def _(
     return scores.new_empty((count, NUM_KEYPOINTS, 3), dtype=_wide(scores.dtype)), peaks.new_empty((count,))
 
 
+_define(
+    "graphs_to_boxes(Tensor graphs, bool corner_and_centre) -> (Tensor boxes, Tensor scores, Tensor graph)",
+    reference.graphs_to_boxes,
+)
+
+
 @torch.no_grad()
 def graphs_to_boxes(graphs: Tensor, corner_and_centre: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    check_graphs(graphs)
-    if not _is_compiled(graphs.device):
-        return reference.graphs_to_boxes(graphs, corner_and_centre)
+    """Retrieve the boxes of keypoint graphs (paper, section 2.1, step 3, and figure 1d).
+
+    A side of the box is the outermost of its present corners; a side without corners is the opposite side mirrored
+    through the centre. Any three keypoints, or two corners of one diagonal, give a box.
+
+    Args:
+        graphs: (G, 5, 3) x, y, score (0 = missing).
+        corner_and_centre: let one corner with the centre give a box too.
+
+    Returns:
+        boxes: (R, 4) x1, y1, x2, y2: pixel indices of the corners, in the frame of the graphs.
+        scores: (R,) mean score of the present keypoints.
+        graph: (R,) int64, the graph that each box comes from, ascending.
+
+    Raises:
+        ValueError: for graphs of another shape or type.
+    """
     return torch.ops.kg_detectron.graphs_to_boxes(graphs, corner_and_centre)
 
 
-@_register_fake("graphs_to_boxes")
+@torch.library.register_fake("kg_detectron::graphs_to_boxes")
 def _(graphs: Tensor, corner_and_centre: bool) -> tuple[Tensor, Tensor, Tensor]:
     count = torch.library.get_ctx().new_dynamic_size()
     return graphs.new_empty((count, 4)), graphs.new_empty((count,)), graphs.new_empty((count,), dtype=torch.int64)
+
+
+_define(
+    "render_targets(Tensor boxes, Tensor image, SymInt images, SymInt height, SymInt width, float stride, "
+    "float radius, float min_side, int[] edges) -> (Tensor heatmap, Tensor single_offset, Tensor group_offset)",
+    lambda *arguments: reference.render_targets(*arguments[:-1], _pairs(arguments[-1])),
+)
 
 
 @torch.no_grad()
@@ -211,13 +353,32 @@ def render_targets(
     stride: float,
     radius: float,
     min_side: float,
+    edges: Sequence[tuple[int, int]] = DIRECTED_EDGES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _is_compiled(boxes.device):
-        return reference.render_targets(boxes, image, images, height, width, stride, radius, min_side)
-    return torch.ops.kg_detectron.render_targets(boxes, image, images, height, width, stride, radius, min_side)
+    """Training targets of one scale (paper, equations 1 and 3); `modeling.keypoint_targets` says what they are.
+
+    Args:
+        boxes: (M, 4) float32, xyxy continuous (x2 = last pixel + 1), input pixels.
+        image: (M,) int64, the image of each box.
+        images: N, their number.
+        height, width: H, W of the maps.
+        stride: of the scale.
+        radius: of the discs, pixels of the scale.
+        min_side: boxes are targets where both sides, last minus first pixel, exceed it; pixels of the scale.
+        edges: keypoints k, l of the E directed edges k -> l, in the order of the group offset channels.
+
+    Returns:
+        heatmap (N, 5, H, W), single offset (N, 10, H, W), group offset (N, 2E, H, W), float32.
+
+    Raises:
+        ValueError: for shapes, types, sizes or edges that do not fit.
+    """
+    return torch.ops.kg_detectron.render_targets(
+        boxes, image, images, height, width, stride, radius, min_side, _flat(edges)
+    )
 
 
-@_register_fake("render_targets")
+@torch.library.register_fake("kg_detectron::render_targets")
 def _(
     boxes: Tensor,
     image: Tensor,
@@ -227,55 +388,78 @@ def _(
     stride: float,
     radius: float,
     min_side: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(
-        boxes.new_empty((images, channels, height, width))
-        for channels in (NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS, GROUP_OFFSET_CHANNELS)
-    )
+    edges: list[int],
+) -> tuple[Tensor, ...]:
+    channels = NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS, len(edges)
+    return tuple(boxes.new_empty((images, count, height, width)) for count in channels)
+
+
+_define(
+    "convolve_resized(Tensor products, Tensor before, Tensor after, Tensor places, SymInt pixels) -> Tensor",
+    reference.convolve_resized,
+)
+_define(
+    "convolve_resized_backward(Tensor gradient, SymInt products, Tensor before, Tensor after, Tensor places) -> Tensor",
+    reference.convolve_resized_backward,
+)
 
 
 def convolve_resized(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> Tensor:
-    check_crops(products, before, after, places, pixels)
-    if products.device.type != "cpu" or not _is_compiled(products.device):
-        # Gathering and adding is all that a kernel of its own could do on a GPU.
-        return reference.convolve_resized(products, before, after, places, pixels)
-    tables = (table.contiguous() for table in (before, after, places))
-    return torch.ops.kg_detectron.convolve_resized(products, *tables, pixels)
+    """Convolution 3x3 of resized crops, each by itself (paper, figure 1b: up-sampling and the convolution after it).
+
+    Resizing (bilinear, align_corners False) and the convolution are linear: the nine matrices of the kernel may be
+    applied before resizing, to the fewer pixels. This does the rest: it resizes the nine products of every crop and
+    adds them up, each shifted by its place in the kernel, with zeros around the crop. Differentiable in `products`.
+
+    Args:
+        products: (P, 9, C): the pixels of R crops, row by row, one crop after another, times each matrix of the kernel,
+            from its upper left to its lower right.
+        before: (R, 2) int64 on the CPU, height and width of the crops.
+        after: (R, 2) int64 on the CPU, height and width to which they are resized.
+        places: (R, 2) int64 on the CPU, where the resized crops lie in the result: the first pixel, and the number of
+            pixels from there to the next row of the crop. They must not overlap.
+        pixels: of the result.
+
+    Returns:
+        (pixels, C): the resized and convolved crops, without bias; 0 elsewhere.
+
+    Raises:
+        ValueError: for shapes, types, sizes or places that do not fit.
+    """
+    return torch.ops.kg_detectron.convolve_resized(products, before, after, places, pixels)
 
 
-@_register_fake("convolve_resized")
+@torch.library.register_fake("kg_detectron::convolve_resized")
 def _(products: Tensor, before: Tensor, after: Tensor, places: Tensor, pixels: int) -> Tensor:
     return products.new_empty((pixels, products.shape[2]))
 
 
-@_register_fake("convolve_resized_backward")
+@torch.library.register_fake("kg_detectron::convolve_resized_backward")
 def _(gradient: Tensor, products: int, before: Tensor, after: Tensor, places: Tensor) -> Tensor:
     return gradient.new_empty((products, 9, gradient.shape[1]))
 
 
-def _keep_tables(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    products, *tables, _ = inputs
-    ctx.count = len(products)
-    ctx.save_for_backward(*tables)
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    products, before, after, places, _ = inputs
+    ctx.count = products.shape[0]
+    ctx.save_for_backward(before, after, places)
 
 
-def _propagate_resized(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
     products = torch.ops.kg_detectron.convolve_resized_backward(gradient, ctx.count, *ctx.saved_tensors)
     return products, None, None, None, None
 
 
-if COMPILED_FOR:
-    torch.library.register_autograd("kg_detectron::convolve_resized", _propagate_resized, setup_context=_keep_tables)
+torch.library.register_autograd("kg_detectron::convolve_resized", _backward, setup_context=_save_for_backward)
 
-for _operator in (
-    convolve_resized,
-    hough_vote,
-    smooth_votes,
-    find_peaks,
-    gather_displacements,
-    group_keypoints,
-    group_peaks,
-    graphs_to_boxes,
-    render_targets,
-):
-    _operator.__doc__ = getattr(reference, _operator.__name__).__doc__
+
+def _is_compiled(name: str, key: DispatchKey) -> bool:
+    return getattr(torch.ops.kg_detectron, name).default.has_kernel_for_dispatch_key(key)
+
+
+# The types of device that the operators were compiled for.
+COMPILED_FOR = frozenset(
+    key.name.lower()
+    for key, names in ((DispatchKey.CPU, OPERATORS + CPU_OPERATORS), (DispatchKey.CUDA, OPERATORS))
+    if all(_is_compiled(name, key) for name in names)
+)

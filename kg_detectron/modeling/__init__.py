@@ -1,6 +1,7 @@
 """The networks, their targets and losses, and the way from their maps to cells. Needs PyTorch and torchvision only."""
 
 from kg_detectron.modeling.backbone import BackboneSettings, ResNetC4, build_backbone, register_backbone
+from kg_detectron.modeling.efficientnet import EfficientNetLite0
 from kg_detectron.modeling.instance_net import InstanceNet
 from kg_detectron.modeling.keypoint_graph.decoding import DecodingSettings, KeypointDecoder, Peaks
 from kg_detectron.modeling.keypoint_graph.heads import (
@@ -29,6 +30,7 @@ __all__ = [
     "BackboneSettings",
     "CellRanking",
     "DecodingSettings",
+    "EfficientNetLite0",
     "HeadSettings",
     "InstanceNet",
     "KeypointBranch",

@@ -3,6 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
 
 # Scales that the first pass tries; a model that was trained on cells of half to twice its diameter sees cells of any
 # diameter that is not far off at one of them.
-FIRST_SCALES = (0.25, 0.5, 1.0, 2.0)
-# Side of the part of an image that the first pass looks at, pixels of the network's input.
-PART = 512
-# A detection counts less, the further its diameter in the network's input is from that of the training; octaves.
+FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Side of the part of an image that a pass looks at, pixels of the network's input.
+PART = 384
+# A detection of the first pass counts less, the further its diameter in the network's input is from that of the
+# training; octaves.
 SPREAD = 0.75
+# The second pass is repeated once where the diameter changes by more than this; octaves.
+SETTLED = 0.25
+# Cells that the second pass needs to correct the first.
+ENOUGH = 3
 
 
 def diameters(cells: Cells) -> np.ndarray:
@@ -32,9 +38,10 @@ def diameters(cells: Cells) -> np.ndarray:
 def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> Scale:
     """The scale at which the cells of an image get the diameter that the model was trained for.
 
-    The model looks for cells at several scales, each time in a part of the image of bounded size. Every cell that it
-    takes for true votes for its diameter, with its score and the more, the closer it is to the trained diameter. The
-    weighted median decides. Where the model finds none, the image keeps its pixels.
+    The model looks for cells in a part of the image of bounded size, the one with most contrast. First at several
+    scales: every cell that it takes for true votes for its diameter, with its score and the more, the closer it is to
+    the trained diameter; the weighted median decides. Then at the scale that follows, where the median of the cells
+    corrects it. Where the model finds no cell, the image keeps its pixels.
 
     Args:
         model: in evaluation mode.
@@ -42,31 +49,60 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         levels: see `Preprocessing.levels`.
     """
     trained = model.preprocessing.diameter
-    votes, weights = [], []
+    contrast = _contrast(image, levels)
+    values, weights = [np.zeros(0)], [np.zeros(0)]
     for scale in FIRST_SCALES:
         seen = NetworkImage(image, levels, scale)
         if max(seen.shape[:2]) < BLOCK:
             continue
-        window = _part(seen)
-        (cells,) = model.detect([as_tensor(seen[window], model.place)])
-        cells = cells.above(max(model.threshold, 1e-6))
+        window = _part(seen, contrast)
+        cells = _cells(model, seen, window)
         found = diameters(cells)
         octaves = np.log2(np.maximum(found, 1) / trained)
-        votes.append(found / seen.scale[0])
-        # Of a part, cells stand for those of the whole image.
+        # Cells of a part stand for those of the whole image.
         covered = math.prod(part.stop - part.start for part in window) / math.prod(seen.shape[:2])
+        values.append(found / seen.scale[0])
         weights.append(cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2) / covered)
-    diameter = weighted_median(np.concatenate(votes), np.concatenate(weights))
+    diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
         return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
-    value = BLOCK / block_side(trained / diameter)
-    return Scale(value, f"estimated from cells of about {diameter:.0f} pixels")
+    for _ in range(2):
+        seen = NetworkImage(image, levels, trained / diameter)
+        found = diameters(_cells(model, seen, _part(seen, contrast))) / seen.scale[0]
+        if len(found) < ENOUGH:
+            break
+        previous, diameter = diameter, float(np.median(found))
+        if abs(math.log2(diameter / previous)) < SETTLED:
+            break
+    return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")
 
 
-def _part(seen: NetworkImage) -> tuple[slice, slice]:
-    """The middle of an image, `PART` pixels a side at most, from a multiple of `BLOCK` on."""
-    starts = [max(0, (side - PART) // 2) // BLOCK * BLOCK for side in seen.shape[:2]]
-    rows, columns = (slice(a, min(a + PART, side)) for a, side in zip(starts, seen.shape[:2], strict=True))
+def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:
+    """The cells of a window that the model takes for true."""
+    (cells,) = model.detect([as_tensor(seen[window], model.place)])
+    return cells.above(max(model.threshold, 1e-6))
+
+
+def _contrast(image: np.ndarray, levels: Levels) -> np.ndarray:
+    """(h, w) local contrast of a coarse sample of an image, 256 pixels a side at most."""
+    step = max(1, -(-max(image.shape[:2]) // 256))
+    sample = levels(np.asarray(image[::step, ::step])).mean(2)
+    side = (max(3, sample.shape[1] // 16), max(3, sample.shape[0] // 16))
+    return np.sqrt(np.maximum(cv2.blur(sample**2, side) - cv2.blur(sample, side) ** 2, 0))
+
+
+def _part(seen: NetworkImage, contrast: np.ndarray) -> tuple[slice, slice]:
+    """The window of `PART` pixels a side at most with the highest contrast, from a multiple of `BLOCK` on."""
+    sides = [min(PART, side) for side in seen.shape[:2]]
+    # The window in pixels of the sample, whose mean the blur puts at the window's middle.
+    window = [max(1, round(a * n / side)) for a, n, side in zip(sides, contrast.shape, seen.shape, strict=False)]
+    mean = cv2.blur(contrast.astype(np.float32), (window[1], window[0]), borderType=cv2.BORDER_CONSTANT)
+    middle = np.unravel_index(int(mean.argmax()), mean.shape)
+    starts = []
+    for place, count, side, length in zip(middle, contrast.shape, seen.shape, sides, strict=False):
+        start = round((place + 0.5) / count * side - length / 2)
+        starts.append(min(max(0, start), side - length) // BLOCK * BLOCK)
+    rows, columns = (slice(a, min(a + n, side)) for a, n, side in zip(starts, sides, seen.shape, strict=False))
     return rows, columns
 
 

@@ -33,6 +33,8 @@ class SegmentationSettings:
         mask_margin: input pixels by which crops extend beyond their boxes, on every side; the box of the cell is then
             that of its mask. It needs training with `box_jitter`, for otherwise masks fill their crops. Ours.
         mask_threshold: probability from which a pixel belongs to the cell.
+        cells_per_image: in training at most so many cells of an image, drawn at random, have their masks computed; 0
+            takes all. It bounds the time of an iteration. Ours.
         chunk_pixels: pixels of crops that go through the branch together, which bounds its memory; a chunk may exceed
             this by one crop.
 
@@ -47,6 +49,7 @@ class SegmentationSettings:
     box_jitter: float = 0.0
     mask_margin: float = 0.0
     mask_threshold: float = 0.5
+    cells_per_image: int = 0
     chunk_pixels: int = 2**18
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class SegmentationSettings:
         require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
         require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
         require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)
+        require(self.cells_per_image >= 0, "cells_per_image", "0 or more", self.cells_per_image)
         require(self.chunk_pixels >= 1, "chunk_pixels", "a positive number", self.chunk_pixels)
         if self.mask_margin and not self.box_jitter:
             raise ValueError(
@@ -171,7 +175,11 @@ class SegmentationBranch(nn.Module):
         return masks.extents().to(boxes) if self.settings.mask_margin else boxes
 
     def losses(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
-        """The weighted ``loss_mask`` of true boxes, jittered where asked for; arguments as in `loss`."""
+        """The weighted ``loss_mask`` of true boxes, drawn and jittered where asked for; arguments as in `loss`."""
+        if limit := self.settings.cells_per_image:
+            drawn = [torch.randperm(len(b), device=b.device)[:limit] for b in boxes]
+            boxes = [b[index] for b, index in zip(boxes, drawn, strict=True)]
+            masks = [m[index.to(m.device)] for m, index in zip(masks, drawn, strict=True)]
         if amount := self.settings.box_jitter:
             boxes = [jittered_boxes(b, tuple(m.shape[1:]), amount) for b, m in zip(boxes, masks, strict=True)]
         return {"loss_mask": self.settings.mask_weight * self.loss(maps, boxes, masks)}

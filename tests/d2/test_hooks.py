@@ -24,7 +24,7 @@ from kg_detectron.d2.hooks import (
     ValidationLoss,
     validation_losses,
 )
-from kg_detectron.d2.sampler import EndlessSampler
+from kg_detectron.training.sampler import EndlessSampler
 
 
 class NoisyModel(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kg_detectron.d2.sampler import EndlessSampler, Sample, SampleDataset
-from kg_detectron.d2.seeds import seed_iteration
+from kg_detectron.training.sampler import EndlessSampler, Sample, SampleDataset
+from kg_detectron.training.seeds import seed_iteration
 
 SEEDS = st.integers(0, 2**31)
 

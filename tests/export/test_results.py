@@ -204,7 +204,9 @@ def test_wrong_arguments_are_named_and_write_nothing(tmp_path, arguments, messag
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     cells = random_cells(0, 2, 8, 8)
-    old = {kind: path.read_bytes() for kind, path in save_results(cells, np.zeros((8, 8)), tmp_path, "x", KINDS).items()}
+    old = {
+        kind: path.read_bytes() for kind, path in save_results(cells, np.zeros((8, 8)), tmp_path, "x", KINDS).items()
+    }
     names = sorted(tmp_path.iterdir())
 
     def broken(*arguments):

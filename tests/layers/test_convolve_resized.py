@@ -39,9 +39,9 @@ def test_equals_resizing_and_convolving_each_crop(ops, data):
     torch.manual_seed(data.draw(st.integers(0, 99)))
     crops = [torch.randn(4, h, w, dtype=torch.float64) for h, w in before]
     kernel = torch.randn(channels, 4, 3, 3, dtype=torch.float64)
-    own = products(crops, kernel).requires_grad_()
+    taken = products(crops, kernel).requires_grad_()
     *sizes, places, pixels = tables(before, after, margin=data.draw(st.integers(0, 2)))
-    found = ops.convolve_resized(own, *sizes, places, pixels)
+    found = ops.convolve_resized(taken, *sizes, places, pixels)
     covered = torch.zeros(pixels, dtype=torch.bool)
     for crop, size, (first, stride) in zip(crops, after, places.tolist(), strict=True):
         resized = interpolate(crop[None], size, mode="bilinear", align_corners=False)
@@ -52,9 +52,11 @@ def test_equals_resizing_and_convolving_each_crop(ops, data):
     assert not found[~covered].any()
     # It is linear, so its gradient is its transpose: <f(p), g> = <p, f'(g)>.
     weight = torch.randn_like(found)
-    (gradient,) = torch.autograd.grad(found, own, weight)
-    torch.testing.assert_close((found * weight).sum(), (own * gradient).sum())
-    other = torch.randn_like(own)
+    (gradient,) = torch.autograd.grad(found, taken, weight)
+    torch.testing.assert_close((found * weight).sum(), (taken * gradient).sum())
+    backward = reference.convolve_resized_backward(weight, len(taken), *sizes, places)
+    torch.testing.assert_close(gradient, backward)
+    other = torch.randn_like(taken)
     through = ops.convolve_resized(other, *sizes, places, pixels)
     torch.testing.assert_close((through * weight).sum(), (other * gradient).sum())
 
@@ -62,10 +64,10 @@ def test_equals_resizing_and_convolving_each_crop(ops, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_precisions_and_layouts(dtype):
     *sizes, places, pixels = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)])
-    own = torch.randn(9, 26, 7).transpose(0, 1).to(dtype)
-    found = layers.convolve_resized(own, *sizes, places, pixels)
+    taken = torch.randn(9, 26, 7).transpose(0, 1).to(dtype)
+    found = layers.convolve_resized(taken, *sizes, places, pixels)
     assert found.dtype == dtype
-    expected = reference.convolve_resized(own.double(), *sizes, places, pixels)
+    expected = reference.convolve_resized(taken.double(), *sizes, places, pixels)
     precision = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(found.double(), expected, atol=precision, rtol=precision)
 

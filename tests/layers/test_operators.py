@@ -12,16 +12,7 @@ from torchvision.ops import nms
 
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES, EDGE_INDEX
-from kg_detectron.layers import (
-    find_peaks,
-    gather_displacements,
-    graphs_to_boxes,
-    group_keypoints,
-    group_peaks,
-    hough_vote,
-    reference,
-    smooth_votes,
-)
+from kg_detectron.layers import reference
 from kg_detectron.modeling import keypoint_targets
 
 # What the package offers, compiled where that was built, and the specification beside it.
@@ -331,6 +322,13 @@ def test_empty_batches_and_no_peaks(ops):
 
 
 @both
+def test_smoothing_by_nothing_copies(ops):
+    votes = random_maps(4)[0]
+    smooth = ops.smooth_votes(votes, 0)
+    assert torch.equal(smooth, votes) and smooth.data_ptr() != votes.data_ptr()
+
+
+@both
 def test_smoothing_of_a_map_smaller_than_its_reach(ops):
     scipy_ndimage = pytest.importorskip("scipy.ndimage")
     votes = torch.rand(1, 1, 3, 5, dtype=torch.float64)
@@ -367,38 +365,53 @@ def test_other_precisions(ops, dtype):
 
 MAPS = torch.zeros(1, 5, 8, 8)
 PEAKS = torch.zeros(1, 4, dtype=torch.int64)
+BOXES = torch.zeros(1, 4)
 
 
+@both
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: hough_vote(MAPS[0], torch.zeros(1, 10, 8, 8), 5), "heatmap"),
-        (lambda: hough_vote(MAPS.long(), torch.zeros(1, 10, 8, 8), 5), "heatmap"),
-        (lambda: hough_vote(MAPS, torch.zeros(1, 5, 8, 8), 5), "offsets"),
-        (lambda: hough_vote(MAPS, torch.zeros(1, 10, 8, 9), 5), "offsets"),
-        (lambda: hough_vote(MAPS, torch.zeros(1, 10, 8, 8), 0), "radius"),
-        (lambda: hough_vote(MAPS, torch.zeros(1, 10, 8, 8), math.nan), "radius"),
-        (lambda: smooth_votes(MAPS, -1.0), "sigma"),
-        (lambda: find_peaks(MAPS[0], 0.1), "scores"),
-        (lambda: find_peaks(MAPS, math.nan), "threshold"),
-        (lambda: group_keypoints(PEAKS.float(), torch.ones(1), torch.zeros(1, 40, 8, 8)), "peaks"),
-        (lambda: group_keypoints(PEAKS, torch.ones(2), torch.zeros(1, 40, 8, 8)), "scores"),
-        (lambda: group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 20, 8, 8)), "group_offsets"),
-        (lambda: group_keypoints(PEAKS + 8, torch.ones(1), torch.zeros(1, 40, 8, 8)), "peaks"),
-        (lambda: group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), hops=3), "hops"),
-        (lambda: group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), match_radius=-1), "match_radius"),
-        (lambda: find_peaks([], 0.1), "scores"),
-        (lambda: find_peaks([MAPS, MAPS.double()], 0.1), "scores"),
-        (lambda: gather_displacements(PEAKS[:, :3], [torch.zeros(1, 40, 8, 8)]), "peaks"),
-        (lambda: gather_displacements(PEAKS, [torch.zeros(1, 40, 8, 8), torch.zeros(2, 40, 4, 4)]), "group_offsets"),
-        (lambda: group_peaks(PEAKS, torch.ones(1), torch.zeros(1, 4)), "displacements"),
-        (lambda: group_peaks(PEAKS - 1, torch.ones(1), torch.zeros(1, 4, 2)), "peaks"),
-        (lambda: graphs_to_boxes(torch.zeros(1, 4, 3)), "graphs"),
+        (lambda ops: ops.hough_vote(MAPS[0], torch.zeros(1, 10, 8, 8), 5), "heatmap"),
+        (lambda ops: ops.hough_vote(MAPS.long(), torch.zeros(1, 10, 8, 8), 5), "heatmap"),
+        (lambda ops: ops.hough_vote(MAPS, torch.zeros(1, 5, 8, 8), 5), "offsets"),
+        (lambda ops: ops.hough_vote(MAPS, torch.zeros(1, 10, 8, 9), 5), "offsets"),
+        (lambda ops: ops.hough_vote(MAPS, torch.zeros(1, 10, 8, 8), 0), "radius"),
+        (lambda ops: ops.hough_vote(MAPS, torch.zeros(1, 10, 8, 8), math.nan), "radius"),
+        (lambda ops: ops.smooth_votes(MAPS, -1.0), "sigma"),
+        (lambda ops: ops.find_peaks(MAPS[0], 0.1), "scores"),
+        (lambda ops: ops.find_peaks(MAPS, math.nan), "threshold"),
+        (lambda ops: ops.group_keypoints(PEAKS.float(), torch.ones(1), torch.zeros(1, 40, 8, 8)), "peaks"),
+        (lambda ops: ops.group_keypoints(PEAKS, torch.ones(2), torch.zeros(1, 40, 8, 8)), "scores"),
+        (lambda ops: ops.group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 20, 8, 8)), "group_offsets"),
+        (lambda ops: ops.group_keypoints(PEAKS + 8, torch.ones(1), torch.zeros(1, 40, 8, 8)), "peaks"),
+        (lambda ops: ops.group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), hops=3), "hops"),
+        (
+            lambda ops: ops.group_keypoints(PEAKS, torch.ones(1), torch.zeros(1, 40, 8, 8), match_radius=-1),
+            "match_radius",
+        ),
+        (lambda ops: ops.find_peaks([], 0.1), "scores"),
+        (lambda ops: ops.find_peaks([MAPS, MAPS.double()], 0.1), "scores"),
+        (lambda ops: ops.gather_displacements(PEAKS[:, :3], [torch.zeros(1, 40, 8, 8)]), "peaks"),
+        (
+            lambda ops: ops.gather_displacements(PEAKS, [torch.zeros(1, 40, 8, 8), torch.zeros(2, 40, 4, 4)]),
+            "group_offsets",
+        ),
+        (lambda ops: ops.group_peaks(PEAKS, torch.ones(1), torch.zeros(1, 4)), "displacements"),
+        (lambda ops: ops.group_peaks(PEAKS - 1, torch.ones(1), torch.zeros(1, 4, 2)), "peaks"),
+        (lambda ops: ops.gather_displacements(PEAKS, [torch.zeros(1, 2, 8, 8)], [(0, 5)]), "edges"),
+        (lambda ops: ops.graphs_to_boxes(torch.zeros(1, 4, 3)), "graphs"),
+        (lambda ops: ops.graphs_to_boxes(torch.zeros(1, 5, 3, dtype=torch.int64)), "graphs"),
+        (lambda ops: ops.render_targets(BOXES.double(), PEAKS[:, 0], 1, 8, 8, 1, 5, 0), "boxes"),
+        (lambda ops: ops.render_targets(BOXES, PEAKS[0], 1, 8, 8, 1, 5, 0), "image"),
+        (lambda ops: ops.render_targets(BOXES, PEAKS[:, 0] + 1, 1, 8, 8, 1, 5, 0), "image"),
+        (lambda ops: ops.render_targets(BOXES, PEAKS[:, 0], 1, -8, 8, 1, 5, 0), "height"),
+        (lambda ops: ops.render_targets(BOXES, PEAKS[:, 0], 1, 8, 8, 0, 5, 0), "stride"),
     ],
 )
-def test_input_that_does_not_fit_is_named(call, named):
+def test_input_that_does_not_fit_is_named(ops, call, named):
     with pytest.raises(ValueError, match=rf"\b{named}\b"):
-        call()
+        call(ops)
 
 
 def test_edges_are_numbered_as_the_channels():

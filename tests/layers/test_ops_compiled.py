@@ -1,4 +1,4 @@
-"""The compiled operators against their reference: to the letter, in every precision and layout, on hostile input."""
+"""The compiled operators against their reference: exactly equal, in every precision and layout, on hostile input."""
 
 import math
 import os
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_paths
 
 from kg_detectron import layers
+from kg_detectron.graph import DIRECTED_EDGES
 from kg_detectron.layers import ops, reference
 from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
 
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]),
 ]
 seeds = st.integers(0, 2**31)
+EDGES = [keypoint for edge in DIRECTED_EDGES for keypoint in edge]
 
 
 def random_maps(seed: int, n: int = 2, h: int = 21, w: int = 37, spread: float = 6.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +40,7 @@ def random_maps(seed: int, n: int = 2, h: int = 21, w: int = 37, spread: float =
 
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Equal to the letter, type included, and contiguous; a nan equals a nan."""
+    """Exactly equal, type included, and contiguous; a nan equals a nan."""
     return all(
         f.is_contiguous() and f.dtype == e.dtype and torch.equal(f.cpu().nan_to_num(nan=-7), e.nan_to_num(nan=-7))
         for f, e in zip(found, expected, strict=True)
@@ -158,6 +160,28 @@ def test_targets(device, seed, stride, radius, min_side):
     )
 
 
+@given(seed=seeds, count=st.integers(0, 20))
+def test_the_edges_are_an_argument(device, seed, count):
+    """Any edges in any order: their channels are those of the whole graph, and what is missing is not a number."""
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    edges = [DIRECTED_EDGES[e] for e in order]
+    channels = [2 * e + axis for e in order for axis in (0, 1)]
+    heatmap, _, group = random_maps(seed)
+    peaks, _ = reference.find_peaks(heatmap, 0.9)
+    expected = reference.gather_displacements(peaks, [group])
+    for k, l in set(DIRECTED_EDGES) - set(edges):
+        expected[peaks[:, 1] == k, l - (l > k)] = math.nan
+    chosen = group[:, channels]
+    assert same((reference.gather_displacements(peaks, [chosen], edges),), (expected,))
+    assert same((layers.gather_displacements(peaks.to(device), [chosen.to(device)], edges),), (expected,))
+
+    targets = torch.tensor([[2.0, 3, 20, 18], [1, 1, 30, 19]]), torch.tensor([0, 1]), 2, 21, 37, 1.0, 2.0, 3.5
+    *maps, whole = reference.render_targets(*targets)
+    expected = (*maps, whole[:, channels])
+    assert same(reference.render_targets(*targets, edges), expected)
+    assert same(layers.render_targets(*(t.to(device) for t in targets[:2]), *targets[2:], edges), expected)
+
+
 # Layouts and sizes
 
 
@@ -262,6 +286,7 @@ def test_mirrored_votes_have_mirrored_maps(device):
 
 
 def arguments(device: str) -> dict[str, tuple]:
+    """Of every operator, as its schema takes them."""
     heatmap, single, group = (maps.to(device) for maps in random_maps(8))
     peaks, scores = layers.find_peaks(heatmap, 0.8)
     graphs, _ = layers.group_keypoints(peaks, scores, group)
@@ -270,10 +295,10 @@ def arguments(device: str) -> dict[str, tuple]:
         "hough_vote": (heatmap, single, 5.0),
         "smooth_votes": (heatmap, 2.0),
         "find_peaks": ([heatmap, heatmap[..., ::2]], 0.8),
-        "gather_displacements": (peaks, [group, group[..., ::2]]),
+        "gather_displacements": (peaks, [group, group[..., ::2]], EDGES),
         "group_peaks": (peaks, scores, layers.gather_displacements(peaks, [group]), 6.0, 10.0, 2),
         "graphs_to_boxes": (graphs, True),
-        "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0, 3.5),
+        "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0, 3.5, EDGES),
     }
 
 
@@ -360,26 +385,39 @@ def test_peaks_outside_the_maps_are_named(device):
         ("find_peaks", {0: [torch.zeros(1, 5, 8, 8), torch.zeros(1, 4, 8, 8)]}),
         ("find_peaks", {0: [torch.zeros(1, 5, 8, 8), torch.zeros(1, 5, 8, 8, dtype=torch.float64)]}),
         ("find_peaks", {0: [torch.zeros(1, 5, 8, 8)] * 9}),
+        ("find_peaks", {1: math.nan}),
+        ("hough_vote", {2: math.inf}),
+        ("smooth_votes", {1: -1.0}),
         ("gather_displacements", {0: torch.zeros(3, 3, dtype=torch.int64)}),
         ("gather_displacements", {1: []}),
         ("gather_displacements", {1: [torch.zeros(2, 39, 21, 37)]}),
+        ("gather_displacements", {2: EDGES[:-1]}),
+        ("gather_displacements", {2: [0, 5]}),
+        ("gather_displacements", {2: [-1, 2]}),
+        ("gather_displacements", {2: [0, 1, 0, 1]}),
         ("group_peaks", {0: torch.zeros(3, 3, dtype=torch.int64)}),
         ("group_peaks", {1: torch.zeros(0)}),
         ("group_peaks", {2: torch.zeros(0, 4, 2)}),
         ("group_peaks", {2: torch.zeros(3, 8)}),
+        ("group_peaks", {3: math.nan}),
+        ("group_peaks", {4: math.inf}),
+        ("group_peaks", {5: 3}),
         ("graphs_to_boxes", {0: torch.zeros(3, 4, 3)}),
         ("render_targets", {0: torch.zeros(2, 3)}),
         ("render_targets", {0: torch.zeros(2, 4, dtype=torch.float64)}),
         ("render_targets", {1: torch.zeros(3, dtype=torch.int64)}),
         ("render_targets", {3: -1}),
+        ("render_targets", {5: 0.0}),
+        ("render_targets", {6: math.inf}),
+        ("render_targets", {8: [2, 2]}),
     ],
 )
 def test_operators_called_past_their_wrappers_do_not_crash(device, name, changed):
-    own = list(arguments(device)[name])
+    values = list(arguments(device)[name])
     for index, value in changed.items():
-        own[index] = tree_map_only(Tensor, lambda t: t.to(device), value)
-    with pytest.raises((ValueError, RuntimeError)):
-        getattr(torch.ops.kg_detectron, name)(*own)
+        values[index] = tree_map_only(Tensor, lambda t: t.to(device), value)
+    with pytest.raises(ValueError, match=": expected "):
+        getattr(torch.ops.kg_detectron, name)(*values)
 
 
 def test_one_warning_where_nothing_was_compiled(device, tmp_path):
@@ -391,6 +429,7 @@ import sys, warnings
 sys.path.insert(0, {str(tmp_path)!r})
 import torch
 from kg_detectron import layers
+from kg_detectron.graph import DIRECTED_EDGES
 assert layers.__file__.startswith({str(tmp_path)!r})
 maps = torch.ones(1, 15, 8, 8, device={device!r})
 with warnings.catch_warnings(record=True) as caught:
@@ -404,6 +443,33 @@ print(caught[0].message)
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f"not compiled for {device}" in run.stdout and "make setup" in run.stdout
+
+
+def test_reference_as_the_kernel_where_nothing_was_compiled(device, tmp_path):
+    """The operators keep PyTorch's contracts: shapes of the fakes, no aliases, gradients."""
+    code = """
+import warnings
+import torch
+from kg_detectron.layers import ops
+from test_convolve_resized import tables
+from test_ops_compiled import arguments
+warnings.simplefilter("ignore")
+assert not ops.COMPILED_FOR
+device = {device!r}
+calls = arguments(device)
+sizes = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)], margin=1)
+calls["convolve_resized"] = torch.randn(26, 9, 3, requires_grad=True, device=device), *sizes
+calls["convolve_resized_backward"] = torch.randn(sizes[-1], 3, device=device), 26, *sizes[:-1]
+for name in ops.OPERATORS + ops.CPU_OPERATORS:
+    torch.library.opcheck(getattr(torch.ops.kg_detectron, name).default, calls[name])
+"""
+    environment = os.environ | {
+        "KG_DETECTRON_LIBRARY": str(tmp_path / "none.so"),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+    }
+    command = [sys.executable, "-c", code.replace("{device!r}", repr(device))]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # The build
@@ -428,14 +494,24 @@ def test_the_cuda_sources_compile(device, tmp_path):
         assert run.returncode == 0, run.stderr
 
 
+def set_up(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Build the operators of a copy of the package."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "kg_detectron", folder / "kg_detectron", ignore=shutil.ignore_patterns("_C.*"))
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+
+
 def test_set_up_without_a_compiler_goes_on(device, tmp_path):
     """It says that nothing was built, and succeeds."""
-    for name in ("setup.py", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "kg_detectron", tmp_path / "kg_detectron", ignore=shutil.ignore_patterns("_C.*"))
-    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "FORCE_CUDA": "0"}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = set_up(tmp_path, CXX=str(tmp_path / "no-compiler"), FORCE_CUDA="0")
     assert run.returncode == 0, run.stderr
     assert "building C++ FAILED" in run.stdout and "NOT BUILT" in run.stdout
+    assert not list((tmp_path / "kg_detectron" / "layers").glob("_C.*"))
+
+
+def test_forced_cuda_that_cannot_be_built_fails(device, tmp_path):
+    run = set_up(tmp_path, CXX=str(tmp_path / "no-compiler"), CUDA_HOME=str(tmp_path / "no-cuda"), FORCE_CUDA="1")
+    assert run.returncode != 0 and "FORCE_CUDA=1" in run.stderr
     assert not list((tmp_path / "kg_detectron" / "layers").glob("_C.*"))

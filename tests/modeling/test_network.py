@@ -1,37 +1,31 @@
 """The whole network: size, shapes, calling convention, initial weights, losses."""
 
+import os
 import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
+from builders import ROOT, TINY, box_example, keypoint_graph_settings, tiny_network
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet18_Weights, ResNet34_Weights, resnet18, resnet34
 
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.modeling import KeypointGraphNet, KeypointMaps, ResNetC4, keypoint_losses, keypoint_targets
-from kg_detectron.modeling.backbone import pad_to_batch
-
-SMALL = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "radius": 3.0}
-
-
-def small(**changes) -> KeypointGraphNet:
-    torch.manual_seed(0)
-    return KeypointGraphNet(**SMALL | changes)
-
-
-def example(height: int, width: int, boxes: list[list[float]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
-        mask[int(y1) : int(y2), int(x1) : int(x2)] = True
-    return torch.rand(3, height, width) * 255, {"boxes": torch.tensor(boxes).reshape(-1, 4), "masks": masks}
+from kg_detectron.modeling import (
+    KeypointGraphNet,
+    KeypointMaps,
+    ResNetC4,
+    TargetSettings,
+    keypoint_losses,
+    keypoint_targets,
+)
 
 
 def test_papers_network_has_the_papers_size():
     """679 GMAC of the dense part at 512x512 and 73.9 M parameters, counted on the meta device."""
     with torch.device("meta"):
-        model = KeypointGraphNet()
+        model = KeypointGraphNet.build()
         with FlopCounterMode(display=False) as counter:
             model.keypoint_branch(model.backbone(torch.empty(1, 3, 512, 512)))
     assert round(counter.get_total_flops() / 2e9) == 679
@@ -40,8 +34,9 @@ def test_papers_network_has_the_papers_size():
 
 def lite(**changes) -> KeypointGraphNet:
     """The network of configs/Base-KG-lite.yaml."""
-    arguments = {"depth": 18, "branch": "lite", "c0_channels": 16, "widths": (16, 48, 64, 96), "scales": (2, 3, 4)}
-    return KeypointGraphNet(**arguments | changes)
+    values = {"backbone": "resnet18", "trunk": "lite", "heads": "lite", "c0_channels": 16, "scales": (2, 3, 4)}
+    values |= {"widths": (16, 48, 64, 96)}
+    return KeypointGraphNet.build(keypoint_graph_settings(**values | changes))
 
 
 def test_lite_network_stays_within_its_budget():
@@ -51,7 +46,7 @@ def test_lite_network_stays_within_its_budget():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         features = model.backbone(torch.zeros(1, 3, 512, 512))
         model.keypoint_branch(features)
-        model.mask_head(features, [torch.cat((corners, corners + 32), dim=1)])
+        model.segmentation(features, [torch.cat((corners, corners + 32), dim=1)])
     assert counter.get_total_flops() / 2e9 < 60
     assert sum(p.numel() for p in model.parameters()) / 1e6 < 15
 
@@ -78,19 +73,20 @@ def test_lite_branch_is_shift_equivariant():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"branch": "tiny"}, "branch: expected 'paper' or 'lite', got 'tiny'"),
-        ({"segmentation": "s1", "scales": (2, 3)}, r"'s1' needs scale 1, but the scales are \(2, 3\)"),
+        ({"trunk": "tiny"}, "trunk: expected one of paper, lite, got 'tiny'"),
+        ({"heads": "tiny"}, "heads: expected one of paper, lite, got 'tiny'"),
+        ({"cut_from": "s1", "scales": (2, 3)}, "'s1' needs scale 1, and the lowest scale is 2"),
     ],
 )
 def test_unknown_parts_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        small(**changes)
+        tiny_network(**changes)
 
 
 @pytest.mark.parametrize("size", [(33, 47), (64, 64), (1, 1), (100, 17)])
 def test_shapes_at_all_scales(size):
-    model = small()
-    batch = pad_to_batch([torch.zeros(3, *size), torch.zeros(3, 16, 16)])
+    model = tiny_network()
+    batch = model.preprocessing.batch([torch.zeros(3, *size), torch.zeros(3, 16, 16)], model.divisor)
     height, width = batch.shape[2:]
     assert height % 16 == width % 16 == 0 and height - 15 <= max(size[0], 16) <= height
     features = model.backbone(batch)
@@ -98,10 +94,10 @@ def test_shapes_at_all_scales(size):
         (c, height // s, width // s) for c, s in zip((4, 64, 64, 128, 256), (1, 2, 4, 8, 16), strict=True)
     ]
     maps, decoded = model.keypoint_branch(features)
-    for scale, own, width_of, stride in zip(
-        maps, reversed(decoded.values()), SMALL["widths"], (1, 2, 4, 8), strict=True
+    for scale, decoder_map, channels, stride in zip(
+        maps, reversed(decoded.values()), TINY["widths"], (1, 2, 4, 8), strict=True
     ):
-        assert own.shape == (2, width_of, height // stride, width // stride)
+        assert decoder_map.shape == (2, channels, height // stride, width // stride)
         assert scale.stride == stride
         for tensor, channels in zip(scale[:3], (5, 10, 40), strict=True):
             assert tensor.shape == (2, channels, height // stride, width // stride)
@@ -115,22 +111,22 @@ def test_depths_and_norms(depth, norm):
     assert tuple(shapes) == backbone.channels == ((4, 64, 256, 512, 1024) if depth == 50 else (4, 64, 64, 128, 256))
 
 
-@pytest.mark.parametrize("branch", ["paper", "lite"])
+@pytest.mark.parametrize("kind", ["paper", "lite"])
 @pytest.mark.parametrize(
-    ("segmentation", "scales"),
-    [("branch", (1, 2, 3, 4)), ("branch", (1,)), ("branch", (2, 4)), ("s1", (1, 2, 3, 4)), ("s1", (1,))],
+    ("cut_from", "scales"),
+    [("features", (1, 2, 3, 4)), ("features", (1,)), ("features", (2, 4)), ("s1", (1, 2, 3, 4)), ("s1", (1,))],
 )
-def test_training_and_evaluation(branch, segmentation, scales):
-    """Images of different sizes, one without cells: finite losses, a gradient for every parameter, lists of dicts."""
-    model = small(branch=branch, segmentation=segmentation, scales=scales, peak_threshold=0.0)
-    examples = [example(70, 90, [[3, 4, 40, 50], [42, 5, 60, 30]]), example(101, 64, [])]
+def test_training_and_evaluation(kind, cut_from, scales):
+    """Images of different sizes, one without cells: finite losses, a gradient for every parameter, cells."""
+    model = tiny_network(trunk=kind, heads=kind, cut_from=cut_from, scales=scales)
+    examples = [box_example(70, 90, [[3, 4, 40, 50], [42, 5, 60, 30]]), box_example(101, 64, [])]
     losses = model(*map(list, zip(*examples, strict=True)))
     assert set(losses) == {"loss_heatmap", "loss_single_offset", "loss_group_offset", "loss_mask"}
     assert all(torch.isfinite(v) and v >= 0 for v in losses.values())
     sum(losses.values()).backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
 
-    results = model.eval()([image for image, _ in examples])
+    results = model.eval().detect([image for image, _ in examples])
     for result, (image, _) in zip(results, examples, strict=True):
         count = len(result["scores"])
         assert result["boxes"].shape == (count, 4) and len(result["masks"]) == count
@@ -141,8 +137,8 @@ def test_training_and_evaluation(branch, segmentation, scales):
 
 
 def test_a_batch_without_any_cell_trains():
-    model = small()
-    losses = model(*map(list, zip(example(40, 40, []), example(40, 40, []), strict=True)))
+    model = tiny_network()
+    losses = model(*map(list, zip(box_example(40, 40, []), box_example(40, 40, []), strict=True)))
     assert losses["loss_single_offset"] == losses["loss_group_offset"] == losses["loss_mask"] == 0
     assert torch.isfinite(losses["loss_heatmap"])
 
@@ -167,18 +163,19 @@ def test_losses_are_those_of_the_paper():
                     c = slice(2 * e, 2 * e + 2)
                     errors["group"] += (maps[0].group_offset[0, c, y, x] - group[0, c, y, x]).abs().tolist()
     mean = {name: sum(values) / len(values) / 4.0 for name, values in errors.items()}
-    losses = keypoint_losses(maps, boxes, (32, 32), radius=4.0)
+    losses = keypoint_losses(maps, boxes, (32, 32), TargetSettings(radius=4.0))
     assert float(losses["loss_heatmap"]) == pytest.approx(float(expected), rel=1e-5)
     assert float(losses["loss_single_offset"]) == pytest.approx(mean["single"], rel=1e-5)
     assert float(losses["loss_group_offset"]) == pytest.approx(0.25 * mean["group"], rel=1e-5)
 
 
 def test_evaluation_does_not_depend_on_the_batch():
-    model = small(peak_threshold=0.0).eval()
+    model = tiny_network().eval()
     images = [torch.rand(3, 48, 64) * 255, torch.rand(3, 48, 64) * 255]
-    together = model(images)
+    together = model.detect(images)
     for image, result in zip(images, together, strict=True):
-        (alone,) = model([image])
+        (alone,) = model.detect([image])
+        assert len(alone) > 0
         torch.testing.assert_close(alone["boxes"], result["boxes"])
         assert alone["masks"].rle() == result["masks"].rle()
 
@@ -206,18 +203,19 @@ def test_imagenet_weights_load_by_name(depth, build, tmp_path, monkeypatch):
 
 def test_arguments_that_do_not_fit_are_named():
     for changes, named in (
-        ({"depth": 101}, "depth"),
+        ({"backbone": "resnet101"}, "backbone"),
         ({"norm": "LN"}, "norm"),
-        ({"weights": "IMAGENET"}, "weights"),
+        ({"backbone_weights": "IMAGENET"}, "weights"),
         ({"head_kernel": 4}, "head_kernel"),
+        ({"trunk_kernel": 4}, "trunk_kernel"),
         ({"scales": (0, 1)}, "scales"),
         ({"widths": (4, 4)}, "widths"),
-        ({"segmentation": "s2"}, "segmentation"),
+        ({"cut_from": "s2"}, "cut_from"),
     ):
         with pytest.raises(ValueError, match=named):
-            small(**changes)
-    model = small()
-    image, target = example(40, 40, [[3, 4, 30, 30]])
+            tiny_network(**changes)
+    model = tiny_network()
+    image, target = box_example(40, 40, [[3, 4, 30, 30]])
     with pytest.raises(ValueError, match="targets"):
         model([image])
     with pytest.raises(ValueError, match=r"images\[0\]"):
@@ -230,11 +228,11 @@ def test_arguments_that_do_not_fit_are_named():
 
 def test_a_training_step_runs_in_mixed_precision():
     """As Detectron2's SOLVER.AMP does it: autocast round the forward pass. Losses are float32, and about the same."""
-    images, targets = zip(example(64, 96, [[4, 5, 40, 50], [50, 10, 58, 12]]), example(60, 80, []), strict=True)
-    model = small()
+    images, targets = zip(box_example(64, 96, [[4, 5, 40, 50], [50, 10, 58, 12]]), box_example(60, 80, []), strict=True)
+    model = tiny_network()
     expected = model(list(images), list(targets))
-    for pixels in (2**19, 300):  # one flight of crops, and several
-        model = small(pixels_in_flight=pixels)
+    for pixels in (2**19, 300):  # one chunk of crops, and several
+        model = tiny_network(chunk_pixels=pixels)
         with torch.autocast("cpu", torch.bfloat16):
             losses = model(list(images), list(targets))
         for name, loss in losses.items():
@@ -247,7 +245,7 @@ def test_a_training_step_runs_in_mixed_precision():
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_evaluation_in_half_precision_decodes_in_float32(precision, channels_last, monkeypatch):
-    model, image = small(peak_threshold=0.0).eval(), example(64, 96, [])[0]
+    model, image = tiny_network().eval(), box_example(64, 96, [])[0]
     seen = []
     decode = type(model.decoder).forward
 
@@ -257,18 +255,18 @@ def test_evaluation_in_half_precision_decodes_in_float32(precision, channels_las
 
     monkeypatch.setattr(type(model.decoder), "forward", forward)
     with torch.no_grad():
-        model([image])
-        found = model.accelerate(precision, channels_last)([image])[0]
+        model.detect([image])
+        cells = model.accelerate(precision, channels_last).detect([image])[0]
     assert seen == [(False, {torch.float32}), (False, {getattr(torch, precision)})]
-    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
-    assert all(crop.dtype == torch.float32 for crop in found["masks"].crops)
+    assert cells.boxes.dtype == cells.scores.dtype == torch.float32 and len(cells) > 0
+    assert all(crop.dtype == torch.float32 for crop in cells.masks.crops)
     assert model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     with pytest.raises(ValueError, match="precision: expected one of float32, bfloat16, float16, got 'half'"):
         model.accelerate("half")
 
 
 def test_half_precision_changes_the_maps_little():
-    model = small().eval()
+    model = tiny_network().eval()
     image = torch.rand(1, 3, 64, 96) - 0.5
     with torch.no_grad():
         exact, _ = model.keypoint_branch(model.backbone(image))
@@ -288,20 +286,17 @@ def test_predicts_with_detectron2_blocked(tmp_path):
     program = """
         import sys
         sys.modules["detectron2"] = None
-        import numpy as np, torch
+        import numpy as np
         from kg_detectron.inference import load_model, predict, save_model
-        from kg_detectron.modeling import KeypointGraphNet
-        torch.manual_seed(0)
-        model = KeypointGraphNet(
-            depth=18, c0_channels=4, widths=(4, 6, 8, 8), head_kernel=3, input_size=(64, 96), peak_threshold=0.0
-        )
-        save_model(model, sys.argv[1])
+        from builders import tiny_network
+        save_model(tiny_network(), sys.argv[1])
         image = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
-        found = predict(load_model(sys.argv[1]), image)
-        assert len(found["boxes"]) == len(found["masks"].rle()) > 0
-        assert found["masks"].size == (50, 70)
-        print("predicted", len(found["boxes"]))
+        cells = predict(load_model(sys.argv[1]), image)
+        assert len(cells.boxes) == len(cells.masks.rle()) > 0
+        assert cells.size == (50, 70)
+        print("predicted", len(cells))
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "model.pth")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "predicted" in done.stdout, done.stderr

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders import tiny_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import MaskCrops
 from kg_detectron.metrics import box_iou
-from kg_detectron.modeling import CellRanking, KeypointGraphNet, outline_blur, ranking
+from kg_detectron.modeling import CellRanking, RankingSettings, outline_blur, ranking
 
 
 def cells(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, MaskCrops]:
@@ -24,16 +25,20 @@ def cells(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, MaskCro
     return windows.float(), scores, MaskCrops(crops, windows, (20, 20))
 
 
+def ranked_by(weight: float, sigma: float) -> CellRanking:
+    return CellRanking(RankingSettings(weight, sigma))
+
+
 def by_loops(boxes: Tensor, scores: Tensor, blur: list[float], weight: float, sigma: float) -> tuple[list, list]:
     """The requirement: order and scores."""
     iou = box_iou(boxes.numpy(), boxes.numpy())
     scores = [score * math.exp(-weight * b) for score, b in zip(scores.tolist(), blur, strict=True)]
     if sigma:
-        before, scores = scores, []
-        for i, own in enumerate(before):
-            better = [j for j, other in enumerate(before) if other > own or other == own and j < i]
+        blurred, scores = scores, []
+        for i, score in enumerate(blurred):
+            better = [j for j, other in enumerate(blurred) if other > score or other == score and j < i]
             overlap = max((iou[i, j] for j in better), default=0)
-            scores.append(own * math.exp(-(overlap**2) / sigma))
+            scores.append(score * math.exp(-(overlap**2) / sigma))
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     return order, [scores[i] for i in order]
 
@@ -48,7 +53,7 @@ def test_scores_and_order_are_those_of_plain_loops(count, seed, weight, sigma):
     ]
     torch.testing.assert_close(outline_blur(masks), torch.tensor(blur), rtol=1e-4, atol=1e-6)
     _, expected = by_loops(boxes, scores, blur, weight, sigma)
-    order, ranked = CellRanking(weight, sigma)(boxes, scores, masks)
+    order, ranked = ranked_by(weight, sigma)(boxes, scores, masks)
     assert sorted(order.tolist()) == list(range(count)) and order.dtype == torch.int64
     torch.testing.assert_close(ranked, torch.tensor(expected), rtol=1e-4, atol=1e-7)
     assert (ranked.diff() <= 0).all()
@@ -63,9 +68,9 @@ def test_the_paper_keeps_its_scores_and_their_order():
 
 def test_many_cells_are_compared_in_parts(monkeypatch):
     boxes, scores, masks = cells(np.random.default_rng(1), 23)
-    whole = CellRanking(0.0, 0.1)(boxes, scores, masks)
+    whole = ranked_by(0.0, 0.1)(boxes, scores, masks)
     monkeypatch.setattr(ranking, "PAIRS_AT_ONCE", 50)
-    parts = CellRanking(0.0, 0.1)(boxes, scores, masks)
+    parts = ranked_by(0.0, 0.1)(boxes, scores, masks)
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     assert not torch.equal(whole[1], scores)
 
@@ -73,8 +78,8 @@ def test_many_cells_are_compared_in_parts(monkeypatch):
 def disc(radius: float, softness: float) -> MaskCrops:
     """A cell whose probability falls from 1 to 0 over about 4 x softness pixels."""
     side = int(2 * radius + 8 * softness + 2)
-    at = torch.arange(side) - (side - 1) / 2
-    probability = torch.sigmoid((radius - torch.hypot(at[:, None], at)) / max(softness, 1e-6))
+    place = torch.arange(side) - (side - 1) / 2
+    probability = torch.sigmoid((radius - torch.hypot(place[:, None], place)) / max(softness, 1e-6))
     return MaskCrops([probability], torch.tensor([[0, 0, side, side]]), (side, side))
 
 
@@ -87,30 +92,27 @@ def test_blur_tells_how_soft_an_outline_is_whatever_the_size_of_the_cell():
 
 def test_a_second_box_on_a_cell_comes_after_the_box_of_another_cell():
     boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 15], [40, 40, 50, 50]]).float()
-    order, scores = CellRanking(0.0, 0.1).rank(boxes, torch.tensor([0.9, 0.8, 0.2]), torch.zeros(3))
+    order, scores = ranked_by(0.0, 0.1).rank(boxes, torch.tensor([0.9, 0.8, 0.2]), torch.zeros(3))
     assert order.tolist() == [0, 2, 1]
     assert scores[0] == torch.tensor(0.9) and scores[1] == torch.tensor(0.2)
 
 
 def test_rows_of_a_prediction_stay_together():
-    torch.manual_seed(0)
-    network = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "peak_threshold": 0.0}
-    image = torch.rand(3, 96, 96) * 255
+    image = torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0)) * 255
+    changes = {"nms_threshold": 0.6, "radius": 5.0, "smooth_sigma": 2.0}
     ranked, plain = (
-        KeypointGraphNet(**network, **changes).eval() for changes in ({"blur_weight": 3.0, "overlap_sigma": 0.05}, {})
+        tiny_network(**changes, **ranking).eval() for ranking in ({"blur_weight": 3.0, "overlap_sigma": 0.05}, {})
     )
-    plain.load_state_dict(ranked.state_dict())
-    with torch.no_grad():
-        (found,), (before,) = ranked([image]), plain([image])
-    order, scores = CellRanking(3.0, 0.05)(before["boxes"], before["scores"], before["masks"])
+    (cells,), (unranked,) = ranked.detect([image]), plain.detect([image])
+    order, scores = ranked_by(3.0, 0.05)(unranked.boxes, unranked.scores, unranked.masks)
     assert len(order) > 5 and order.tolist() != sorted(order.tolist())
-    assert torch.equal(found["boxes"], before["boxes"][order]) and torch.equal(found["scores"], scores)
+    assert torch.equal(cells.boxes, unranked.boxes[order]) and torch.equal(cells.scores, scores)
     for i, row in enumerate(order.tolist()):
-        assert torch.equal(found["masks"][i], before["masks"][row])
+        assert torch.equal(cells.masks[i], unranked.masks[row])
 
 
 @pytest.mark.parametrize("name", ["blur_weight", "overlap_sigma"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValueError, match=name):
-        CellRanking(**{name: value})
+        RankingSettings(**{name: value})

@@ -54,8 +54,8 @@ def loop_targets(boxes: Tensor, height: int, width: int, stride: int, radius: fl
 def test_equal_loops(stride, seed):
     boxes = [random_boxes(seed, 12, 44, 52), random_boxes(seed + 100, 2, 44, 52), torch.zeros(0, 4)]
     targets = keypoint_targets(boxes, (44, 52), stride, radius=2)
-    for i, own in enumerate(boxes):
-        for target, expected in zip(targets, loop_targets(own, 44, 52, stride, 2), strict=True):
+    for i, boxes_of_image in enumerate(boxes):
+        for target, expected in zip(targets, loop_targets(boxes_of_image, 44, 52, stride, 2), strict=True):
             torch.testing.assert_close(target[i], expected, atol=1e-5, rtol=0)
 
 
@@ -85,9 +85,9 @@ def test_decoding_targets_gives_the_boxes_back(seed):
             chosen.append(box)
     boxes = torch.stack(chosen)
     assert len(boxes) >= 4
-    (found, scores), (none, _) = KeypointDecoder()(targets_as_maps([boxes, boxes[:0]], size, 5.0), [size, size])
+    (decoded, scores), (none, _) = KeypointDecoder()(targets_as_maps([boxes, boxes[:0]], size, 5.0), [size, size])
     assert len(none) == 0
-    assert box_iou(boxes, found).amax(1).min() > 0.9
+    assert box_iou(boxes, decoded).amax(1).min() > 0.9
     assert (scores.diff() <= 0).all()
 
 
@@ -97,27 +97,27 @@ def test_peaks_found_in_parts_are_assembled_as_a_whole():
     boxes = [random_boxes(seed, 6, *size, smallest=20) for seed in (1, 2)]
     maps = targets_as_maps(boxes, size, 5.0)
     expected = decoder(maps, [size, size])
-    assert sum(len(found) for found, _ in expected) > 2
+    assert sum(len(decoded) for decoded, _ in expected) > 2
 
     parts = [decoder.find([KeypointMaps(*(m[i : i + 1] for m in s[:3]), s.stride) for s in maps]) for i in range(2)]
     for i, part in enumerate(parts):
         part.peaks[:, 0] = part.peaks[:, 0] * 2 + i  # of one image each, the group is the scale
     group = torch.cat([part.peaks[:, 0] for part in parts])
     order = group.argsort(stable=True)
-    whole = Peaks(*(torch.cat(own)[order] for own in zip(*parts, strict=True)))
-    found = decoder.assemble(whole, [size, size], [scale.stride for scale in maps])
-    for own, wanted in zip(found, expected, strict=True):
-        assert all(map(torch.equal, own, wanted))
+    whole = Peaks(*(torch.cat(values)[order] for values in zip(*parts, strict=True)))
+    detections = decoder.assemble(whole, [size, size], [scale.stride for scale in maps])
+    for detection, wanted in zip(detections, expected, strict=True):
+        assert all(map(torch.equal, detection, wanted))
 
 
 def test_frames_between_scales_shift_nothing():
     """A box of even edges is found exactly at every scale alone: no shift by half a stride."""
     box = torch.tensor([[104.0, 88, 232, 216]])
     for maps in targets_as_maps([box], (320, 336), 5.0):
-        ((found, _),) = KeypointDecoder()([maps], [(320, 336)])
-        assert len(found) == 1
+        ((decoded, _),) = KeypointDecoder()([maps], [(320, 336)])
+        assert len(decoded) == 1
         # Corners lie between pixels of the deeper scales: a peak is at most half a pixel of that scale away.
-        assert (found - box).abs().max() <= maps.stride / 2
+        assert (decoded - box).abs().max() <= maps.stride / 2
 
 
 def test_small_cells_are_no_targets():
@@ -132,9 +132,9 @@ def test_smaller_cells_may_be_targets_at_the_finest_scale():
     small, medium = torch.tensor([[10.0, 10, 18, 19]]), torch.tensor([[30.0, 30, 44, 45]])
     both = [torch.cat((small, medium))]
     for radius, min_side, expected in ((2.0, None, medium), (2.0, 3.0, both[0]), (2.0, 3.5, medium)):
-        found = keypoint_targets(both, (64, 64), 2, radius, min_side)
+        targets = keypoint_targets(both, (64, 64), 2, radius, min_side)
         wanted = keypoint_targets([expected], (64, 64), 2, radius, 0.0)
-        assert all(map(torch.equal, found, wanted))
+        assert all(map(torch.equal, targets, wanted))
     with pytest.raises(ValueError, match="min_side"):
         keypoint_targets(both, (64, 64), 2, 2.0, -1.0)
 

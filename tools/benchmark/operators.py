@@ -20,7 +20,7 @@ from benchmark.measure import milliseconds
 from benchmark.scenes import RADIUS, STRIDES, cells, network_maps
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
-from kg_detectron.layers import ops
+from kg_detectron.layers import ops, reference
 from kg_detectron.modeling import KeypointDecoder, keypoint_targets
 
 # Its time grows with the square of the number.
@@ -39,8 +39,14 @@ OPERATORS = (
 
 
 def with_reference(call: Callable[[], object]) -> None:
-    """Call it with the reference in place of the compiled operators."""
-    with mock.patch.object(ops, "COMPILED_FOR", frozenset()), mock.patch.object(ops, "_warned", {"cpu", "cuda"}):
+    """Call it with the reference in place of the compiled kernels."""
+    kernels = {
+        **{name: getattr(reference, name) for name in ops.OPERATORS + ops.CPU_OPERATORS},
+        # Their operators take the edges as plain numbers.
+        "gather_displacements": lambda peaks, maps, edges: reference.gather_displacements(peaks, maps),
+        "render_targets": lambda *arguments: reference.render_targets(*arguments[:-1]),
+    }
+    with mock.patch.multiple(torch.ops.kg_detectron, create=True, **kernels):
         call()
 
 

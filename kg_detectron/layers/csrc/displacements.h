@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <limits>
+#include <cmath>
 
 #include "checks.h"
 #include "graph.h"
@@ -18,14 +18,17 @@ struct Scales {
         const T* data;
         int64_t channel;  // stride
 
-        KG_HOST_DEVICE const T* offset(int k, int l) const { return data + 2 * edge_index(k, l) * channel; }
+        // x of an edge; its y lies one channel further.
+        KG_HOST_DEVICE const T* offset(int edge) const { return data + 2 * edge * channel; }
     };
 
     int64_t images, count;
     const T* data[kMostScales];
     int64_t sizes[kMostScales][2], strides[kMostScales][4];
+    Edges edges;
 
-    explicit Scales(at::TensorList maps) : images(maps[0].size(0)), count(static_cast<int64_t>(maps.size())) {
+    Scales(at::TensorList maps, at::IntArrayRef edges)
+        : images(maps[0].size(0)), count(static_cast<int64_t>(maps.size())), edges(edges) {
         for (int64_t s = 0; s < count; ++s) {
             data[s] = maps[s].const_data_ptr<T>();
             for (int d = 0; d < 4; ++d) {
@@ -50,14 +53,14 @@ struct Scales {
         return {data[s] + image * strides[s][0] + y * strides[s][2] + x * strides[s][3], strides[s][1]};
     }
 
-    // out [4,2]: x, y towards every other keypoint; not numbers where there is no such pixel.
+    // out [4,2]: x, y towards every other keypoint; not numbers where there is no such pixel or edge.
     KG_HOST_DEVICE void gather(const int64_t* peak, T* out) const {
-        const Pixel own = at(peak);
+        const Pixel pixel = at(peak);
         const int k = static_cast<int>(peak[1]);
         for (int i = 0; i < kKeypoints - 1; ++i) {
-            const T* offset = own.data ? own.offset(k, i < k ? i : i + 1) : nullptr;
-            out[2 * i] = offset ? offset[0] : static_cast<T>(NAN);
-            out[2 * i + 1] = offset ? offset[own.channel] : static_cast<T>(NAN);
+            const int edge = pixel.data ? edges.index[k][i < k ? i : i + 1] : -1;
+            out[2 * i] = edge < 0 ? static_cast<T>(NAN) : pixel.offset(edge)[0];
+            out[2 * i + 1] = edge < 0 ? static_cast<T>(NAN) : pixel.offset(edge)[pixel.channel];
         }
     }
 };

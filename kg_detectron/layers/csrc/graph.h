@@ -1,27 +1,35 @@
-// The keypoint graph (kg_detectron/graph.py), and arithmetic that must come out the same on every device.
+// The keypoint graph (kg_detectron/graph.py), and arithmetic that must give the same result on every device.
 #pragma once
+
+#include <c10/util/ArrayRef.h>
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define KG_HOST_DEVICE __host__ __device__ inline
-#else
-#define KG_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace kg {
 
 // Keypoint k: tl, tr, bl, br, centre.
 constexpr int kKeypoints = 5;
 constexpr int kCentre = 4;
-constexpr int kEdges = kKeypoints * (kKeypoints - 1);
 
-// Index of the directed edge k -> l: (0,1) (0,2) .. (3,4), then the same reversed.
-KG_HOST_DEVICE int edge_index(int k, int l) {
-    const int low = k < l ? k : l, high = k < l ? l : k;
-    const int edge = low * (2 * kKeypoints - 1 - low) / 2 + high - low - 1;
-    return k < l ? edge : edge + kEdges / 2;
-}
+// The directed edges, in the order of the group offset channels: those of edge e are 2e (x) and 2e + 1 (y).
+struct Edges {
+    int8_t index[kKeypoints][kKeypoints];  // of edge k -> l; -1: there is no such edge
+    int count;
+
+    // edges: k and l of each edge, one after another, checked by `check_edges`.
+    explicit Edges(c10::IntArrayRef edges) : count(static_cast<int>(edges.size() / 2)) {
+        for (auto& row : index) {
+            for (int8_t& edge : row) {
+                edge = -1;
+            }
+        }
+        for (int edge = 0; edge < count; ++edge) {
+            index[edges[2 * edge]][edges[2 * edge + 1]] = static_cast<int8_t>(edge);
+        }
+    }
+};
 
 // Place of keypoint l among those other than k: in the displacements of a peak.
 KG_HOST_DEVICE int other_index(int k, int l) {

@@ -7,6 +7,9 @@
 
 namespace kg {
 
+// Numbers of one graph: x, y and score of each keypoint.
+constexpr int kGraphValues = 3 * kKeypoints;
+
 // The outermost present one of two corners along an axis; outer is the sign of outwards.
 template <typename T>
 struct Side {
@@ -16,11 +19,11 @@ struct Side {
     // graph [5,3]: x, y, score of each keypoint.
     KG_HOST_DEVICE Side(const T* graph, int axis, int first, int second, float outer) : value(0) {
         for (int corner : {first, second}) {
-            const T own = graph[3 * corner + axis];
+            const T coordinate = graph[3 * corner + axis];
             if (graph[3 * corner + 2] > T(0)) {
                 // A coordinate that is not a number stays one, as in the reference.
-                if (!there || own != own || (outer > 0 ? own > value : own < value)) {
-                    value = value != value ? value : own;
+                if (!there || coordinate != coordinate || (outer > 0 ? coordinate > value : coordinate < value)) {
+                    value = value != value ? value : coordinate;
                 }
                 there = true;
             }
@@ -34,9 +37,9 @@ KG_HOST_DEVICE bool retrieve_box(const T* graph, bool corner_and_centre, T* box,
     int present = 0, corners = 0;
     Acc total = 0;
     for (int k = 0; k < kKeypoints; ++k) {
-        const T own = graph[3 * k + 2];
-        if (own > T(0)) {
-            total += static_cast<Acc>(own);
+        const T keypoint_score = graph[3 * k + 2];
+        if (keypoint_score > T(0)) {
+            total += static_cast<Acc>(keypoint_score);
             ++present;
             corners += k != kCentre;
         }

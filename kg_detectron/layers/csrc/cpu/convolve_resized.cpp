@@ -151,25 +151,28 @@ KG_VECTORIZE void propagate(const Crop<double>& crop, double* products, const do
     crop.propagate(products, out, stride, line);
 }
 
-// Where each crop begins among the products, and how many pixels all have in the result.
+// The tables of all crops, and where each crop begins among the products. `check_crops` makes them.
 struct Crops {
+    at::Tensor before, after, places;  // [R,2] int64
     std::vector<int64_t> first;
-    int64_t resized = 0;
+    int64_t resized = 0;  // pixels of all crops in the result
 };
 
 // All crops lie within the products and the result, whatever the tables say.
 Crops check_crops(int64_t products, const at::Tensor& before, const at::Tensor& after, const at::Tensor& places,
                   int64_t pixels) {
-    const int64_t crops = before.size(0);
+    TORCH_CHECK_VALUE(products >= 0 && pixels >= 0, "products and pixels: expected no negative ones, got ", products,
+                      " and ", pixels);
+    const int64_t crops = before.dim() > 0 ? before.size(0) : 0;
     for (const at::Tensor* table : {&before, &after, &places}) {
         TORCH_CHECK_VALUE(table->dim() == 2 && table->size(0) == crops && table->size(1) == 2 &&
-                              table->scalar_type() == at::kLong && table->is_contiguous() && table->device().is_cpu(),
-                          "before, after and places: expected contiguous int64 (R,2) on the CPU, got ", before.sizes(),
-                          ", ", after.sizes(), " and ", places.sizes());
+                              table->scalar_type() == at::kLong && table->device().is_cpu(),
+                          "before, after and places: expected int64 (R,2) on the CPU, got ", before.sizes(), ", ",
+                          after.sizes(), " and ", places.sizes());
     }
-    const auto *from = before.const_data_ptr<int64_t>(), *to = after.const_data_ptr<int64_t>(),
-               *place = places.const_data_ptr<int64_t>();
-    Crops checked;
+    Crops checked{before.contiguous(), after.contiguous(), places.contiguous(), {}};
+    const auto *from = checked.before.const_data_ptr<int64_t>(), *to = checked.after.const_data_ptr<int64_t>(),
+               *place = checked.places.const_data_ptr<int64_t>();
     int64_t used = 0;
     for (int64_t r = 0; r < crops; ++r, from += 2, to += 2, place += 2) {
         for (int side = 0; side < 2; ++side) {
@@ -195,10 +198,9 @@ Crops check_crops(int64_t products, const at::Tensor& before, const at::Tensor& 
 // Calls run(crop, its products, its place in the result, pixels from row to row there, a line to work in) for each
 // crop, larger ones first: the last thread to finish should have little left to do.
 template <typename T, typename Products, typename Resized, typename Run>
-void each_crop(const Crops& crops, const at::Tensor& before, const at::Tensor& after, const at::Tensor& places,
-               int64_t channels, Products products, Resized resized, const Run& run) {
-    const auto *from = before.const_data_ptr<int64_t>(), *to = after.const_data_ptr<int64_t>(),
-               *place = places.const_data_ptr<int64_t>();
+void each_crop(const Crops& crops, int64_t channels, Products products, Resized resized, const Run& run) {
+    const auto *from = crops.before.const_data_ptr<int64_t>(), *to = crops.after.const_data_ptr<int64_t>(),
+               *place = crops.places.const_data_ptr<int64_t>();
     std::vector<int64_t> order(crops.first.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -214,7 +216,8 @@ void each_crop(const Crops& crops, const at::Tensor& before, const at::Tensor& a
 
 at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before, const at::Tensor& after,
                             const at::Tensor& places, int64_t pixels) {
-    TORCH_CHECK_VALUE(products.dim() == 3 && products.size(1) == 9, "products: expected (P,9,C), got ",
+    TORCH_CHECK_VALUE(products.dim() == 3 && products.size(1) == 9 && products.is_floating_point(),
+                      "products: expected a floating-point tensor (P,9,C), got ", products.scalar_type(), " of shape ",
                       products.sizes());
     const Crops crops = check_crops(products.size(0), before, after, places, pixels);
     const at::Tensor in = products.to(c10::promoteTypes(products.scalar_type(), at::kFloat)).contiguous();
@@ -222,22 +225,24 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
     const bool full = crops.resized == pixels;
     at::Tensor out = full ? at::empty({pixels, channels}, in.options()) : at::zeros({pixels, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized", [&] {
-        each_crop<scalar_t>(crops, before, after, places, channels, in.const_data_ptr<scalar_t>(),
-                            out.mutable_data_ptr<scalar_t>(), [](auto&&... crop) { convolve(crop...); });
+        each_crop<scalar_t>(crops, channels, in.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>(),
+                            [](auto&&... crop) { convolve(crop...); });
     });
     return out.to(products.scalar_type());
 }
 
 at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t products, const at::Tensor& before,
                                      const at::Tensor& after, const at::Tensor& places) {
-    TORCH_CHECK_VALUE(gradient.dim() == 2, "gradient: expected (pixels,C), got ", gradient.sizes());
+    TORCH_CHECK_VALUE(gradient.dim() == 2 && gradient.is_floating_point(),
+                      "gradient: expected a floating-point tensor (pixels,C), got ", gradient.scalar_type(),
+                      " of shape ", gradient.sizes());
     const Crops crops = check_crops(products, before, after, places, gradient.size(0));
     const at::Tensor in = gradient.to(c10::promoteTypes(gradient.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(1);
     at::Tensor out = at::zeros({products, 9, channels}, in.options());
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "convolve_resized_backward", [&] {
-        each_crop<scalar_t>(crops, before, after, places, channels, out.mutable_data_ptr<scalar_t>(),
-                            in.const_data_ptr<scalar_t>(), [](auto&&... crop) { propagate(crop...); });
+        each_crop<scalar_t>(crops, channels, out.mutable_data_ptr<scalar_t>(), in.const_data_ptr<scalar_t>(),
+                            [](auto&&... crop) { propagate(crop...); });
     });
     return out.to(gradient.scalar_type());
 }

@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "../peaks.h"
 #include "tasks.h"
 #include "vectorize.h"
 
@@ -22,18 +22,11 @@ struct Peak {
     int64_t pixel;  // within the image: (k * h + y) * w + x
 };
 
-// Whether a neighbour is above a score: values that are not finite are above none.
-template <typename T>
-KG_INLINE bool hides(T neighbour, T score) {
-    return (neighbour > score) & (neighbour <= std::numeric_limits<T>::max());
-}
-
 // Which pixels of a row [w] are peaks; above and below are its neighbours, or the row itself at the border.
 template <typename T>
 KG_INLINE void mark_peaks(const T* row, const T* above, const T* below, int64_t w, T threshold, uint8_t* marks) {
     for (int64_t x = 0; x < w; ++x) {
-        marks[x] = (row[x] > threshold) & (row[x] <= std::numeric_limits<T>::max()) & !hides(above[x], row[x]) &
-                   !hides(below[x], row[x]);
+        marks[x] = is_candidate(row[x], threshold) & !hides(above[x], row[x]) & !hides(below[x], row[x]);
     }
     for (int64_t x = 1; x < w; ++x) {
         marks[x] &= !hides(row[x - 1], row[x]);
@@ -60,7 +53,7 @@ void peaks_of_plane(const T* scores, int64_t k, int64_t h, int64_t w, T threshol
         const T* row = scores + y * w;
         mark_row(row, y > 0 ? row - w : row, y + 1 < h ? row + w : row, w, threshold, marks.data());
         const uint8_t *begin = marks.data(), *end = begin + w, *mark = begin;
-        // Few of a row are, and memchr passes over the others many at a time.
+        // Few pixels of a row are peaks, and memchr skips the others many at a time.
         for (const void* found; (found = std::memchr(mark, 1, end - mark)) != nullptr; ++mark) {
             mark = static_cast<const uint8_t*>(found);
             peaks.push_back({row[mark - begin], (k * h + y) * w + (mark - begin)});
@@ -69,7 +62,7 @@ void peaks_of_plane(const T* scores, int64_t k, int64_t h, int64_t w, T threshol
 }
 
 std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double threshold) {
-    check_scales("scores", maps, 0);
+    check_threshold(maps, threshold);
     std::vector<at::Tensor> scales;
     for (const at::Tensor& scale : maps) {
         scales.push_back(scale.contiguous());
@@ -78,32 +71,34 @@ std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double thresh
     at::Tensor peaks, values;
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, maps[0].scalar_type(), "find_peaks", [&] {
         const scalar_t limit = static_cast<scalar_t>(threshold);
-        std::vector<std::vector<Peak<scalar_t>>> found(groups * keypoints);
+        std::vector<std::vector<Peak<scalar_t>>> peaks_of_planes(groups * keypoints);
         std::vector<int64_t> first(groups + 1, 0);  // of each group, in the result
         each_task(groups * keypoints, [&](int64_t p) {
             const at::Tensor& scale = scales[p / (n * keypoints)];
             const int64_t h = scale.size(2), w = scale.size(3);
             peaks_of_plane(scale.const_data_ptr<scalar_t>() + p % (n * keypoints) * h * w, p % keypoints, h, w, limit,
-                           found[p]);
+                           peaks_of_planes[p]);
         });
         for (int64_t p = 0; p < groups * keypoints; ++p) {
-            first[p / keypoints + 1] += static_cast<int64_t>(found[p].size());
+            first[p / keypoints + 1] += static_cast<int64_t>(peaks_of_planes[p].size());
         }
         std::partial_sum(first.begin(), first.end(), first.begin());
         peaks = at::empty({first[groups], 4}, maps[0].options().dtype(at::kLong));
         values = at::empty({first[groups]}, maps[0].options());
         each_task(groups, [&](int64_t g) {
-            std::vector<Peak<scalar_t>> own;
-            own.reserve(first[g + 1] - first[g]);
+            std::vector<Peak<scalar_t>> peaks_of_group;
+            peaks_of_group.reserve(first[g + 1] - first[g]);
             for (int64_t k = 0; k < keypoints; ++k) {
-                own.insert(own.end(), found[g * keypoints + k].begin(), found[g * keypoints + k].end());
+                peaks_of_group.insert(peaks_of_group.end(), peaks_of_planes[g * keypoints + k].begin(),
+                                      peaks_of_planes[g * keypoints + k].end());
             }
             // Stable: equal scores stay in the order of keypoint, y, x.
-            std::stable_sort(own.begin(), own.end(), [](const auto& a, const auto& b) { return a.score > b.score; });
+            std::stable_sort(peaks_of_group.begin(), peaks_of_group.end(),
+                             [](const auto& a, const auto& b) { return a.score > b.score; });
             const int64_t h = scales[g / n].size(2), w = scales[g / n].size(3);
             int64_t* peak = peaks.mutable_data_ptr<int64_t>() + 4 * first[g];
             scalar_t* value = values.mutable_data_ptr<scalar_t>() + first[g];
-            for (const auto& [score, pixel] : own) {
+            for (const auto& [score, pixel] : peaks_of_group) {
                 *peak++ = g;
                 *peak++ = pixel / (h * w);
                 *peak++ = pixel / w % h;

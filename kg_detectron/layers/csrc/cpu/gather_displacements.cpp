@@ -11,31 +11,30 @@
 namespace kg {
 namespace {
 
-// Peaks by which memory is asked for ahead: the offsets of one lie far apart, which takes long to bring them.
+// Number of peaks for which memory is requested ahead: the offsets of one peak lie far apart, and loading them is slow.
 constexpr int64_t kAhead = 8;
 
 template <typename T>
 void prefetch(const Scales<T>& scales, const int64_t* peak) {
 #ifdef __GNUC__
-    const auto own = scales.at(peak);
-    for (int l = 0; own.data && l < kKeypoints; ++l) {
-        if (l != peak[1]) {
-            const T* offset = own.offset(static_cast<int>(peak[1]), l);
-            __builtin_prefetch(offset);
-            __builtin_prefetch(offset + own.channel);
+    const auto pixel = scales.at(peak);
+    for (int l = 0; pixel.data && l < kKeypoints; ++l) {
+        const int edge = scales.edges.index[peak[1]][l];
+        if (edge >= 0) {
+            __builtin_prefetch(pixel.offset(edge));
+            __builtin_prefetch(pixel.offset(edge) + pixel.channel);
         }
     }
 #endif
 }
 
-at::Tensor gather_displacements(const at::Tensor& peaks, at::TensorList group_offsets) {
-    check_peaks(peaks);
-    check_scales("group_offsets", group_offsets, 2 * kEdges);
+at::Tensor gather_displacements(const at::Tensor& peaks, at::TensorList group_offsets, at::IntArrayRef edges) {
+    check_gathering(peaks, group_offsets, edges);
     const at::Tensor every = peaks.contiguous();
     const int64_t count = every.size(0), *peak = every.const_data_ptr<int64_t>();
     at::Tensor out = at::empty({count, kKeypoints - 1, 2}, group_offsets[0].options());
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "gather_displacements", [&] {
-        const Scales<scalar_t> scales(group_offsets);
+        const Scales<scalar_t> scales(group_offsets, edges);
         scalar_t* to = out.mutable_data_ptr<scalar_t>();
         at::parallel_for(0, count, 1024, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < std::min(end, begin + kAhead); ++p) {

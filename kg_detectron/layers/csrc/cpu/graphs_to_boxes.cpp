@@ -24,12 +24,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> graphs_to_boxes(const at::Tensor&
         scalar_t *box = boxes.mutable_data_ptr<scalar_t>(), *score = scores.mutable_data_ptr<scalar_t>();
         int64_t* source = graph.mutable_data_ptr<int64_t>();
         for (int64_t g = 0; g < count; ++g) {
-            if (retrieve_box<scalar_t, acc_t>(from + 15 * g, corner_and_centre, box + 4 * kept, score + kept)) {
+            if (retrieve_box<scalar_t, acc_t>(from + kGraphValues * g, corner_and_centre, box + 4 * kept,
+                                              score + kept)) {
                 source[kept++] = g;
             }
         }
     });
-    // Memory of their own size: the few boxes must not hold on to that of all graphs.
+    // Copies, so that the few boxes do not keep the memory of all graphs.
     return {boxes.narrow(0, 0, kept).clone(), scores.narrow(0, 0, kept).clone(), graph.narrow(0, 0, kept).clone()};
 }
 

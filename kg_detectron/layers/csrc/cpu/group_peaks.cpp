@@ -20,11 +20,11 @@ struct Radii {
     double match, reject;
 };
 
-// Peaks by which memory is asked for ahead: those that follow in the queue lie anywhere in the map.
+// Number of peaks for which memory is requested ahead: the next ones of the queue lie anywhere in the map.
 constexpr int64_t kAhead = 8;
 
-// The peaks of one group and what has become of them. Peaks are numbered by their place in the queue, and kept by bin:
-// what a search meets lies together.
+// The peaks of one group and their state. Peaks are numbered by their place in the queue, and stored by bin, so that a
+// search reads neighbouring memory.
 class Queue {
   public:
     struct Spot {
@@ -44,16 +44,16 @@ class Queue {
           next_(count) {
         // Counting sort. First the bucket of each peak stands for its place.
         for (int64_t p = 0; p < count; ++p) {
-            const int64_t* own = peak + 4 * members[p];
-            place_[p] = static_cast<int32_t>(bins_.bucket(0, own[1], bins_.index(own[2]), bins_.index(own[3])));
+            const int64_t* row = peak + 4 * members[p];
+            place_[p] = static_cast<int32_t>(bins_.bucket(0, row[1], bins_.index(row[2]), bins_.index(row[3])));
             ++first_[place_[p]];
         }
         std::partial_sum(first_.begin(), first_.end(), first_.begin());
         for (int64_t p = count - 1; p >= 0; --p) {
-            const int64_t* own = peak + 4 * members[p];
+            const int64_t* row = peak + 4 * members[p];
             place_[p] = --first_[place_[p]];
-            spots_[place_[p]] = {static_cast<int32_t>(p), static_cast<int32_t>(own[2]), static_cast<int32_t>(own[3]),
-                                 static_cast<int8_t>(own[1]), /*queued=*/true};
+            spots_[place_[p]] = {static_cast<int32_t>(p), static_cast<int32_t>(row[2]), static_cast<int32_t>(row[3]),
+                                 static_cast<int8_t>(row[1]), /*queued=*/true};
         }
     }
 
@@ -71,23 +71,23 @@ class Queue {
 
     // Takes a peak out of the queue, into a graph.
     void join(int64_t p) {
-        Spot& own = spots_[place_[p]];
-        own.queued = false;
-        int32_t& head = joined_[bins_.bucket(0, own.k, bins_.index(own.y), bins_.index(own.x))];
+        Spot& spot = spots_[place_[p]];
+        spot.queued = false;
+        int32_t& head = joined_[bins_.bucket(0, spot.k, bins_.index(spot.y), bins_.index(spot.x))];
         next_[place_[p]] = head;
         head = place_[p];
     }
 
     // Whether a peak in a graph, of the type of this one, lies within reach. Peaks in graphs are few: looking for them
-    // when another graph is to be opened takes less than marking what lies around each of them.
-    bool is_near_joined(const Spot& own, double reach) const {
-        const Window window(bins_, own.x, own.y, reach);
+    // when another graph is to be opened takes less time than marking the neighbourhood of each of them.
+    bool is_near_joined(const Spot& spot, double reach) const {
+        const Window window(bins_, spot.x, spot.y, reach);
         for (int64_t row = window.first_row; row <= window.last_row; ++row) {
             for (int64_t column = window.first_column; column <= window.last_column; ++column) {
-                for (int32_t i = joined_[bins_.bucket(0, own.k, row, column)]; i >= 0; i = next_[i]) {
-                    const double squared = squared_norm(static_cast<double>(spots_[i].x - own.x),
-                                                        static_cast<double>(spots_[i].y - own.y));
-                    if (spots_[i].k == own.k && squared <= reach * reach) {
+                for (int32_t i = joined_[bins_.bucket(0, spot.k, row, column)]; i >= 0; i = next_[i]) {
+                    const double squared = squared_norm(static_cast<double>(spots_[i].x - spot.x),
+                                                        static_cast<double>(spots_[i].y - spot.y));
+                    if (spots_[i].k == spot.k && squared <= reach * reach) {
                         return true;
                     }
                 }
@@ -96,8 +96,8 @@ class Queue {
         return false;
     }
 
-    // Calls visit(spot, squared distance, whether it is of type k) for peaks around a point: all of type k within reach,
-    // and some others. What it does with these should need no branch: nothing would foretell it.
+    // Calls visit(spot, squared distance, whether it is of type k) for peaks around a point: all of type k within
+    // reach, and some others. `visit` should handle these without a branch, which could not be predicted.
     template <typename Visit>
     void around(int64_t k, double at_x, double at_y, double reach, Visit visit) const {
         const Window window(bins_, at_x, at_y, reach);
@@ -126,18 +126,19 @@ class Queue {
     std::vector<Spot> spots_;     // by bucket, in each in the order of the queue
     std::vector<int32_t> place_;  // of each peak, in spots_
     std::vector<int32_t> first_;  // of each bucket, in spots_
-    // Peaks in graphs, as places in spots_: one of each bucket, and after each of them the next in its bucket; -1: none.
+    // Peaks in graphs, as places in spots_: the first one of each bucket, and for each one the next in its bucket.
+    // -1: there is none.
     std::vector<int32_t> joined_, next_;
 };
 
 // The partner of type l, -1 if there is none; displacements [P,4,2].
 template <typename T>
 int64_t partner(const Queue& queue, const T* displacements, int64_t source, int l, const Radii& radii) {
-    const Queue::Spot& own = queue[source];
-    // As doubles, which hold every displacement to the letter.
-    const T* by = displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(own.k, l));
+    const Queue::Spot& spot = queue[source];
+    // As doubles, which hold every displacement exactly.
+    const T* by = displacements + 2 * ((kKeypoints - 1) * queue.index(source) + other_index(spot.k, l));
     Nearest nearest;
-    queue.around(l, own.x + static_cast<double>(by[0]), own.y + static_cast<double>(by[1]), radii.match,
+    queue.around(l, spot.x + static_cast<double>(by[0]), spot.y + static_cast<double>(by[1]), radii.match,
                  [&](const Queue::Spot& other, double squared, bool same) {
                      if (same & other.queued & (squared <= radii.match * radii.match)) {
                          nearest.offer(squared, other.peak);
@@ -157,12 +158,12 @@ std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* disp
         if (start + kAhead < queue.size()) {
             queue.prefetch(start + kAhead);
         }
-        const Queue::Spot& own = queue[start];
-        if (!own.queued) {
+        const Queue::Spot& spot = queue[start];
+        if (!spot.queued) {
             continue;
         }
         queue.drop(start);
-        if (queue.is_near_joined(own, radii.reject)) {
+        if (queue.is_near_joined(spot, radii.reject)) {
             continue;
         }
         Graph graph;
@@ -180,7 +181,8 @@ std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* disp
             if (found >= 0) {
                 join(found);
                 int place = count++;
-                for (; hops == 2 && place > 0 && scores[queue.index(joined[place - 1])] < scores[queue.index(found)]; --place) {
+                const double score = scores[queue.index(found)];
+                for (; hops == 2 && place > 0 && scores[queue.index(joined[place - 1])] < score; --place) {
                     joined[place] = joined[place - 1];
                 }
                 joined[place] = found;
@@ -205,16 +207,16 @@ std::vector<Graph> group_queue(Queue& queue, const double* scores, const T* disp
 std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at::Tensor& scores,
                                                const at::Tensor& displacements, double match_radius,
                                                double reject_radius, int64_t hops) {
-    check_grouping(peaks, scores, displacements);
-    const at::Tensor every = peaks.contiguous();
-    const int64_t count = every.size(0), *peak = every.const_data_ptr<int64_t>();
+    check_grouping(peaks, scores, displacements, match_radius, reject_radius, hops);
+    const at::Tensor rows = peaks.contiguous();
+    const int64_t count = rows.size(0), *peak = rows.const_data_ptr<int64_t>();
     const int64_t limit[4] = {std::numeric_limits<int64_t>::max(), kKeypoints, kMostPixels, kMostPixels};
-    for (int64_t i = 0; i < every.numel(); ++i) {
+    for (int64_t i = 0; i < rows.numel(); ++i) {
         TORCH_CHECK_VALUE(peak[i] >= 0 && peak[i] < limit[i % 4],
                           "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative, got ", peak[i],
                           " in column ", i % 4);
     }
-    // As doubles, which hold every score to the letter.
+    // As doubles, which hold every score exactly.
     const at::Tensor values = scores.to(at::kDouble).contiguous(), by = displacements.contiguous();
     const Radii radii{match_radius, reject_radius};
 
@@ -232,24 +234,25 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
     }
     const int64_t groups = static_cast<int64_t>(first.size());
     first.push_back(count);
-    std::vector<std::vector<Graph>> found(groups);
+    std::vector<std::vector<Graph>> graphs_of_groups(groups);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, by.scalar_type(), "group_peaks", [&] {
         each_task(groups, [&](int64_t g) {
             Queue queue(peak, order.data() + first[g], first[g + 1] - first[g], radii);
-            found[g] = group_queue(queue, values.const_data_ptr<double>(), by.const_data_ptr<scalar_t>(), radii, hops);
+            graphs_of_groups[g] =
+                group_queue(queue, values.const_data_ptr<double>(), by.const_data_ptr<scalar_t>(), radii, hops);
         });
     });
 
     int64_t total = 0;
-    for (const auto& own : found) {
-        total += static_cast<int64_t>(own.size());
+    for (const auto& graphs : graphs_of_groups) {
+        total += static_cast<int64_t>(graphs.size());
     }
-    const at::Tensor graphs = at::empty({total, kKeypoints, 3}, values.options());
-    at::Tensor image = at::empty({total}, every.options());
-    double* to = graphs.mutable_data_ptr<double>();
+    const at::Tensor result = at::empty({total, kKeypoints, 3}, values.options());
+    at::Tensor image = at::empty({total}, rows.options());
+    double* to = result.mutable_data_ptr<double>();
     int64_t* to_image = image.mutable_data_ptr<int64_t>();
     for (int64_t g = 0; g < groups; ++g) {
-        for (const Graph& graph : found[g]) {
+        for (const Graph& graph : graphs_of_groups[g]) {
             *to_image++ = peak[4 * order[first[g]]];
             for (int64_t p : graph) {
                 *to++ = p < 0 ? 0 : static_cast<double>(peak[4 * p + 3]);
@@ -258,7 +261,7 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
             }
         }
     }
-    return {graphs.to(c10::promoteTypes(scores.scalar_type(), at::kFloat)), image};
+    return {result.to(c10::promoteTypes(scores.scalar_type(), at::kFloat)), image};
 }
 
 }  // namespace

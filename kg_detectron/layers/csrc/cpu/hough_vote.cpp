@@ -4,18 +4,18 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <memory>
 
 #include "../checks.h"
+#include "../voting.h"
 #include "vectorize.h"
 
 namespace kg {
 namespace {
 
-// Pixels whose votes are computed, many at a time, before they are added, one by one. Neighbours often vote for the same
-// place, and the second would wait for the first: they are added in steps of kStep.
+// Pixels whose votes are computed, many at a time, before they are added, one by one. Neighbours often vote for the
+// same place, and the second would wait for the first: they are added in steps of kStep.
 constexpr int64_t kBlock = 128, kStep = 32;
 
 // Votes of a block: where the top left one goes, and the values of the four.
@@ -30,21 +30,17 @@ struct Votes {
 template <typename T>
 KG_INLINE void block_votes(const T* value, const T* offset_x, const T* offset_y, int64_t row, int64_t column,
                            int64_t count, int64_t h, int64_t w, T scale, Votes<T>& votes) {
-    const T height = h, width = w, largest = std::numeric_limits<T>::max();
+    const T height = h, width = w;
     const int32_t stride = static_cast<int32_t>(w + 2);
     for (int64_t i = 0; i < count; ++i) {
         const T x = static_cast<int32_t>(column + i) + offset_x[i], y = row + offset_y[i];
-        // False for nan and infinity too; no short circuit, for the sake of vectors.
-        const bool lands = (x > -1) & (x < width) & (y > -1) & (y < height) & (std::abs(value[i]) <= largest);
-        const T inside_x = lands ? x : 0, inside_y = lands ? y : 0, v = lands ? value[i] * scale : 0;
-        const int32_t left = static_cast<int32_t>(inside_x) - (inside_x < 0);
-        const int32_t top = static_cast<int32_t>(inside_y) - (inside_y < 0);
-        const T dx = inside_x - left, dy = inside_y - top;
-        votes.top_left[i] = lands ? (top + 1) * stride + left + 1 : 0;
-        votes.corner[0][i] = v * ((1 - dx) * (1 - dy));
-        votes.corner[1][i] = v * (dx * (1 - dy));
-        votes.corner[2][i] = v * ((1 - dx) * dy);
-        votes.corner[3][i] = v * (dx * dy);
+        Vote<T> vote(value[i], x, y, height, width);
+        vote.value *= scale;
+        votes.top_left[i] = vote.lands ? (vote.top + 1) * stride + vote.left + 1 : 0;
+        votes.corner[0][i] = vote.corner(0, 0);
+        votes.corner[1][i] = vote.corner(1, 0);
+        votes.corner[2][i] = vote.corner(0, 1);
+        votes.corner[3][i] = vote.corner(1, 1);
     }
 }
 
@@ -88,15 +84,15 @@ void vote_plane(const T* value, const T* offset, int64_t h, int64_t w, T scale, 
 }
 
 at::Tensor hough_vote(const at::Tensor& heatmap, const at::Tensor& offsets, double radius) {
-    check_votes(heatmap, offsets);
+    check_votes(heatmap, offsets, radius);
     const auto dtype = c10::promoteTypes(heatmap.scalar_type(), at::kFloat);
     const at::Tensor value = heatmap.to(dtype).contiguous(), offset = offsets.to(dtype).contiguous();
     const int64_t planes = value.size(0) * value.size(1), h = value.size(2), w = value.size(3);
-    TORCH_CHECK_VALUE((h + 2) * (w + 2) <= std::numeric_limits<int32_t>::max(), "heatmap: expected maps of less than ",
-                      "2^31 pixels, got ", heatmap.sizes());
+    TORCH_CHECK_VALUE((h + 2) * (w + 2) <= std::numeric_limits<int32_t>::max(),
+                      "heatmap: expected maps of fewer than 2^31 pixels, got ", heatmap.sizes());
     at::Tensor votes = at::empty_like(value);
     AT_DISPATCH_FLOATING_TYPES(dtype, "hough_vote", [&] {
-        const scalar_t scale = 1 / (M_PI * radius * radius);
+        const scalar_t scale = vote_scale(radius);
         const scalar_t *from = value.const_data_ptr<scalar_t>(), *by = offset.const_data_ptr<scalar_t>();
         scalar_t* to = votes.mutable_data_ptr<scalar_t>();
         // One thread a plane: the order of the additions, and with it the sums, never depends on the threads.

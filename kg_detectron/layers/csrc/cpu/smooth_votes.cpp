@@ -7,20 +7,11 @@
 #include <vector>
 
 #include "../checks.h"
-#include "../gaussian.h"
+#include "../smoothing.h"
 #include "vectorize.h"
 
 namespace kg {
 namespace {
-
-// Half-sample symmetric continuation (scipy's border `reflect`), for any distance from the border.
-int64_t reflect(int64_t index, int64_t size) {
-    if (index < 0 || index >= size) {
-        index = (index % (2 * size) + 2 * size) % (2 * size);
-        index = std::min(index, 2 * size - 1 - index);
-    }
-    return index;
-}
 
 // out[i] = sum over d of weights[d] * (lines[-d][i] + lines[d][i]): both sides at once, so that a symmetric input has a
 // symmetric output to the last bit. Blocks of a fixed length stay in registers.
@@ -62,7 +53,7 @@ KG_VECTORIZE void blend(const double* weights, int64_t reach, const double* cons
 }
 
 at::Tensor smooth_votes(const at::Tensor& votes, double sigma) {
-    check_maps("votes", votes);
+    check_smoothing(votes, sigma);
     const at::Tensor in = votes.to(c10::promoteTypes(votes.scalar_type(), at::kFloat)).contiguous();
     at::Tensor out = at::empty_like(in);
     const int64_t planes = in.size(0) * in.size(1), h = in.size(2), w = in.size(3);

@@ -10,25 +10,20 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../peaks.h"
 #include "launch.h"
 
 namespace kg {
 namespace {
-
-// Whether a neighbour leaves a peak of this score one: values that are not finite hide none.
-template <typename T>
-__device__ bool allows(T neighbour, T score) {
-    return score >= neighbour || !isfinite(static_cast<float>(neighbour));
-}
 
 template <typename T>
 __global__ void mark_kernel(const T* scores, int64_t count, int64_t h, int64_t w, T threshold, bool* is_peak) {
     for (int64_t i = first_item(); i < count; i += item_step()) {
         const int64_t x = i % w, y = i / w % h;
         const T score = scores[i];
-        is_peak[i] = score > threshold && isfinite(static_cast<float>(score)) &&
-                     (x == 0 || allows(scores[i - 1], score)) && (x == w - 1 || allows(scores[i + 1], score)) &&
-                     (y == 0 || allows(scores[i - w], score)) && (y == h - 1 || allows(scores[i + w], score));
+        is_peak[i] = is_candidate(score, threshold) && !(x > 0 && hides(scores[i - 1], score)) &&
+                     !(x < w - 1 && hides(scores[i + 1], score)) && !(y > 0 && hides(scores[i - w], score)) &&
+                     !(y < h - 1 && hides(scores[i + w], score));
     }
 }
 
@@ -45,16 +40,16 @@ __global__ void unravel_kernel(const int64_t* pixel, int64_t count, const Places
         while (pixel[p] < places.first[s]) {
             --s;
         }
-        const int64_t own = pixel[p] - places.first[s], h = places.h[s], w = places.w[s], plane = own / (h * w);
+        const int64_t index = pixel[p] - places.first[s], h = places.h[s], w = places.w[s], plane = index / (h * w);
         peaks[4 * p] = places.images * s + plane / places.keypoints;
         peaks[4 * p + 1] = plane % places.keypoints;
-        peaks[4 * p + 2] = own / w % h;
-        peaks[4 * p + 3] = own % w;
+        peaks[4 * p + 2] = index / w % h;
+        peaks[4 * p + 3] = index % w;
     }
 }
 
 std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double threshold) {
-    check_scales("scores", maps, 0);
+    check_threshold(maps, threshold);
     const c10::cuda::CUDAGuard guard(maps[0].device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     std::vector<at::Tensor> flat;
@@ -81,8 +76,8 @@ std::tuple<at::Tensor, at::Tensor> find_peaks(at::TensorList maps, double thresh
     });
     const at::Tensor pixel = at::nonzero(is_peak).flatten();
     at::Tensor peaks = at::empty({pixel.size(0), 4}, pixel.options());
-    unravel_kernel<<<blocks_for(pixel.size(0)), kThreads, 0, stream>>>(
-        pixel.const_data_ptr<int64_t>(), pixel.size(0), places, peaks.mutable_data_ptr<int64_t>());
+    unravel_kernel<<<blocks_for(pixel.size(0)), kThreads, 0, stream>>>(pixel.const_data_ptr<int64_t>(), pixel.size(0),
+                                                                       places, peaks.mutable_data_ptr<int64_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     // Stable sorts: equal scores stay in the order of keypoint, y, x.
     at::Tensor values = every.index_select(0, pixel), order;

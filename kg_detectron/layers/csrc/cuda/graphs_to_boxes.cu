@@ -18,7 +18,7 @@ template <typename T, typename Acc>
 __global__ void retrieve_kernel(const T* graphs, int64_t count, bool corner_and_centre, T* boxes, T* scores,
                                 bool* there) {
     for (int64_t g = first_item(); g < count; g += item_step()) {
-        there[g] = retrieve_box<T, Acc>(graphs + 15 * g, corner_and_centre, boxes + 4 * g, scores + g);
+        there[g] = retrieve_box<T, Acc>(graphs + kGraphValues * g, corner_and_centre, boxes + 4 * g, scores + g);
     }
 }
 

@@ -2,6 +2,8 @@
 // and do not see each other. Within a warp the nearest is the smallest of (distance, place in the queue), which does
 // not depend on the order of looking, so every run gives the same graphs. Waits for the device once: for the number of
 // graphs, and to hear of peaks at impossible positions, which are left out on the device.
+#include <ATen/ops/amax.h>
+#include <ATen/ops/amin.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
@@ -42,15 +44,15 @@ __global__ void place_kernel(const int64_t* peaks, int64_t count, const Bins bin
 }
 
 // Everything about the peaks of all groups that one block needs. Peaks are numbered as they come; those of a group are
-// looked at in that order.
+// visited in that order.
 struct Scene {
-    const int64_t* peaks;          // [P,4] group, keypoint, y, x
-    const double* scores;          // [P]
-    const double* displacements;   // [P,4,2]
-    const int64_t* queue;          // [P] peaks by group
-    const int64_t* group;          // [P] of those in the queue
-    const int64_t* binned;         // [P] peaks by bucket
-    const int64_t* in_bucket;      // [buckets+1] where those of a bucket begin
+    const int64_t* peaks;         // [P,4] group, keypoint, y, x
+    const double* scores;         // [P]
+    const double* displacements;  // [P,4,2]
+    const int64_t* queue;         // [P] peaks by group
+    const int64_t* group;         // [P] of those in the queue
+    const int64_t* binned;        // [P] peaks by bucket
+    const int64_t* in_bucket;     // [buckets+1] where those of a bucket begin
     int64_t count;
     Bins bins;
     double match_radius, reject_radius;
@@ -64,14 +66,14 @@ struct Scene {
     // This warp calls visit(peak, squared distance) for peaks of type k around a point: all within reach, and some
     // beyond.
     template <typename Visit>
-    __device__ void around(int64_t own, int64_t k, double at_x, double at_y, double reach, Visit visit) const {
+    __device__ void around(int64_t group_index, int64_t k, double at_x, double at_y, double reach, Visit visit) const {
         const Window window(bins, at_x, at_y, reach);
         for (int64_t row = window.first_row; row <= window.last_row; ++row) {
             for (int64_t column = window.first_column; column <= window.last_column; ++column) {
-                const int64_t bucket = bins.bucket(own, k, row, column), end = in_bucket[bucket + 1];
+                const int64_t bucket = bins.bucket(group_index, k, row, column), end = in_bucket[bucket + 1];
                 for (int64_t i = in_bucket[bucket] + threadIdx.x % kWarp; i < end; i += kWarp) {
                     const int64_t p = binned[i];
-                    if (peaks[4 * p] == own && keypoint(p) == k) {
+                    if (peaks[4 * p] == group_index && keypoint(p) == k) {
                         visit(p, squared_norm(x(p) - at_x, y(p) - at_y));
                     }
                 }
@@ -80,12 +82,12 @@ struct Scene {
     }
 
     // This warp takes a peak out of the queue, into a graph.
-    __device__ void join(int64_t own, int64_t p) const {
+    __device__ void join(int64_t group_index, int64_t p) const {
         __syncwarp();
         if (threadIdx.x % kWarp == 0) {
             queued[p] = 0;
         }
-        around(own, keypoint(p), x(p), y(p), reject_radius, [&](int64_t other, double squared) {
+        around(group_index, keypoint(p), x(p), y(p), reject_radius, [&](int64_t other, double squared) {
             if (squared <= reject_radius * reject_radius) {
                 rejected[other] = 1;
             }
@@ -94,11 +96,11 @@ struct Scene {
     }
 
     // The partner of type l that this warp finds from a peak, -1 if there is none; all lanes have it.
-    __device__ int64_t partner(int64_t own, int64_t source, int l) const {
-        const double* by = displacements + 2 * ((kKeypoints - 1) * source +
-                                                other_index(static_cast<int>(keypoint(source)), l));
+    __device__ int64_t partner(int64_t group_index, int64_t source, int l) const {
+        const double* by =
+            displacements + 2 * ((kKeypoints - 1) * source + other_index(static_cast<int>(keypoint(source)), l));
         Nearest nearest;
-        around(own, l, x(source) + by[0], y(source) + by[1], match_radius, [&](int64_t p, double squared) {
+        around(group_index, l, x(source) + by[0], y(source) + by[1], match_radius, [&](int64_t p, double squared) {
             if (queued[p] && squared <= match_radius * match_radius) {
                 nearest.offer(squared, p);
             }
@@ -114,10 +116,10 @@ struct Scene {
 
     // The next peak of the queue that opens a graph, from `place` on, which moves behind it; -1 at the end of the
     // group. Those passed over leave the queue. For one whole warp.
-    __device__ int64_t next_start(int64_t own, int64_t& place) const {
+    __device__ int64_t next_start(int64_t group_index, int64_t& place) const {
         const unsigned lane = threadIdx.x % kWarp;
-        while (place < count && group[place] == own) {
-            const int64_t at = place + lane, p = at < count && group[at] == own ? queue[at] : -1;
+        while (place < count && group[place] == group_index) {
+            const int64_t next = place + lane, p = next < count && group[next] == group_index ? queue[next] : -1;
             const unsigned starts = __ballot_sync(kAllLanes, p >= 0 && queued[p] && !rejected[p]);
             const unsigned first = starts ? __ffs(static_cast<int>(starts)) - 1 : kWarp;
             if (p >= 0 && lane < first) {
@@ -138,8 +140,8 @@ struct Scene {
 // places than the first of a group have nothing to do.
 __global__ void group_kernel(const Scene scene, double* graphs, int64_t* opened) {
     int64_t place = blockIdx.x;
-    const int64_t own = scene.group[place];
-    if (own < 0 || (place > 0 && scene.group[place - 1] == own)) {
+    const int64_t group_index = scene.group[place];
+    if (group_index < 0 || (place > 0 && scene.group[place - 1] == group_index)) {
         return;
     }
     double* out = graphs + place * 3 * kKeypoints;
@@ -149,7 +151,7 @@ __global__ void group_kernel(const Scene scene, double* graphs, int64_t* opened)
     __shared__ int64_t start, partners[kKeypoints];
     while (true) {
         if (type == 0) {
-            const int64_t found = scene.next_start(own, place);
+            const int64_t found = scene.next_start(group_index, place);
             if (leads) {
                 start = found;
             }
@@ -159,9 +161,9 @@ __global__ void group_kernel(const Scene scene, double* graphs, int64_t* opened)
             break;
         }
         const bool starts = type == scene.keypoint(start);
-        int64_t member = starts ? start : scene.partner(own, start, type);
+        int64_t member = starts ? start : scene.partner(group_index, start, type);
         if (member >= 0) {
-            scene.join(own, member);
+            scene.join(group_index, member);
         }
         if (scene.hops == 2) {
             if (leads) {
@@ -182,9 +184,9 @@ __global__ void group_kernel(const Scene scene, double* graphs, int64_t* opened)
                     break;
                 }
                 taken[best] = true;
-                member = scene.partner(own, partners[best], type);
+                member = scene.partner(group_index, partners[best], type);
                 if (member >= 0) {
-                    scene.join(own, member);
+                    scene.join(group_index, member);
                 }
             }
         }
@@ -221,26 +223,26 @@ __global__ void gather_kernel(const double* graphs, const int64_t* opened, const
 std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at::Tensor& scores,
                                                const at::Tensor& displacements, double match_radius,
                                                double reject_radius, int64_t hops) {
-    check_grouping(peaks, scores, displacements);
+    check_grouping(peaks, scores, displacements, match_radius, reject_radius, hops);
     const c10::cuda::CUDAGuard guard(peaks.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const int64_t count = peaks.size(0);
-    const at::Tensor every = peaks.contiguous();
+    const at::Tensor rows = peaks.contiguous();
     const auto dtype = c10::promoteTypes(scores.scalar_type(), at::kFloat);
-    const at::TensorOptions whole = every.options();
+    const at::TensorOptions whole = rows.options();
     if (count == 0) {
         return {at::empty({0, kKeypoints, 3}, scores.options().dtype(dtype)), at::empty({0}, whole)};
     }
-    // As doubles, which hold every score and displacement to the letter.
+    // As doubles, which hold every score and displacement exactly.
     const at::Tensor values = scores.to(at::kDouble).contiguous(), by = displacements.to(at::kDouble).contiguous();
     const Bins bins(count, match_radius, reject_radius);
     const at::Tensor groups = at::empty({count}, whole), buckets = at::empty({count}, whole);
     // 1 at each place of the queue that has a graph; behind them kImpossible where a peak is at such a position.
     const at::Tensor report = at::zeros({count + 1}, whole);
     int64_t* opened = report.mutable_data_ptr<int64_t>();
-    place_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
-        every.const_data_ptr<int64_t>(), count, bins, groups.mutable_data_ptr<int64_t>(),
-        buckets.mutable_data_ptr<int64_t>(), opened + count);
+    place_kernel<<<blocks_for(count), kThreads, 0, stream>>>(rows.const_data_ptr<int64_t>(), count, bins,
+                                                             groups.mutable_data_ptr<int64_t>(),
+                                                             buckets.mutable_data_ptr<int64_t>(), opened + count);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     at::Tensor group, queue, bucket, binned;
     std::tie(group, queue) = at::sort(groups, /*stable=*/true, /*dim=*/0, /*descending=*/false);
@@ -249,7 +251,7 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
 
     const at::Tensor found = at::empty({count, kKeypoints, 3}, values.options());
     const at::Tensor queued = at::ones({count}, whole.dtype(at::kByte)), rejected = at::zeros_like(queued);
-    const Scene scene{every.const_data_ptr<int64_t>(),
+    const Scene scene{rows.const_data_ptr<int64_t>(),
                       values.const_data_ptr<double>(),
                       by.const_data_ptr<double>(),
                       queue.const_data_ptr<int64_t>(),
@@ -269,8 +271,12 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
 
     const at::Tensor last = report.cumsum(0);
     const int64_t told = last[count].item<int64_t>();
-    TORCH_CHECK_VALUE(told < kImpossible,
-                      "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative");
+    if (told >= kImpossible) {
+        const at::Tensor lowest = rows.amin(0).cpu(), highest = rows.amax(0).cpu();
+        TORCH_CHECK_VALUE(false, "peaks: expected image, keypoint below 5, and y, x below 2^31, none negative, got ",
+                          at::IntArrayRef(lowest.const_data_ptr<int64_t>(), 4), " to ",
+                          at::IntArrayRef(highest.const_data_ptr<int64_t>(), 4));
+    }
     const at::Tensor graphs = at::empty({told, kKeypoints, 3}, values.options());
     at::Tensor image = at::empty({told}, whole);
     gather_kernel<<<blocks_for(count * 3 * kKeypoints), kThreads, 0, stream>>>(

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../voting.h"
 #include "launch.h"
 
 namespace kg {
@@ -17,18 +18,18 @@ using Bits = unsigned long long;
 // Bits of the largest absolute value that is finite; those of doubles without sign are ordered as the doubles are.
 template <typename T>
 __global__ void largest_kernel(const T* value, int64_t count, Bits* largest) {
-    Bits own = 0;
+    Bits bits = 0;
     for (int64_t i = first_item(); i < count; i += item_step()) {
         const double size = fabs(static_cast<double>(value[i]));
         if (isfinite(size)) {
-            own = max(own, static_cast<Bits>(__double_as_longlong(size)));
+            bits = max(bits, static_cast<Bits>(__double_as_longlong(size)));
         }
     }
     for (int distance = 16; distance > 0; distance /= 2) {
-        own = max(own, __shfl_xor_sync(0xffffffff, own, distance));
+        bits = max(bits, __shfl_xor_sync(0xffffffff, bits, distance));
     }
-    if (threadIdx.x % 32 == 0 && own) {
-        atomicMax(largest, own);
+    if (threadIdx.x % 32 == 0 && bits) {
+        atomicMax(largest, bits);
     }
 }
 
@@ -46,20 +47,15 @@ __global__ void vote_kernel(const T* value, const T* offset, int64_t planes, int
     for (int64_t i = first_item(); i < planes * h * w; i += item_step()) {
         const int64_t plane = i / (h * w), pixel = i % (h * w);
         const T* by = offset + 2 * plane * h * w + pixel;
-        const T v = value[i], x = pixel % w + by[0], y = pixel / w + by[h * w];
-        // False for nan too.
-        if (!(isfinite(v) && x > -1 && x < w && y > -1 && y < h)) {
-            continue;
-        }
-        const T left = floor(x), top = floor(y), dx = x - left, dy = y - top;
-        for (int below = 0; below < 2; ++below) {
-            for (int right = 0; right < 2; ++right) {
-                const int64_t column = static_cast<int64_t>(left) + right, row = static_cast<int64_t>(top) + below;
-                if (column >= 0 && column < w && row >= 0 && row < h) {
-                    const T vote = v * ((right ? dx : 1 - dx) * (below ? dy : 1 - dy));
-                    const long long units = __double2ll_rn(scalbn(static_cast<double>(vote), exponent));
-                    atomicAdd(votes + (plane * h + row) * w + column, static_cast<Bits>(units));
-                }
+        const T x = pixel % w + by[0], y = pixel / w + by[h * w];
+        const Vote<T> vote(value[i], x, y, static_cast<T>(h), static_cast<T>(w));
+        for (int corner = 0; vote.lands && corner < 4; ++corner) {
+            const int right = corner % 2, below = corner / 2;
+            const int64_t column = vote.left + right, row = vote.top + below;
+            if (column >= 0 && column < w && row >= 0 && row < h) {
+                const double share = vote.corner(right, below);
+                const long long units = __double2ll_rn(scalbn(share, exponent));
+                atomicAdd(votes + (plane * h + row) * w + column, static_cast<Bits>(units));
             }
         }
     }
@@ -76,7 +72,7 @@ __global__ void scale_kernel(const Bits* votes, int64_t count, int64_t pixels, c
 }
 
 at::Tensor hough_vote(const at::Tensor& heatmap, const at::Tensor& offsets, double radius) {
-    check_votes(heatmap, offsets);
+    check_votes(heatmap, offsets, radius);
     const c10::cuda::CUDAGuard guard(heatmap.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const auto dtype = c10::promoteTypes(heatmap.scalar_type(), at::kFloat);
@@ -96,7 +92,7 @@ at::Tensor hough_vote(const at::Tensor& heatmap, const at::Tensor& offsets, doub
         largest_kernel<<<blocks, kThreads, 0, stream>>>(from, count, largest);
         vote_kernel<<<blocks, kThreads, 0, stream>>>(from, offset.const_data_ptr<scalar_t>(), count / (h * w), h, w,
                                                      largest, votes);
-        scale_kernel<<<blocks, kThreads, 0, stream>>>(votes, count, h * w, largest, 1 / (M_PI * radius * radius),
+        scale_kernel<<<blocks, kThreads, 0, stream>>>(votes, count, h * w, largest, vote_scale(radius),
                                                       out.mutable_data_ptr<scalar_t>());
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,4 +1,4 @@
-// Launching one thread for each of `count` items, whatever their number.
+// Launches of one thread for each of `count` items, whatever their number.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
@@ -12,7 +12,7 @@ namespace kg {
 
 constexpr int kThreads = 256;
 
-// At least one block, so that an empty launch is none's concern; kernels stride over the grid.
+// At least one block, because CUDA refuses an empty launch; kernels stride over the grid.
 inline unsigned blocks_for(int64_t count) {
     return static_cast<unsigned>(std::clamp<int64_t>((count + kThreads - 1) / kThreads, 1, 65535));
 }

@@ -1,4 +1,4 @@
-// Never waits for the device: every cell is looked at, and too small ones are left out there.
+// Never waits for the device: boxes that are too small are left out there.
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -45,34 +45,34 @@ struct DiscPixel {
 };
 
 // owner [N,5,h,w]: the smallest key of each pixel, whatever the order of the threads.
-__global__ void own_kernel(int64_t count, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
-                           int64_t side, float stride, double radius, float min_side, Key* owner) {
+__global__ void claim_kernel(int64_t count, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
+                             int64_t side, float stride, double radius, float min_side, Key* owner) {
     for (int64_t i = first_item(); i < count; i += item_step()) {
-        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius, min_side);
-        if (at.inside) {
-            atomicMin(owner + (at.image * kKeypoints + at.k) * h * w + at.pixel, at.key());
+        const DiscPixel disc(i, boxes, images, n, h, w, side, stride, radius, min_side);
+        if (disc.inside) {
+            atomicMin(owner + (disc.image * kKeypoints + disc.k) * h * w + disc.pixel, disc.key());
         }
     }
 }
 
 __global__ void write_kernel(int64_t count, const float* boxes, const int64_t* images, int64_t n, int64_t h, int64_t w,
                              int64_t side, float stride, double radius, float min_side, const Key* owner,
-                             float* heatmap, float* single, float* group) {
+                             const Edges edges, float* heatmap, float* single, float* group) {
     const int64_t plane = h * w;
     for (int64_t i = first_item(); i < count; i += item_step()) {
-        const DiscPixel at(i, boxes, images, n, h, w, side, stride, radius, min_side);
-        const int64_t k = at.image * kKeypoints + at.k;
-        if (!at.inside || owner[k * plane + at.pixel] != at.key()) {
+        const DiscPixel disc(i, boxes, images, n, h, w, side, stride, radius, min_side);
+        const int64_t k = disc.image * kKeypoints + disc.k;
+        if (!disc.inside || owner[k * plane + disc.pixel] != disc.key()) {
             continue;
         }
-        heatmap[k * plane + at.pixel] = 1;
-        single[2 * k * plane + at.pixel] = at.dx;
-        single[(2 * k + 1) * plane + at.pixel] = at.dy;
+        heatmap[k * plane + disc.pixel] = 1;
+        single[2 * k * plane + disc.pixel] = disc.dx;
+        single[(2 * k + 1) * plane + disc.pixel] = disc.dy;
         for (int l = 0; l < kKeypoints; ++l) {
-            if (l != at.k) {
-                const int64_t edge = at.image * kEdges + edge_index(static_cast<int>(at.k), l);
-                group[2 * edge * plane + at.pixel] = at.keypoints.x[l] - at.x;
-                group[(2 * edge + 1) * plane + at.pixel] = at.keypoints.y[l] - at.y;
+            if (edges.index[disc.k][l] >= 0) {
+                const int64_t edge = disc.image * edges.count + edges.index[disc.k][l];
+                group[2 * edge * plane + disc.pixel] = disc.keypoints.x[l] - disc.x;
+                group[(2 * edge + 1) * plane + disc.pixel] = disc.keypoints.y[l] - disc.y;
             }
         }
     }
@@ -80,25 +80,28 @@ __global__ void write_kernel(int64_t count, const float* boxes, const int64_t* i
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& boxes, const at::Tensor& image,
                                                               int64_t images, int64_t height, int64_t width,
-                                                              double stride, double radius, double min_side) {
-    check_targets(boxes, image, images, height, width);
+                                                              double stride, double radius, double min_side,
+                                                              at::IntArrayRef edge_list) {
+    check_targets(boxes, image, images, height, width, stride, radius, edge_list);
+    const Edges edges(edge_list);
     const c10::cuda::CUDAGuard guard(boxes.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     at::Tensor heatmap = at::zeros({images, kKeypoints, height, width}, boxes.options());
     at::Tensor single = at::zeros({images, 2 * kKeypoints, height, width}, boxes.options());
-    at::Tensor group = at::zeros({images, 2 * kEdges, height, width}, boxes.options());
-    const at::Tensor every = boxes.contiguous(), of = image.contiguous();
+    at::Tensor group = at::zeros({images, 2 * edges.count, height, width}, boxes.options());
+    const at::Tensor all_boxes = boxes.contiguous(), images_of_boxes = image.contiguous();
     const at::Tensor owner = at::full({images, kKeypoints, height, width}, -1, image.options());
-    const int64_t side = 2 * static_cast<int64_t>(ceil(radius)) + 2, count = every.size(0) * kKeypoints * side * side;
-    const float* from = every.const_data_ptr<float>();
-    const int64_t* in = of.const_data_ptr<int64_t>();
+    const int64_t side = 2 * static_cast<int64_t>(ceil(radius)) + 2,
+                  count = all_boxes.size(0) * kKeypoints * side * side;
+    const float* from = all_boxes.const_data_ptr<float>();
+    const int64_t* in = images_of_boxes.const_data_ptr<int64_t>();
     Key* key = reinterpret_cast<Key*>(owner.mutable_data_ptr<int64_t>());
     const float step = static_cast<float>(stride), smallest = static_cast<float>(min_side);
     if (count > 0 && heatmap.numel() > 0) {
-        own_kernel<<<blocks_for(count), kThreads, 0, stream>>>(count, from, in, images, height, width, side, step,
-                                                               radius, smallest, key);
+        claim_kernel<<<blocks_for(count), kThreads, 0, stream>>>(count, from, in, images, height, width, side, step,
+                                                                 radius, smallest, key);
         write_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
-            count, from, in, images, height, width, side, step, radius, smallest, key,
+            count, from, in, images, height, width, side, step, radius, smallest, key, edges,
             heatmap.mutable_data_ptr<float>(), single.mutable_data_ptr<float>(), group.mutable_data_ptr<float>());
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }

@@ -3,21 +3,14 @@
 #include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "../checks.h"
-#include "../gaussian.h"
+#include "../smoothing.h"
 #include "launch.h"
 
 namespace kg {
 namespace {
-
-// Half-sample symmetric continuation (scipy's border `reflect`), for any distance from the border.
-__device__ int64_t reflect(int64_t index, int64_t size) {
-    if (index < 0 || index >= size) {
-        index = (index % (2 * size) + 2 * size) % (2 * size);
-        index = min(index, 2 * size - 1 - index);
-    }
-    return index;
-}
 
 // Along one axis: `size` elements, `step` apart. Both sides at once, so that a symmetric input has a symmetric output.
 template <typename T>
@@ -35,7 +28,7 @@ __global__ void blend_kernel(const T* in, int64_t count, int64_t size, int64_t s
 }
 
 at::Tensor smooth_votes(const at::Tensor& votes, double sigma) {
-    check_maps("votes", votes);
+    check_smoothing(votes, sigma);
     const c10::cuda::CUDAGuard guard(votes.device());
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const at::Tensor in = votes.to(c10::promoteTypes(votes.scalar_type(), at::kFloat)).contiguous();

@@ -49,3 +49,31 @@ def seed_iteration(seed: int, iteration: int, rank: int) -> None:
     np.random.seed(words[:4])
     random.seed(words[4:6].tobytes())
     torch.manual_seed(int.from_bytes(words[6:].tobytes(), "little"))
+
+
+def generator_of_sample(seed: int, position: int) -> np.random.Generator:
+    """The generator for the augmentation of the sample at a position of the run."""
+    return np.random.default_rng(_words(seed, Purpose.SAMPLE, (position,), 4))
+
+
+def weighted_order_of_epoch(seed: int, epoch: int, weights: np.ndarray) -> np.ndarray:
+    """Draw an epoch in which images appear in proportion to their weights.
+
+    The number of times that an image appears is its expected number, rounded up or down at random.
+
+    Args:
+        seed: of the run.
+        epoch: number of the epoch.
+        weights: (n,) one positive number for each image.
+
+    Returns:
+        (n,) int: indices of images in random order.
+    """
+    random = np.random.RandomState(_words(seed, Purpose.ORDER, (epoch,), 4))
+    size = len(weights)
+    # Systematic resampling: equidistant points on the cumulated weights, in a random order of the images.
+    shuffled = random.permutation(size)
+    edges = np.cumsum(weights[shuffled] / np.sum(weights)) * size
+    points = np.arange(size) + random.uniform()
+    drawn = shuffled[np.searchsorted(edges[:-1], points, side="right")]
+    return random.permutation(drawn)

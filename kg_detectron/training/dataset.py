@@ -1,0 +1,257 @@
+"""Labelled images in memory, and the random samples that are made of them.
+
+H, W: height and width in pixels; M: number of cells.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kg_detectron.cells import MaskCrops
+from kg_detectron.io.coco import decode_mask, load_coco
+from kg_detectron.io.convert import _FATAL as FATAL
+from kg_detectron.io.dataset_check import read_pair
+from kg_detectron.io.images import read_image
+from kg_detectron.io.pairs import find_pairs
+from kg_detectron.io.resize import resize_image, resize_labels
+from kg_detectron.modeling import Preprocessing
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours, random_window
+from kg_detectron.training.sampler import Sample
+from kg_detectron.training.seeds import generator_of_sample
+
+# Parts of cells that are smaller than this are no targets.
+_MIN_SIDE = 2
+_MIN_AREA = 8
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image with its cells.
+
+    Attributes:
+        name: of the file.
+        image: (H, W, 3) uint8 BGR, normalised to 0..255.
+        labels: (H, W) uint16, 0 background, 1..M.
+        centres: (M, 2) x, y of the cells, pixels.
+        diameters: (M,) equivalent-circle diameters 2 sqrt(area / pi), pixels.
+        kind: see `kind_of_image`.
+    """
+
+    name: str
+    image: np.ndarray
+    labels: np.ndarray
+    centres: np.ndarray
+    diameters: np.ndarray
+    kind: str
+
+    @property
+    def diameter(self) -> float | None:
+        """Median cell diameter, pixels; None without cells."""
+        return float(np.median(self.diameters)) if len(self.diameters) else None
+
+
+def labelled_image(name: str, image: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing) -> LabelledImage:
+    """Normalise an image and measure its cells.
+
+    Args:
+        name: of the image.
+        image: (H, W, 3) BGR of any type.
+        labels: (H, W) integers, 0 background.
+        preprocessing: of the model; its levels are those of the whole image.
+    """
+    ids, numbers = np.unique(labels, return_inverse=True)
+    labels = (numbers.reshape(labels.shape) + (ids[0] != 0)).astype(np.uint16)
+    image = np.round(preprocessing.levels(image)(image)).astype(np.uint8)
+    count = int(labels.max(initial=0))
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    centres = np.array(ndimage.center_of_mass(labels > 0, labels, np.arange(1, count + 1))).reshape(-1, 2)
+    diameters = 2 * np.sqrt(areas / np.pi)
+    diameter = float(np.median(diameters)) if count else None
+    return LabelledImage(name, image, labels, centres[:, ::-1] + 0.5, diameters, kind_of_image(image, diameter))
+
+
+def read_labelled_images(
+    annotations: str | Path, images: str | Path, preprocessing: Preprocessing
+) -> list[LabelledImage]:
+    """Read all images of a COCO dataset into memory. Where masks overlap, the later one counts.
+
+    Args:
+        annotations: COCO JSON file.
+        images: folder of the images.
+        preprocessing: of the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_coco` and `read_image`.
+    """
+    return [image_of_record(record, preprocessing) for record in load_coco(annotations, images).records]
+
+
+def image_of_record(record: dict[str, Any], preprocessing: Preprocessing) -> LabelledImage:
+    """Read the image of a record of `load_coco`, with its cells, crowds left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`, or the image has another size than the record says.
+    """
+    file, size = record["file_name"], (record["height"], record["width"])
+    image = read_image(file)
+    if image.shape[:2] != size:
+        raise ValueError(f"{file}: expected {size} pixels (height, width), got {image.shape[:2]}")
+    labels = np.zeros(size, np.int32)
+    for i, cell in enumerate(record["annotations"], start=1):
+        if not cell["iscrowd"]:
+            labels[decode_mask(cell["segmentation"], *size)] = i
+    try:
+        return labelled_image(Path(file).name, image, labels, preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_dataset(
+    images: str | Path, masks: str | Path | None, preprocessing: Preprocessing, layout: str | None = None
+) -> list[LabelledImage]:
+    """Read images and their masks from folders, or a COCO dataset.
+
+    Args:
+        images: folder of images, or a COCO JSON, whose images are named from its folder.
+        masks: folder of their masks, or of a COCO JSON the folder of its images where that is another one.
+        preprocessing: of the model.
+        layout: as `find_pairs` takes it.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: a file that cannot be trained on; the message names it.
+    """
+    images = Path(images)
+    if images.suffix.lower() == ".json":
+        return read_labelled_images(images, images.parent if masks is None else masks, preprocessing)
+    if masks is None:
+        raise ValueError(f"{images}: expected a folder of masks beside the folder of images, or a COCO JSON")
+    pairs, faults, layout = find_pairs(images, masks, layout)
+    result = []
+    for pair in pairs:
+        content = read_pair(pair, layout)
+        faults += content.faults
+        if content.size is None or not content.cells:
+            continue
+        crops = [crop for cells in content.cells for crop in cells.crops]
+        windows = torch.cat([cells.windows for cells in content.cells])
+        labels = MaskCrops(crops, windows, content.size).label_image()
+        result.append(labelled_image(pair.name, read_image(pair.image), labels, preprocessing))
+    fatal = [fault for fault in faults if fault.kind in FATAL]
+    if fatal:
+        raise ValueError(f"{len(fatal)} faults, which kg-detectron check-data lists; the first: {fatal[0]}")
+    return result
+
+
+def kind_of_image(image: np.ndarray, diameter: float | None) -> str:
+    """A coarse kind of microscopy, by colours, background and cell size; for balanced sampling and reports.
+
+    Args:
+        image: (H, W, 3) uint8, normalised.
+        diameter: median cell diameter, pixels.
+
+    Returns:
+        "stain on white", "stained tissue", "grey bright", "fluorescence small" or "fluorescence large".
+    """
+    channels = image.reshape(-1, 3).astype(np.int16)
+    saturation = (channels.max(1) - channels.min(1)).mean()
+    background = np.median(channels.min(1))
+    if saturation > 8:
+        return "stain on white" if background > 170 else "stained tissue"
+    if background > 90:
+        return "grey bright"
+    return "fluorescence large" if (diameter or 0) > 22 else "fluorescence small"
+
+
+def target_of_labels(labels: np.ndarray) -> dict[str, Tensor]:
+    """Boxes and masks of a label image.
+
+    Args:
+        labels: (H, W) integers, 0 background.
+
+    Returns:
+        ``boxes`` (M, 4) float32 xyxy, x2 and y2 exclusive; ``masks`` (M, H, W) bool. Specks are left out.
+    """
+    boxes, masks = [], []
+    for number, place in enumerate(ndimage.find_objects(labels), start=1):
+        if place is None:
+            continue
+        rows, columns = place
+        part = labels[place] == number
+        if min(part.shape) < _MIN_SIDE or part.sum() < _MIN_AREA:
+            continue
+        mask = np.zeros(labels.shape, bool)
+        mask[place] = part
+        boxes.append([columns.start, rows.start, columns.stop, rows.stop])
+        masks.append(mask)
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "masks": torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, *labels.shape)),
+    }
+
+
+class TrainingSamples(Dataset):
+    """Random windows of labelled images. The window depends on the `Sample` only, not on earlier ones.
+
+    Args:
+        images: the training set.
+        diameter: to which the median cell diameter of an image is brought, pixels of the network's input.
+        geometry, colours: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[LabelledImage],
+        diameter: float,
+        geometry: GeometrySettings = GeometrySettings(),  # noqa: B008 (frozen)
+        colours: ColourSettings = ColourSettings(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.images = images
+        self.diameter = diameter
+        self.geometry = geometry
+        self.colours = colours
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image (3, w, w) float32 in 0..255 and its target, see `target_of_labels`."""
+        generator = generator_of_sample(sample.seed, sample.position)
+        return augmented(self.images[sample.index], self.diameter, self.geometry, self.colours, generator)
+
+
+def augmented(
+    source: LabelledImage,
+    diameter: float,
+    geometry: GeometrySettings,
+    colours: ColourSettings,
+    generator: np.random.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A random window of a labelled image: (3, w, w) float32 in 0..255, and its target, see `target_of_labels`.
+
+    Args:
+        source: the image.
+        diameter: to which the median diameter of its cells is brought before the jitter, pixels.
+        geometry, colours: of the augmentation.
+        generator: source of the randomness.
+    """
+    natural = diameter / source.diameter if source.diameter else 1.0
+    image, labels = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
+    image = random_colours(image, colours, generator)
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels)
+
+
+def at_natural_scale(source: LabelledImage, diameter: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """A whole labelled image whose cells have the median ``diameter``, not augmented, and its target."""
+    scale = diameter / source.diameter if source.diameter else 1.0
+    size = tuple(max(1, round(side * scale)) for side in source.labels.shape)
+    image = resize_image(source.image.astype(np.float32), size)
+    target = target_of_labels(resize_labels(source.labels, size))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target

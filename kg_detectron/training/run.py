@@ -1,0 +1,325 @@
+"""A whole training: from labelled images to a model file with its threshold, on one machine, with PyTorch alone."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kg_detectron.inference.model_file import load_model, save_model
+from kg_detectron.io.atomic import replacing
+from kg_detectron.modeling import InstanceNet, Scores
+from kg_detectron.modeling.pointwise import use_matrix_products
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
+from kg_detectron.training.average import WeightAverage
+from kg_detectron.training.dataset import LabelledImage, TrainingSamples
+from kg_detectron.training.loop import LoopSettings, Trainer
+from kg_detectron.training.sampler import EndlessSampler, balanced_weights
+from kg_detectron.training.schedule import CosineSchedule
+from kg_detectron.training.validation import Validation, validate
+
+MODEL_FILE = "model.safetensors"
+SETTINGS_FILE = "train.json"
+VALIDATION_FILE = "validation.jsonl"
+# Cells of an image whose masks are trained in one iteration.
+CELLS_PER_IMAGE = 48
+# Validations of a run, the one before the first iteration and the last one not counted.
+VALIDATIONS = 3
+# Images of a validation during the run; the last one takes all.
+VALIDATION_IMAGES = 24
+# Models to start from besides a file or a kept model.
+IMAGENET, NOTHING = "imagenet", "nothing"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is trained.
+
+    Attributes:
+        minutes: budget of time, of all stretches of a run together; validation is not counted.
+        iterations: budget of iterations instead; a run is then exactly the same on every machine of one kind.
+        batch_size: windows of an iteration.
+        learning_rate: highest rate of AdamW; None takes 1e-3, or 3e-4 where a trained model is adapted.
+        weight_decay: of AdamW.
+        average_decay: of the moving average of the weights, which is what is kept.
+        seed: of the run, 0 or more.
+
+    Raises:
+        ValueError: a value out of its range, or not just one budget.
+    """
+
+    minutes: float | None = 20.0
+    iterations: int | None = None
+    batch_size: int = 4
+    learning_rate: float | None = None
+    weight_decay: float = 0.01
+    average_decay: float = 0.995
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.iterations is None):
+            raise ValueError("minutes, iterations: expected one of the two budgets")
+        for name in ("minutes", "iterations", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+
+
+def starting_model(start: str, device: str = "cpu") -> InstanceNet:
+    """The network that a training begins with.
+
+    Args:
+        start: a kept model's name, a model file, "imagenet" for the network of the kept models with ImageNet weights in
+            its backbone, or "nothing" for random weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model` does.
+        ModuleNotFoundError: the package of the ImageNet weights is not installed.
+    """
+    if start not in (IMAGENET, NOTHING):
+        return load_model(start, device)
+    pattern = load_model()
+    backbone = dataclasses.replace(
+        pattern.settings.backbone, backbone_weights="IMAGENET1K" if start == IMAGENET else ""
+    )
+    return type(pattern).build(dataclasses.replace(pattern.settings, backbone=backbone)).to(device)
+
+
+def split_validation(
+    images: Sequence[LabelledImage], share: float = 0.2, seed: int = 0
+) -> tuple[list[LabelledImage], list[LabelledImage]]:
+    """Split labelled images at random into those to train on and those to validate on.
+
+    Fewer than four images are all used for both, for none can be spared.
+    """
+    if len(images) < 4:
+        return list(images), list(images)
+    order = np.random.RandomState(seed).permutation(len(images))
+    count = max(1, round(share * len(images)))
+    held = set(order[:count].tolist())
+    return [i for n, i in enumerate(images) if n not in held], [i for n, i in enumerate(images) if n in held]
+
+
+def parameter_groups(model: InstanceNet, learning_rate: float, weight_decay: float) -> list[dict]:
+    """Groups for an optimiser: the backbone learns at its own factor; biases and norm layers do not decay."""
+    factor = getattr(getattr(model.settings, "backbone", None), "backbone_lr_factor", 1.0)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        pretrained = name.startswith("backbone.") and "c0_conv" not in name
+        groups.setdefault((pretrained, parameter.dim() > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (factor if pretrained else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (pretrained, decays), parameters in groups.items()
+    ]
+
+
+def train(
+    model: InstanceNet,
+    training: Sequence[LabelledImage],
+    validation: Sequence[LabelledImage],
+    folder: str | Path,
+    settings: TrainSettings | None = None,
+    *,
+    adapts: bool = False,
+    geometry: GeometrySettings | None = None,
+    colours: ColourSettings | None = None,
+    log: Callable[[str], None] = print,
+) -> Validation | None:
+    """Train a model, and keep the best of its validations as ``model.safetensors`` in a folder.
+
+    A run that was stopped, by Ctrl-C or a signal, goes on exactly where it was when it is called again with the same
+    arguments.
+
+    Args:
+        model: to train, in place.
+        training, validation: labelled images.
+        folder: of the run, made where absent.
+        settings: budget and optimiser.
+        adapts: the model is trained already: it learns at a lower rate, and has to get better to be kept.
+        geometry, colours: augmentation.
+        log: gets a line for every validation.
+
+    Returns:
+        The figures of the kept model, or None where the run was stopped.
+
+    Raises:
+        ValueError: there is no cell to learn from, or the folder holds the run of other settings.
+    """
+    settings, folder = settings or TrainSettings(), Path(folder)
+    if not sum(len(image.diameters) for image in training):
+        raise ValueError("images: expected at least one labelled cell to train on, got none")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder, settings, model)
+    torch.manual_seed(settings.seed)
+    rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
+    if hasattr(model.settings, "segmentation"):
+        bounded = dataclasses.replace(model.segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
+        model.segmentation.settings = bounded
+    if model.place.device.type == "cpu":
+        use_matrix_products(model)
+    model.to(memory_format=torch.channels_last)
+    kinds = [image.kind for image in training]
+    trainer = Trainer(
+        model,
+        lambda images, targets: model(_on(images, model.place), [_target_on(t, model.place) for t in targets]),
+        torch.optim.AdamW(parameter_groups(model, rate, settings.weight_decay)),
+        TrainingSamples(
+            training, model.preprocessing.diameter, geometry or GeometrySettings(), colours or ColourSettings()
+        ),
+        EndlessSampler(len(training), settings.seed, weights=balanced_weights(kinds)),
+        folder,
+        LoopSettings(settings.iterations, settings.minutes, settings.batch_size, settings.seed),
+        CosineSchedule(),
+        WeightAverage(model, settings.average_decay),
+    )
+    resumed = trainer.resume()
+    keeper = _Keeper(model, trainer, _some(validation, VALIDATION_IMAGES), folder, log)
+    if not resumed and adapts:
+        keeper.validate()
+    with tqdm(total=100, desc="training", unit="%", bar_format=_BAR) as bar:
+
+        def after_iteration(_: Trainer) -> None:
+            bar.set_postfix_str(f"iteration {trainer.iteration}, loss {trainer.latest.get('loss', 0):.3f}")
+            bar.update(100 * trainer.progress - bar.n)
+            if trainer.progress < 1 and trainer.progress >= (keeper.done + 1) / (VALIDATIONS + 1):
+                keeper.validate()
+
+        finished = trainer.train(after_iteration)
+    if not finished:
+        log(f"stopped after iteration {trainer.iteration}; give the same command again to go on")
+        return None
+    keeper.validate()
+    return keeper.finish(validation, training)
+
+
+_BAR = "{desc}: {n:.1f} % |{bar}| {elapsed}<{remaining} {postfix}"
+
+
+class _Keeper:
+    """Validates the averaged weights now and then, and keeps the best."""
+
+    def __init__(
+        self,
+        model: InstanceNet,
+        trainer: Trainer,
+        images: Sequence[LabelledImage],
+        folder: Path,
+        log: Callable[[str], None],
+    ) -> None:
+        self.model, self.trainer, self.images, self.folder, self.log = model, trainer, images, folder, log
+        self.file = folder / VALIDATION_FILE
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() and trainer.iteration else []
+        self.records = [json.loads(line) for line in lines]
+
+    @property
+    def done(self) -> int:
+        """Validations during the run; one before its first iteration does not count."""
+        return sum(record["iteration"] > 0 for record in self.records)
+
+    def validate(self) -> None:
+        """Validate the averaged weights; keep them where they are the best so far."""
+        average = self.trainer.average
+        assert average is not None
+        with average.applied(self.model):
+            figures = validate(self.model, self.images)
+            best = max((record["value"] for record in self.records), default=-1.0)
+            value = float(np.nan_to_num(list(figures.mask_ap.values())).mean() + np.nan_to_num(figures.f1))
+            record = {
+                "iteration": self.trainer.iteration,
+                "minutes": round(self.trainer.seconds / 60, 2),
+                "value": value,
+                "f1": figures.f1,
+                **{f"mask_ap_{iou}": ap for iou, ap in figures.mask_ap.items()},
+            }
+            self.records.append(record)
+            with replacing(self.file) as unfinished:
+                unfinished.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            self.log(f"iteration {record['iteration']}, {record['minutes']:.1f} minutes: {figures}")
+            if value > best:
+                save_model(self.model, self.folder / MODEL_FILE)
+
+    def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage]) -> Validation:
+        """Load the best weights, calibrate them on all validation images, and write the model file."""
+        best = load_model(self.folder / MODEL_FILE, self.model.place.device)
+        figures = validate(best, validation)
+        best.scores = Scores()
+        try:
+            best.scores, quality = figures.calibration()
+            self.log(f"expected calibration error {quality.expected_error:.3f}, threshold {best.threshold:.3f}")
+        except ValueError as error:
+            self.log(f"scores are not calibrated: {error}")
+        best.with_preprocessing(diameters=cell_diameters(training, best.preprocessing.diameter))
+        save_model(best, self.folder / MODEL_FILE)
+        plot_curves(self.folder, self.records)
+        return figures
+
+
+def cell_diameters(images: Sequence[LabelledImage], diameter: float) -> tuple[float, ...]:
+    """Diameters of the cells in the network's input, pixels, at the percentiles 5, 25, 50, 75 and 95."""
+    parts = [i.diameters * diameter / i.diameter for i in images if i.diameter]
+    return tuple(round(float(v), 1) for v in np.percentile(np.concatenate(parts), (5, 25, 50, 75, 95)))
+
+
+def plot_curves(folder: Path, records: Sequence[dict]) -> None:
+    """Draw losses and validation figures of a run into ``curves.png``."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, figures = figure.subplots(1, 2)
+    for name in [key for key in lines[0] if key.startswith("loss")] if lines else []:
+        losses.plot([line["minutes"] for line in lines], [line[name] for line in lines], label=name)
+    for name in ("mask_ap_0.5", "mask_ap_0.7", "f1"):
+        figures.plot([r["minutes"] for r in records], [r[name] for r in records], marker="o", label=name)
+    for axes, title in ((losses, "training losses"), (figures, "validation")):
+        axes.set(xlabel="minutes", title=title)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+    losses.set_yscale("log")
+    with replacing(folder / "curves.png") as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
+
+
+def _check_folder(folder: Path, settings: TrainSettings, model: InstanceNet) -> None:
+    """Refuse a folder with a run of other settings; note these in it."""
+    file = folder / SETTINGS_FILE
+    content = {"settings": dataclasses.asdict(settings), "model": model.description()}
+    content = json.loads(json.dumps(content))
+    if file.exists() and (folder / "checkpoint.pth").exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key in content if known.get(key) != content[key]]
+        if changed:
+            raise ValueError(f"{folder} holds a run of another {' and '.join(changed)}; choose another folder")
+        return
+    with replacing(file) as unfinished:
+        unfinished.write_text(json.dumps(content | {"started": time.strftime("%F %T")}, indent=2), encoding="utf-8")
+
+
+def _some(images: Sequence[LabelledImage], count: int) -> list[LabelledImage]:
+    """At most so many images, evenly from all kinds and sizes."""
+    order = sorted(images, key=lambda image: (image.kind, image.image.shape[0], image.name))
+    places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int))
+    return [order[i] for i in places]
+
+
+def _on(images: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    return [image.to(like.device) for image in images]
+
+
+def _target_on(target: dict[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    return {name: value.to(like.device) for name, value in target.items()}

@@ -1,0 +1,85 @@
+"""How well a model finds the cells of labelled images, as its users will run it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kg_detectron.cells import MaskCrops
+from kg_detectron.inference.calibration import Reliability, best_threshold, fit_scores, reliability
+from kg_detectron.inference.predictor import predict
+from kg_detectron.metrics import PaperMetrics
+from kg_detectron.metrics.iou import mask_iou
+from kg_detectron.metrics.paper import claim_best
+from kg_detectron.modeling import InstanceNet, Scores
+from kg_detectron.training.dataset import LabelledImage
+
+IOUS = (0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Figures on labelled images; fractions of 0..1.
+
+    Attributes:
+        mask_ap: paper's AP by the IoU, "0.5" and "0.7".
+        f1: highest F1 at an IoU of 0.5 over all thresholds of the score.
+        scores: (N,) raw scores of all detections.
+        right: (N,) bool, whether each matches a true cell at an IoU of 0.5.
+        positives: number of true cells.
+    """
+
+    mask_ap: dict[str, float]
+    f1: float
+    scores: np.ndarray
+    right: np.ndarray
+    positives: int
+
+    def calibration(self) -> tuple[Scores, Reliability]:
+        """The function from raw scores to probabilities, with its threshold; and how reliable it is on these images.
+
+        Raises:
+            ValueError: there are too few detections.
+        """
+        fitted = fit_scores(self.scores, self.right, self.positives)
+        probability = fitted(torch.from_numpy(self.scores)).numpy()
+        return fitted, reliability(probability, self.right)
+
+    def __str__(self) -> str:
+        aps = ", ".join(f"mask AP@{iou} {100 * value:.1f}" for iou, value in self.mask_ap.items())
+        return f"{aps}, F1@0.5 {self.f1:.3f}"
+
+
+@torch.no_grad()
+def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale: bool = False) -> Validation:
+    """Predict labelled images and compare.
+
+    Args:
+        model: any method; its mode is restored.
+        images: see `LabelledImage`; their pixels are normalised already.
+        true_scale: give the model the true cell diameter of each image, instead of letting it estimate one.
+    """
+    training, scores_before = model.training, model.scores
+    model.eval()
+    model.scores = Scores()
+    metrics = PaperMetrics(IOUS)
+    scores, right, positives = [np.zeros(0)], [np.zeros(0, bool)], 0
+    try:
+        for image in images:
+            truth = MaskCrops.from_label_image(image.labels)
+            diameter = image.diameter if true_scale and model.preprocessing.resize == "isotropic" else None
+            cells = predict(model, image.image, diameter=diameter)
+            masks, true_masks = cells.masks.rle(), truth.rle()
+            values = cells.scores.double().cpu().numpy()
+            metrics.update(truth.windows.numpy(), true_masks, cells.boxes.cpu().numpy(), values, masks)
+            scores.append(values)
+            right.append(claim_best(mask_iou(masks, true_masks), (0.5,))[0] >= 0)
+            positives += len(truth)
+    finally:
+        model.scores = scores_before
+        model.train(training)
+    all_scores, all_right = np.concatenate(scores), np.concatenate(right)
+    figures = metrics.compute()
+    _, f1 = best_threshold(all_scores, all_right, positives)
+    return Validation({iou: values["mask_ap"] for iou, values in figures.items()}, f1, all_scores, all_right, positives)
