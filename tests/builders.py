@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kg_detectron.io.coco import coco_annotation, write_coco
-from kg_detectron.io.images import write_png
+from kg_detectron.io.coco import coco_annotation, decode_mask, write_coco
+from kg_detectron.io.images import read_image, write_png
+from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import KeypointGraphNet, KeypointGraphSettings
 from kg_detectron.modeling.settings import parts
 from kg_detectron.synthetic import nuclei_image
@@ -66,25 +69,50 @@ def box_example(height: int, width: int, boxes: list[list[float]]) -> tuple[Tens
 def nuclei_example(rng: np.random.Generator, side: int = 96, count: int = 10) -> tuple[Tensor, dict[str, Tensor]]:
     """An image of drawn nuclei and its target."""
     image, masks = nuclei_image(rng, side, side, count)
-    boxes = []
-    for mask in masks:
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    target = {"boxes": torch.tensor(boxes, dtype=torch.float32), "masks": torch.from_numpy(np.array(masks))}
+    target = {
+        "boxes": torch.tensor([_tight_box(mask) for mask in masks], dtype=torch.float32),
+        "masks": torch.from_numpy(np.array(masks)),
+    }
     return to_tensor(image), target
 
 
-def train_on_nuclei(model: torch.nn.Module, steps: int = 40, rate: float = 4e-3, seed: int = 0) -> None:
-    """Train a network in place until it finds most drawn nuclei, and leave it in evaluation mode."""
-    rng = np.random.default_rng(seed)
+def coco_example(record: dict[str, Any], size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image and target of a record of `load_coco`, resized to ``size``; cells that vanish are left out."""
+    image = resize_image(Normalisation()(read_image(record["file_name"])), size)
+    boxes, masks = [], []
+    for annotation in record["annotations"]:
+        mask = decode_mask(annotation["segmentation"], record["height"], record["width"])
+        mask = resize_labels(mask.astype(np.uint8), size).astype(bool)
+        if mask.any():
+            boxes.append(_tight_box(mask))
+            masks.append(mask)
+    masks = torch.from_numpy(np.array(masks, bool).reshape(-1, *size))
+    return to_tensor(image), {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "masks": masks}
+
+
+def _tight_box(mask: np.ndarray) -> list[int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+def train(
+    model: torch.nn.Module,
+    draw: Callable[[], tuple[Tensor, dict[str, Tensor]]],
+    steps: int,
+    rate: float = 4e-3,
+    batch_size: int = 2,
+) -> None:
+    """Train a network in place on examples that ``draw`` makes, and leave it in evaluation mode."""
     optimizer = torch.optim.Adam(model.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
     for _ in range(steps):
-        images, targets = zip(*(nuclei_example(rng) for _ in range(2)), strict=True)
+        images, targets = zip(*(draw() for _ in range(batch_size)), strict=True)
         loss = sum(model(list(images), list(targets)).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     model.eval()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.export.drawing import draw_cells
+from kg_detectron.export.overlay import draw_cells
 from kg_detectron.inference import load_model, predict
 from kg_detectron.io.coco import CocoDataset, load_coco
 from kg_detectron.io.images import read_image, write_png

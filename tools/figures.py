@@ -25,7 +25,7 @@ from matplotlib.patches import Circle
 from pycocotools import mask as coco_mask
 
 from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.export.drawing import draw_cells, stretched
+from kg_detectron.export.overlay import draw_cells, stretched
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.cell_sets import ImageCells, read_cells, read_predictions
 from kg_detectron.io.images import read_image

@@ -1,9 +1,10 @@
-"""What is installed, whether it works, and the command that mends what does not.
+"""``kg-detectron doctor``: what is installed, whether it works, and the command that mends what does not.
 
 Nothing is imported here: PyTorch, the operators and Detectron2 are tried in processes of their own, for a binary that
 was built for another PyTorch may end its process.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
 
-from kg_detectron import __version__
+from kg_detectron._version import __version__
 
 OK = "ok"
 NOTE = "note"  # something is missing, and everything runs without it
@@ -78,6 +79,24 @@ class Finding:
     def __str__(self) -> str:
         line = f"{self.state:5}  {self.name}: {self.text}"
         return f"{line}\n       {self.remedy}" if self.remedy else line
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "doctor",
+        help="see whether everything installed works",
+        description="Try PyTorch, torchvision, the compiled operators, CUDA and Detectron2, and name the command that "
+        "mends what does not work. Exit status 1 where something cannot run.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings."""
+    findings = examine()
+    print(*findings, sep="\n")
+    return 1 if any(finding.state == FAULT for finding in findings) else 0
 
 
 def examine() -> list[Finding]:

@@ -120,12 +120,15 @@ class CellMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        raw = cfg.MODEL.META_ARCHITECTURE in PREPARING
+        if raw and cfg.INPUT.FORMAT != "BGR":
+            raise ValueError(f"INPUT.FORMAT: expected BGR, which the core's models take, got {cfg.INPUT.FORMAT!r}")
         return {
             "augmentations": build_augmentations(cfg, is_train),
             "preprocessing": settings_of(cfg, Preprocessing),
             "image_format": cfg.INPUT.FORMAT,
             "with_targets": is_train,
-            "raw": cfg.MODEL.META_ARCHITECTURE in PREPARING,
+            "raw": raw,
             "windows": _windows(cfg, is_train),
         }
 

@@ -1,1 +1,1 @@
-"""Writers of results: one file a kind, one table of them."""
+"""Writers of results: one file a kind of result, and one table of them in `kg_detectron.export.kinds`."""

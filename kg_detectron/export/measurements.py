@@ -1,61 +1,117 @@
 """What can be measured of each cell, as a table."""
 
 import csv
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from skimage.measure import perimeter_crofton
 
-from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.io.atomic import replacing
+
+if TYPE_CHECKING:
+    from kg_detectron.cells.masks import MaskCrops
+    from kg_detectron.export.result import Result
+
+# Of skimage.measure.regionprops, by what the columns are called; lengths get their unit behind the name.
+_LENGTHS = {
+    "perimeter": "perimeter_crofton",
+    "axis_major_length": "axis_major_length",
+    "axis_minor_length": "axis_minor_length",
+    "feret_diameter_max": "feret_diameter_max",
+    "equivalent_diameter_area": "equivalent_diameter_area",
+}
+_SHAPES = {"eccentricity": "eccentricity", "solidity": "solidity", "orientation_rad": "orientation"}
+_INTENSITIES = ("mean", "min", "max", "std")
 
 
 def measure(
-    masks: MaskCrops, boxes: np.ndarray, scores: np.ndarray, image: np.ndarray, pixel_size: float | None = None
+    masks: "MaskCrops",
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    image: np.ndarray,
+    pixel_size: float | None = None,
+    channel_names: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-    """Measure N cells; the unit is in the names of the columns.
+    """Measure R cells; the unit is in the names of the columns.
 
     Places are continuous: pixel i reaches from i to i + 1, and its centre is at i + 0.5.
 
     Args:
-        masks: N cells, none empty.
-        boxes: (N,4) xyxy, as the network gave them, pixels.
-        scores: (N,).
-        image: (H,W), (H,W,3) BGR or (H,W,C); intensities are in its own units.
+        masks: R cells, none empty.
+        boxes: (R, 4) xyxy, as the network gave them, pixels.
+        scores: (R,).
+        image: (H, W), (H, W, 3) BGR or (H, W, C); intensities are in its own units.
         pixel_size: micrometres a pixel; with it, lengths and areas come in micrometres as well.
+        channel_names: of the C channels, in the order of the array. Without names, three channels are blue, green, red.
     Returns:
-        Columns (N,): ``id`` (1..N), ``score``, ``area_px``, ``centroid_x_px`` and ``y``, ``box_x1_px``, ``y1``, ``x2``
-        and ``y2``, ``perimeter_px`` (Crofton's formula in four directions); with a pixel size, all but id and score
-        again in ``um`` and ``um2``; ``mean_intensity`` of a grey image, ``mean_intensity_red``, ``green`` and ``blue``
-        of one with three channels, or ``mean_intensity_channel1`` and so on.
+        Columns (R,): ``id`` (1..R), ``score``, ``area_px``, ``centroid_x_px`` and ``y``, ``box_x1_px``, ``y1``, ``x2``
+        and ``y2``, and of `skimage.measure.regionprops` ``perimeter_px`` (Crofton's formula in four directions),
+        ``axis_major_length_px``, ``axis_minor_length_px``, ``feret_diameter_max_px``, ``equivalent_diameter_area_px``,
+        ``eccentricity``, ``solidity``, ``orientation_rad``; with a pixel size, areas and lengths again in ``um2`` and
+        ``um``. For every channel ``mean_intensity_NAME``, ``min``, ``max`` and ``std``; of a grey image without
+        ``_NAME``.
     """
+    from skimage.measure import regionprops
+
     image = np.atleast_3d(image)
-    area, perimeter = np.zeros(len(masks), np.int64), np.zeros(len(masks))
-    centroid, intensity = np.zeros((len(masks), 2)), np.zeros((len(masks), image.shape[2]))
-    for i, (crop, (x1, y1, x2, y2)) in enumerate(masks.pixels()):
-        y, x = np.nonzero(crop)
-        area[i] = len(x)
-        centroid[i] = x1 + x.mean() + 0.5, y1 + y.mean() + 0.5
-        perimeter[i] = perimeter_crofton(np.pad(crop, 1), directions=4)
-        intensity[i] = image[y1:y2, x1:x2][crop].mean(axis=0, dtype=np.float64)
+    count, channels = len(masks), image.shape[2]
+    area, centroid = np.zeros(count, np.int64), np.zeros((count, 2))
+    shapes = {name: np.zeros(count) for name in (*_LENGTHS, *_SHAPES)}
+    intensity = {name: np.zeros((count, channels)) for name in _INTENSITIES}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of hulls of single pixels
+        for i, (crop, (x1, y1, x2, y2)) in enumerate(masks.pixels()):
+            y, x = np.nonzero(crop)
+            area[i] = len(x)
+            centroid[i] = x1 + x.mean() + 0.5, y1 + y.mean() + 0.5
+            (region,) = regionprops(np.pad(crop, 1).view(np.uint8))
+            for name, attribute in (_LENGTHS | _SHAPES).items():
+                shapes[name][i] = getattr(region, attribute)
+            pixels = image[y1:y2, x1:x2][crop].astype(np.float64)
+            for name in _INTENSITIES:
+                intensity[name][i] = getattr(pixels, name)(axis=0)
 
     boxes = np.asarray(boxes, np.float64)
     lengths = {"centroid_x": centroid[:, 0], "centroid_y": centroid[:, 1]}
     lengths |= {f"box_{side}": boxes[:, s] for s, side in enumerate(("x1", "y1", "x2", "y2"))}
-    lengths["perimeter"] = perimeter
-    columns = {"id": np.arange(1, len(masks) + 1), "score": np.asarray(scores), "area_px": area}
+    lengths |= {name: shapes[name] for name in _LENGTHS}
+    columns = {"id": np.arange(1, count + 1), "score": np.asarray(scores), "area_px": area}
     columns |= {f"{name}_px": values for name, values in lengths.items()}
     if pixel_size is not None:
         columns["area_um2"] = area * pixel_size**2
         columns |= {f"{name}_um": values * pixel_size for name, values in lengths.items()}
-    if image.shape[2] == 1:
-        names = ["mean_intensity"]
-    elif image.shape[2] == 3:
-        names, intensity = [f"mean_intensity_{colour}" for colour in ("red", "green", "blue")], intensity[:, ::-1]
-    else:
-        names = [f"mean_intensity_channel{c}" for c in range(1, image.shape[2] + 1)]
-    return columns | dict(zip(names, intensity.T, strict=True))
+    columns |= {name: shapes[name] for name in _SHAPES}
+    for c, suffix in _channel_suffixes(channels, channel_names):
+        columns |= {f"{name}_intensity{suffix}": intensity[name][:, c] for name in _INTENSITIES}
+    return columns
+
+
+def _channel_suffixes(channels: int, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Of every column of intensities its channel and what stands behind its name."""
+    if channels == 1:
+        return [(0, "")]
+    if len(names) != channels:
+        if channels == 3:
+            return [(2, "_red"), (1, "_green"), (0, "_blue")]
+        names = [f"channel{c}" for c in range(1, channels + 1)]
+    suffixes: list[str] = []
+    for c, name in enumerate(names, start=1):
+        suffix = "_" + "_".join(name.split())
+        suffixes.append(suffix if suffix != "_" and suffix not in suffixes else f"{suffix.rstrip('_')}_channel{c}")
+    return list(enumerate(suffixes))
+
+
+def write(path: Path, result: "Result") -> None:
+    """Write the measurements of one image as CSV."""
+    write_table(path, result.measurements)
+
+
+def write_stack(path: Path, results: Sequence["Result"]) -> None:
+    """Write the measurements of all planes of a stack as one CSV; ids begin anew on every page."""
+    tables = [result.measurements for result in results]
+    write_table(path, {name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
 
 
 def write_table(path: str | Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -63,4 +119,5 @@ def write_table(path: str | Path, columns: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([f"{value:.10g}" for value in row] for row in zip(*columns.values(), strict=True))
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([value if isinstance(value, str) else f"{value:.10g}" for value in row])

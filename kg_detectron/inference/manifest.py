@@ -1,19 +1,18 @@
 """The file ``run.json``: what was run on what, and what came out, so that it can be continued and repeated."""
 
+import dataclasses
 import json
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import torch
-import torchvision
-
 from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
+from kg_detectron.io.coco import checked_relative_path
 
 MANIFEST = "run.json"
 
@@ -23,6 +22,11 @@ _WRITE_EVERY = 2.0
 
 def versions() -> dict[str, str]:
     """What the result of a prediction may depend on."""
+    import cv2
+    import numpy as np
+    import torch
+    import torchvision
+
     return {
         "kg_detectron": __version__,
         "torch": torch.__version__,
@@ -31,6 +35,33 @@ def versions() -> dict[str, str]:
         "opencv": cv2.__version__,
         "Python": platform.python_version(),
     }
+
+
+@dataclass
+class PlaneRecord:
+    """One image of a file.
+
+    Attributes:
+        name: of its results; that of the file where it has one image.
+        page: its number, from 1; 0 where the file has one image.
+        position: in the stack, by the letter of the axis, from 0.
+        scene: name of its scene; None where the file has one.
+        size: height and width, pixels.
+        cells: number of cells.
+        area_share: pixels of cells / pixels of the image.
+        scale: network pixels for one image pixel, (y, x).
+        scale_source: what set the scale.
+    """
+
+    name: str
+    page: int
+    position: dict[str, int]
+    scene: str | None
+    size: tuple[int, int]
+    cells: int
+    area_share: float
+    scale: tuple[float, float]
+    scale_source: str
 
 
 @dataclass
@@ -43,11 +74,15 @@ class FileRecord:
         sha256: of the input; None where it could not be read.
         size: height and width of the (first) image, pixels.
         pages: images in the file.
-        network_input: what the network saw: "256 x 256" (resized to height x width), "own pixels", or "tiles of 1024".
         cells: on all pages.
+        pixel_size: micrometres; None where it is unknown.
+        pixel_size_source: where it is from: "given", "OME", "ImageJ", ...
         seconds: for reading, prediction and writing.
         outputs: files that were written, relative to the manifest's folder, with forward slashes.
+        planes: a record of each page.
+        notes: what a user should know: what was assumed, ignored, left out.
         error: why it failed; None where it did not.
+        superseded: a later run with other settings wrote its results anew; the outputs of this one are gone.
     """
 
     input: str
@@ -55,31 +90,55 @@ class FileRecord:
     sha256: str | None = None
     size: tuple[int, int] | None = None
     pages: int = 0
-    network_input: str | None = None
     cells: int = 0
+    pixel_size: float | None = None
+    pixel_size_source: str | None = None
     seconds: float = 0.0
     outputs: list[str] = field(default_factory=list)
+    planes: list[PlaneRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     error: str | None = None
+    superseded: bool = False
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "FileRecord":
+        """The record of a run.json; of versions before this one too."""
+        values = {name: value for name, value in values.items() if name != "network_input"}
+        planes = [PlaneRecord(**plane) for plane in values.pop("planes", [])]
+        record = cls(**values, planes=planes)
+        if not all(isinstance(text, str) for text in (record.input, record.name, *record.outputs)):
+            raise TypeError("a name is no text")
+        return record
 
     def is_done(self, folder: Path, path: Path, sha256: str) -> bool:
         """Whether this is the record of a file, by its path and SHA-256, and its results are in the folder."""
-        same = self.error is None and (self.input, self.sha256) == (str(path), sha256)
+        same = self.error is None and not self.superseded and (self.input, self.sha256) == (str(path), sha256)
         return same and all((folder / output).is_file() for output in self.outputs)
+
+    @property
+    def image(self) -> str:
+        """What tables call the image: the name of its results with the ending of the file."""
+        suffix = Path(self.input).suffix
+        return self.name if self.name.endswith(suffix) else self.name + suffix
 
 
 @dataclass
 class Manifest:
-    """A run: everything that its results depend on, and every input's record.
+    """A run: everything that its results depend on, every input's record, and the runs of before into its folder.
 
     Attributes:
         command: as it was given.
-        versions: see `versions`.
         model: absolute path.
         model_sha256: of the model file.
         device: "cpu", "cuda", ...
         settings: of the prediction, as JSON has them.
+        threshold: score from which cells were kept: the one of the settings, or the model's own.
+        versions: see `versions`.
+        started: date and time, UTC.
         seconds: since the run began.
+        removed: files of former runs that were deleted, because this run wrote other results of the same image.
         files: by name of the results.
+        former: earlier runs with other settings or another model, the oldest first. They have no `former`.
     """
 
     command: str
@@ -87,9 +146,13 @@ class Manifest:
     model_sha256: str
     device: str
     settings: dict[str, Any]
+    threshold: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     seconds: float = 0.0
+    removed: list[str] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    former: list["Manifest"] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path) -> "Manifest":
@@ -101,25 +164,58 @@ class Manifest:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            records = [FileRecord(**record) for record in content.pop("files")]
-            texts = [content["command"], content["model"], content["model_sha256"], content["device"]]
-            texts += [text for record in records for text in (record.input, record.name, *record.outputs)]
-            if not all(isinstance(text, str) for text in texts) or not isinstance(content["settings"], dict):
-                raise TypeError("an entry is of another type than it should be")
-            return cls(**content, files={record.name: record for record in records})
+            former = [cls._from_json(run) for run in content.pop("former", [])]
+            return dataclasses.replace(cls._from_json(content), former=former)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not the manifest of a prediction: {error}") from error
 
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> "Manifest":
+        records = [FileRecord.from_json(record) for record in content.pop("files")]
+        texts = [content["command"], content["model"], content["model_sha256"], content["device"]]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(content["settings"], dict):
+            raise TypeError("an entry is of another type than it should be")
+        return cls(**content, files={record.name: record for record in records})
+
     def write(self, folder: Path) -> None:
         """Write it to a folder: whole or not at all."""
-        content = {**vars(self), "files": [asdict(record) for record in self.files.values()]}
+        content = self._as_json() | {"former": [run._as_json() for run in self.former]}
         with replacing(folder / MANIFEST) as unfinished:
             unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
+    def _as_json(self) -> dict[str, Any]:
+        content = {**vars(self), "files": [asdict(record) for record in self.files.values()]}
+        del content["former"]
+        return content
+
+    @property
+    def runs(self) -> list["Manifest"]:
+        """All runs into the folder, the oldest first, this one last."""
+        return [*self.former, self]
+
     def makes_the_same_as(self, other: "Manifest") -> bool:
         """Whether both runs would make the same of the same input."""
-        own, its = ((m.model_sha256, m.settings) for m in (self, other))
-        return own == its
+        pairs = ((run.model_sha256, run.settings) for run in (self, other))
+        first, second = pairs
+        return first == second
+
+    def follow(self, previous: "Manifest") -> None:
+        """Take over the records of the folder: of the same model and settings to go on, of others as former runs."""
+        self.former = []
+        for run in previous.runs:
+            if run.makes_the_same_as(self):
+                self.files, self.started, self.removed = run.files, run.started, run.removed
+            else:
+                self.former.append(dataclasses.replace(run, former=[]))
+
+    def valid_records(self) -> Iterator[FileRecord]:
+        """The records, of all runs, of results that are in the folder or failed; of each name one, the latest."""
+        names = set()
+        for run in reversed(self.runs):
+            for record in run.files.values():
+                if not record.superseded and record.name not in names:
+                    names.add(record.name)
+                    yield record
 
 
 class ManifestFile:
@@ -135,6 +231,31 @@ class ManifestFile:
         self.manifest.files[record.name] = record
         if time.monotonic() - self.written > _WRITE_EVERY:
             self.write()
+
+    def remove_results(self, name: str) -> list[str]:
+        """Delete the results of a name that earlier runs made, before new ones are written.
+
+        Returns:
+            The files that were deleted. Those of runs with other settings are noted as superseded, on disk too, so that
+            a run which is killed leaves no doubt about what made the files that are there.
+        """
+        deleted, is_changed = [], False
+        for run in self.manifest.runs:
+            record = run.files.get(name)
+            if record is None or record.superseded:
+                continue
+            for output in record.outputs:
+                path = self.folder / checked_relative_path(output)
+                if path.is_file():
+                    path.unlink()
+                    deleted.append(output)
+            if run is self.manifest:
+                del run.files[name]
+            else:
+                record.superseded = is_changed = True
+        if is_changed:
+            self.write()
+        return deleted
 
     def write(self) -> None:
         self.manifest.seconds = round(time.monotonic() - self.start, 3)

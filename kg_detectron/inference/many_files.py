@@ -13,76 +13,28 @@ from tqdm import tqdm
 
 from kg_detectron.cells import Cells
 from kg_detectron.cells.separation import separate_cells
-from kg_detectron.export.results import KINDS, save_results
-from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile
-from kg_detectron.inference.model_file import load_model, model_path
+from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS, result_files
+from kg_detectron.export.label_images import LabelStack, stack_shape
+from kg_detectron.export.results import Result, write_results
+from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, PlaneRecord
+from kg_detectron.inference.model_file import load_model
+from kg_detectron.inference.model_names import model_path
 from kg_detectron.inference.predictor import predict
-from kg_detectron.inference.tiling import GRID
+from kg_detectron.inference.run_settings import SettingError, Settings, check_device, check_output
+from kg_detectron.inference.run_tables import remove_tables, write_tables
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.coco import checked_relative_path
-from kg_detectron.io.images import MAX_PIXELS, read_pages
-from kg_detectron.io.inputs import Input, find_inputs
-from kg_detectron.modeling import InstanceNet
+from kg_detectron.io.finding import Input, find_images
+from kg_detectron.io.images import MAX_PIXELS, Page, open_image
+from kg_detectron.io.normalisation import UnknownWhiteLevel
 
 # Pixels of an image above which its cells are separated on disk, not in memory.
 _LARGE = 8192 * 8192
 
+# Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
+_SCALES = (1 / 8, 8)
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything but the model and the images that decides about the results.
-
-    Attributes:
-        save: kinds of results, of `kg_detectron.export.results.KINDS`.
-        axes, channels, max_pixels: see `kg_detectron.io.images.read_pages`.
-        normalise: "fixed" or "percentile" instead of the model's own normalisation; None keeps it.
-        size: "training": images are resized to the model's training size; "native": they keep their pixels; "auto":
-            they keep them where a side is more than twice the training size's.
-        tile, overlap: images that keep their pixels are predicted in such tiles, see `predict_tiled`.
-        min_score: cells of a lower score are left out.
-        pixel_size: micrometres, for measurements; None where it is unknown.
-        keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
-            is one piece. For COCO JSON alone.
-
-    Raises:
-        ValueError: a value that is not one of these.
-    """
-
-    save: tuple[str, ...] = ("labels", "overlay")
-    axes: str | None = None
-    channels: tuple[int, ...] | None = None
-    normalise: str | None = None
-    size: str = "auto"
-    tile: int = 1024
-    overlap: int = 256
-    min_score: float = 0.0
-    pixel_size: float | None = None
-    keep_overlaps: bool = False
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        unknown = [kind for kind in self.save if kind not in KINDS]
-        if unknown or not self.save:
-            raise ValueError(f"save: expected some of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
-        if self.keep_overlaps and set(self.save) != {"coco"}:
-            refused = ", ".join(kind for kind in self.save if kind != "coco")
-            raise ValueError(f"keep_overlaps: only coco can hold cells that overlap, not {refused} (use --save coco)")
-        if self.channels is not None and (len(self.channels) not in (1, 3) or min(self.channels) < 1):
-            raise ValueError(f"channels: expected one or three numbers from 1, got {list(self.channels)}")
-        if self.tile < GRID or self.tile % GRID:
-            raise ValueError(f"tile: expected a positive multiple of {GRID} pixels, got {self.tile}")
-        if self.overlap < 0:
-            raise ValueError(f"overlap: expected 0 or more pixels, got {self.overlap}")
-        if not 0 <= self.min_score <= 1:
-            raise ValueError(f"min_score: expected a number of 0..1, got {self.min_score}")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels: expected 1 or more, got {self.max_pixels}")
-        if self.size not in ("auto", "training", "native"):
-            raise ValueError(f"size: expected 'auto', 'training' or 'native', got {self.size!r}")
-        if self.normalise not in (None, "fixed", "percentile"):
-            raise ValueError(f"normalise: expected 'fixed' or 'percentile', got {self.normalise!r}")
-        if self.pixel_size is not None and not 0 < self.pixel_size < float("inf"):
-            raise ValueError(f"pixel_size: expected micrometres above 0, got {self.pixel_size}")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -98,6 +50,9 @@ class Summary:
         """In all files that did not fail."""
         return sum(record.cells for record in (*self.done, *self.skipped))
 
+    def __add__(self, other: "Summary") -> "Summary":
+        return Summary(self.done + other.done, self.skipped + other.skipped, self.failed + other.failed)
+
     def __str__(self) -> str:
         counts = f"{len(self.done)} done, {len(self.skipped)} done before, {len(self.failed)} failed"
         return f"{len(self.done) + len(self.skipped) + len(self.failed)} files: {counts}; {self.cells} cells"
@@ -112,223 +67,395 @@ def predict_files(
     device: str | None = None,
     overwrite: bool = False,
     command: str = "predict_files",
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
+    complain: Say | None = None,
 ) -> Summary:
     """Predict the cells of many images and save them; `kg-detectron predict`.
 
     Every result appears whole or not at all. A file that fails does not stop the others. What a run has done is in
-    ``output/run.json``, see `Manifest`; files of which the results are there, made by the same model and settings of
-    the same content, are left as they are, so that a run which was stopped goes on when it is called again. Two runs at
-    once need two folders.
+    ``output/run.json``, see `Manifest`. Files whose results are there, made by the same model and settings of the same
+    content, are left as they are, so that calling it again resumes a run that was stopped. Results of an image that
+    were made with other settings are removed before the new ones are written. ``output/cells.csv`` and ``images.csv``
+    are tables of all results in the folder. Two runs at once need two folders.
 
     Args:
-        inputs: files, folders and patterns, see `find_inputs`.
-        model: the file, see `load_model`.
+        inputs: files, folders and patterns, see `find_images`.
+        model: the file, or the name of a kept model.
         output: folder of the results; made where absent. A file ``image.tif`` gives ``image_labels.tif`` and so on,
-            its third page ``image_page0003_labels.tif``.
+            its third page ``image_page0003_rois.zip``.
         settings: the defaults where None.
         device: as PyTorch names it; None takes the GPU where there is one.
         overwrite: predict again what is done.
         command: how the manifest names this run.
         say: gets a line for every file, and lets a progress bar show.
+        complain: gets a line for every file that fails; `say` where None.
 
     Raises:
         OSError, ValueError: nothing was done: a model that cannot be loaded, settings or inputs that do not fit, an
             output folder that cannot be written or whose run.json is something else.
     """
     settings = settings or Settings()
-    found = find_inputs(inputs, output)
-    network, manifest = _prepare(model, settings, device, command)
-    return _predict_all(found, network, manifest, settings, Path(output), overwrite, say)
+    check_device(device)
+    check_output(output)
+    found = find_images(inputs, output)
+    run = _Run(model_path(model), settings, device, command, Path(output), say, complain)
+    run.tell(*found.notes, found.passed_over_text())
+    return run(found.inputs, overwrite)
 
 
 def rerun(
     manifest: str | Path,
     output: str | Path | None = None,
     *,
+    number: int | None = None,
     device: str | None = None,
     command: str = "rerun",
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
+    complain: Say | None = None,
 ) -> Summary:
-    """Repeat a run from its manifest: the same labels, as long as the libraries compute the same.
+    """Repeat the runs of a folder from its manifest: the same labels, as long as the libraries compute the same.
 
     Files that failed are left out. A message names the libraries whose versions differ.
 
     Args:
-        manifest: ``run.json`` of the run.
+        manifest: ``run.json``, or its folder.
         output: folder of the results; by default beside the run's own, with ``_rerun`` behind its name.
+        number: repeat this run only, whole, 1 for the oldest. By default all runs into the folder are repeated, less
+            the files whose results a later one replaced, which gives the same folder again.
         device: by default the run's.
-        command, say: see `predict_files`.
+        command, say, complain: see `predict_files`.
 
     Raises:
         OSError, ValueError: nothing was done: `manifest` is not one, the model or an input is missing or has another
             SHA-256, or as in `predict_files`.
     """
-    manifest = Path(os.path.abspath(manifest))
-    before = Manifest.read(manifest)
-    folder = manifest.parent
-    try:
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in before.settings.items()}
-        settings = Settings(**fields)
-    except TypeError as error:
-        raise ValueError(f"{manifest}: its settings are not of this version: {error}") from None
-    done = [record for record in before.files.values() if record.error is None]
-    if not done:
-        raise ValueError(f"{manifest}: the run has no file that succeeded")
-    # A manifest may come from somebody else: its results must stay in the output folder.
-    found = [Input(Path(record.input), checked_relative_path(record.name).as_posix()) for record in done]
-    for path, expected in ((before.model, before.model_sha256), *((r.input, r.sha256) for r in done)):
-        if (actual := file_sha256(path)) != expected:
-            raise ValueError(f"{path} is not what the run used: its SHA-256 is {actual}, in {manifest.name} {expected}")
-    network, again = _prepare(before.model, settings, device or before.device, command)
-    if say is not None:
-        for name, version in again.versions.items():
-            if version != before.versions.get(name):
-                say(f"{name} is {version}, was {before.versions.get(name)}: the labels may differ")
+    path = Path(os.path.abspath(manifest))
+    path = path / MANIFEST if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file; expected the {MANIFEST} of a prediction, or its folder"
+        )
+    runs = Manifest.read(path).runs
+    if number is not None and not 1 <= number <= len(runs):
+        raise SettingError("run", f"expected a number of 1..{len(runs)}, the runs into {path.parent}, got {number}")
+    folder = path.parent
     output = folder.with_name(folder.name + "_rerun") if output is None else Path(output)
-    return _predict_all(found, network, again, settings, output, True, say)
-
-
-def _prepare(model: str | Path, settings: Settings, device: str | None, command: str) -> tuple[InstanceNet, Manifest]:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        network = load_model(model, device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {device} cannot be used: {error}") from error
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-    return network, Manifest(command, os.path.abspath(model_path(model)), file_sha256(model_path(model)), device, plain)
-
-
-def _predict_all(
-    found: list[Input],
-    network: InstanceNet,
-    manifest: Manifest,
-    settings: Settings,
-    output: Path,
-    overwrite: bool,
-    say: Callable[[str], None] | None,
-) -> Summary:
-    """The run: every file, with the manifest on disk from the start to the end, also where it is interrupted."""
-    output.mkdir(parents=True, exist_ok=True)
-    if say is not None:
-        for line in _header(manifest):
-            say(line)
-    if (output / MANIFEST).exists():
-        before = Manifest.read(output / MANIFEST)
-        if before.makes_the_same_as(manifest):
-            manifest.files.update(before.files)
-        elif say is not None:
-            say(f"{output} has results of another model or other settings: files of the same names are predicted again")
-    known = {} if overwrite else dict(manifest.files)
-
+    check_device(device)
+    check_output(output)
+    chosen = runs if number is None else [runs[number - 1]]
+    repeated: list[tuple[_Run, list[Input]]] = []
+    checksums: dict[str, str] = {}
+    for run in chosen:
+        try:
+            settings = Settings.from_json(run.settings)
+        except TypeError as error:
+            raise ValueError(f"{path}: its settings are not of this version: {error}") from None
+        records = [r for r in run.files.values() if r.error is None and not (r.superseded and number is None)]
+        if not records:
+            continue
+        # A manifest may come from somebody else: its results must stay in the output folder.
+        items = [Input(Path(record.input), checked_relative_path(record.name).as_posix()) for record in records]
+        for used, expected in ((run.model, run.model_sha256), *((r.input, r.sha256) for r in records)):
+            if used not in checksums:
+                checksums[used] = file_sha256(used)
+            if checksums[used] != expected:
+                raise ValueError(
+                    f"{used} is not what the run used: its SHA-256 is {checksums[used]}, in {path.name} {expected}"
+                )
+        again = _Run(Path(run.model), settings, device or run.device, command, output, say, complain)
+        for name, version in again.manifest.versions.items():
+            if version != run.versions.get(name):
+                again.tell(f"{name} is {version}, was {run.versions.get(name)}: the labels may differ")
+        repeated.append((again, items))
+    if not repeated:
+        raise ValueError(f"{path}: the run has no file that succeeded")
     summary = Summary([], [], [])
-    names = {item.name for item in found}
-    file = ManifestFile(manifest, output)
-    file.write()
-    try:
-        with tqdm(found, unit="image", disable=say is None) as bar:
-            for item in bar:
-                record = FileRecord(str(item.path), item.name)
-                start = time.perf_counter()
-                try:
-                    record.sha256 = file_sha256(item.path)
-                    if item.name in known and known[item.name].is_done(output, item.path, record.sha256):
-                        summary.skipped.append(known[item.name])
-                        continue
-                    _predict_file(network, item, settings, output, names, record, bar)
-                # Any failure is this file's alone: broken bytes, memory, a full disk.
-                except Exception as error:
-                    named = isinstance(error, (OSError, ValueError))
-                    record.error = str(error) if named else f"{type(error).__name__}: {error}"
-                record.seconds = round(time.perf_counter() - start, 3)
-                (summary.done if record.error is None else summary.failed).append(record)
-                file.add(record)
-                bar.set_postfix(cells=summary.cells, refresh=False)
-                if say is not None:
-                    say(_line(record))
-    finally:
-        file.write()
+    for again, items in repeated:
+        summary += again(items, overwrite=True)
     return summary
 
 
-def _predict_file(
-    network: InstanceNet,
-    item: Input,
-    settings: Settings,
-    output: Path,
-    names: set[str],
-    record: FileRecord,
-    bar: tqdm,
-) -> None:
-    """Predict and save all pages of a file, noting in its record what is done."""
+class _Run:
+    """A run of one model with one choice of settings.
 
-    def show(tile: int, tiles: int) -> None:
-        bar.set_postfix_str(f"{item.path.name}: {tile} of {tiles}")
+    Args:
+        model: the file.
+        settings: of the prediction.
+        device: as PyTorch names it; None takes the GPU where there is one.
+        command: how the manifest names this run.
+        output: folder of the results.
+        say, complain: see `predict_files`.
+    """
 
-    pages = read_pages(item.path, axes=settings.axes, channels=settings.channels, max_pixels=settings.max_pixels)
-    record.pages, record.size = len(pages), pages[0].shape[:2]
-    for number, page in enumerate(pages, 1):
-        name = item.name if len(pages) == 1 else f"{item.name}_page{number:04d}"
-        if len(pages) > 1 and name in names:
-            raise ValueError(f"page {number} would have the same names of results as another file, {name}")
-        cells, record.network_input = _predict_page(network, page, settings, show)
-        cells = cells.above(settings.min_score)
-        if not settings.keep_overlaps:
-            cells = _separate(cells, output)
-        stem = output / name
-        saved = save_results(
-            cells,
-            page[..., 0] if page.strides[2] == 0 else page,  # grey
-            stem.parent,
-            stem.name,
-            settings.save,
-            pixel_size=settings.pixel_size,
-            source=item.path.name if len(pages) == 1 else stem.name,
+    def __init__(
+        self,
+        model: Path,
+        settings: Settings,
+        device: str | None,
+        command: str,
+        output: Path,
+        say: Say | None,
+        complain: Say | None,
+    ) -> None:
+        self.settings, self.output = settings, output
+        self.say, self.complain = say, complain or say
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.network = load_model(model, device)
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError("device", f"{device} cannot be used: {error}") from error
+        threshold = self.network.threshold if settings.min_score is None else settings.min_score
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+        self.threshold = threshold
+        self.manifest = Manifest(command, os.path.abspath(model), file_sha256(model), device, plain, threshold)
+
+    def tell(self, *lines: str) -> None:
+        """Print lines, less empty ones."""
+        if self.say is not None:
+            for line in filter(None, lines):
+                self.say(line)
+
+    def __call__(self, items: list[Input], overwrite: bool) -> Summary:
+        """Predict all files, with the manifest on disk from the start to the end, also where it is interrupted."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.tell(*self._header())
+        if (self.output / MANIFEST).exists():
+            previous = Manifest.read(self.output / MANIFEST)
+            self.manifest.follow(previous)
+            if not previous.makes_the_same_as(self.manifest):
+                self.tell(
+                    f"{self.output} has results of another model or other settings: those of the same images are "
+                    "replaced, the others stay"
+                )
+        known = {} if overwrite else dict(self.manifest.files)
+
+        summary = Summary([], [], [])
+        self.names = {item.name for item in items}
+        self.file = ManifestFile(self.manifest, self.output)
+        self.file.write()
+        try:
+            with tqdm(items, unit="image", disable=self.say is None) as bar:
+                for item in bar:
+                    record = FileRecord(str(item.path), item.name)
+                    start = time.perf_counter()
+                    try:
+                        record.sha256 = file_sha256(item.path)
+                        if item.name in known and known[item.name].is_done(self.output, item.path, record.sha256):
+                            summary.skipped.append(known[item.name])
+                            continue
+                        self._predict_file(item, record, bar)
+                    # Any failure is this file's alone: broken bytes, memory, a full disk.
+                    except Exception as error:
+                        record.error = _reason(error, item.path)
+                    record.seconds = round(time.perf_counter() - start, 3)
+                    (summary.done if record.error is None else summary.failed).append(record)
+                    self.file.add(record)
+                    bar.set_postfix(cells=summary.cells, refresh=False)
+                    self._report(record)
+        finally:
+            self.file.write()
+        write_tables(self.output, self.manifest)
+        return summary
+
+    def _predict_file(self, item: Input, record: FileRecord, bar: tqdm) -> None:
+        """Predict and save all pages of a file, noting in its record what is done."""
+        settings = self.settings
+        image = open_image(
+            item.path,
+            axes=settings.axes,
+            channels=settings.channels,
+            scene=settings.scene,
+            max_pixels=settings.max_pixels or MAX_PIXELS,
         )
-        record.cells += len(cells)
-        record.outputs += [path.relative_to(output).as_posix() for path in saved.values()]
+        pages = image.pages
+        record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
+        _note(record, *image.notes)
+        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
+        if settings.pixel_size is not None:
+            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
+        names = [
+            item.name if len(pages) == 1 else f"{item.name}_page{number:04d}" for number in range(1, len(pages) + 1)
+        ]
+        if len(pages) > 1:
+            for number, name in enumerate(names, 1):
+                if name in self.names:
+                    raise ValueError(f"page {number} would have the same names of results as another file, {name}")
+        stack = _Stack(item, self.settings, self.output, pages)
+        former: list[str] | None = None
+        for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
+            cells = self._predict_page(page, record, f"{item.path.name}", bar)
+            result = Result(
+                cells,
+                page.pixels[..., 0] if page.pixels.strides[2] == 0 else page.pixels,  # grey
+                item.path.name if len(pages) == 1 else Path(name).name,
+                record.pixel_size,
+                np.moveaxis(page.planes, 0, -1),
+                tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
+                number if len(pages) > 1 else 0,
+                _position(page),
+                scratch=self.output,
+            )
+            if former is None:
+                # Only now, for a wrong setting should not cost the results of the right one.
+                remove_tables(self.output)
+                former = self.file.remove_results(item.name)
+            target = self.output / name
+            if stack.kinds_of_pages:
+                saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
+                record.outputs += [path.relative_to(self.output).as_posix() for path in saved.values()]
+            stack.add(result)
+            height, width = cells.size
+            plane = PlaneRecord(
+                name,
+                result.page,
+                dict(result.position),
+                page.position.get("scene"),
+                (height, width),
+                len(cells),
+                sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
+                tuple(float(value) for value in np.broadcast_to(cells.scale, 2)),
+                cells.scale_source,
+            )
+            record.planes.append(plane)
+            record.cells += plane.cells
+            prefix = f"page {number}: " if len(pages) > 1 else ""
+            _note(record, *(prefix + note for note in cells.notes))
+        record.outputs += [path.relative_to(self.output).as_posix() for path in stack.write(record.pixel_size)]
+        removed = [name for name in former or () if name not in record.outputs]
+        self.manifest.removed += removed
+        if removed:
+            _note(record, f"removed of an earlier run: {', '.join(removed)}.")
+
+    def _predict_page(self, page: Page, record: FileRecord, name: str, bar: tqdm) -> Cells:
+        """The cells of a page: those of a sufficient score, separated."""
+        settings = self.settings
+        start = time.perf_counter()
+
+        def show(step: int, steps: int) -> None:
+            rest = (time.perf_counter() - start) / step * (steps - step) if step else 0.0
+            left = f", {tqdm.format_interval(rest)} left" if step else ""
+            bar.set_postfix_str(f"{name}: step {step} of {steps}{left}")
+
+        sizes: dict[str, float | None] = {"scale": settings.scale, "diameter": settings.diameter}
+        if settings.scale is None and settings.diameter is None:
+            sizes["pixel_size"] = self._pixel_size_for_scale(record)
+        cells = predict(
+            self.network,
+            page.pixels,
+            **sizes,
+            normalisation=settings.normalise,
+            tile=settings.tile,
+            overlap=settings.overlap,
+            progress=show,
+        )
+        cells = cells.above(self.threshold)
+        if settings.keep_overlaps:
+            return cells
+        height, width = cells.size
+        if height * width <= _LARGE:
+            return separate_cells(cells)
+        with tempfile.TemporaryFile(dir=self.output) as file:
+            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)))
+
+    def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
+        """The pixel size, where the model knows its own and the two do not contradict each other."""
+        trained = self.network.preprocessing.pixel_size
+        if record.pixel_size is None or trained is None:
+            return None
+        low, high = _SCALES
+        if record.pixel_size_source != "given" and not low <= record.pixel_size / trained <= high:
+            _note(
+                record,
+                f"The file says {record.pixel_size:g} micrometres a pixel, which does not suit this model, trained at "
+                f"{trained:g}; the scale is estimated instead.",
+            )
+            return None
+        return record.pixel_size
+
+    def _header(self) -> list[str]:
+        settings = ", ".join(f"{name} {value}" for name, value in self.manifest.settings.items() if value is not None)
+        return [
+            f"command: {self.manifest.command}",
+            "versions: " + ", ".join(f"{name} {version}" for name, version in self.manifest.versions.items()),
+            f"model: {self.manifest.model}, SHA-256 {self.manifest.model_sha256}",
+            f"settings: {settings}, threshold {self.threshold:g}, device {self.manifest.device}",
+        ]
+
+    def _report(self, record: FileRecord) -> None:
+        if record.error is None:
+            self.tell(_line(record), *(f"  note: {note}" for note in record.notes))
+        elif self.complain is not None:
+            self.complain(f"failed: {record.input}: {record.error}")
 
 
-def _predict_page(
-    network: InstanceNet, page: np.ndarray, settings: Settings, show: Callable[[int, int], None]
-) -> tuple[Cells, str]:
-    """The cells of an image (H, W, 3), and what the network saw of it, see `FileRecord.network_input`."""
-    scale = 1.0 if settings.size == "native" else None
-    cells = predict(
-        network,
-        page,
-        scale=scale,
-        normalisation=settings.normalise,
-        tile=settings.tile,
-        overlap=settings.overlap,
-        progress=show,
-    )
-    return cells, f"scale {cells.scale[0]:.3g}, {cells.scale_source}"
+class _Stack:
+    """The files of a stack that hold all its pages; none where the file is no stack, or its pages differ in size."""
+
+    def __init__(self, item: Input, settings: Settings, output: Path, pages: list[Page]) -> None:
+        self.target = output / item.name
+        sizes = {page.pixels.shape[:2] for page in pages}
+        joined: tuple[str, ...] = ()
+        if len(pages) > 1 and len(sizes) == 1 and settings.stack != "pages":
+            joined = KINDS_OF_STACKS if settings.stack == "one" else ("labels",)
+        self.kinds = [kind for kind in settings.kinds if kind in joined]
+        self.kinds_of_pages = [kind for kind in settings.kinds if kind not in joined]
+        self.results: list[Result] = []
+        self.labels: LabelStack | None = None
+        if "labels" in self.kinds:
+            shape, axes = stack_shape([_position(page) for page in pages], sizes.pop())
+            self.labels = LabelStack(shape, axes, output)
+
+    def add(self, result: Result) -> None:
+        """Take a page, without its pixels."""
+        if self.labels is not None:
+            self.labels.add(result.page - 1, result.label_image)
+        if set(self.kinds) - {"labels"}:
+            result.forget_pixels()
+            self.results.append(result)
+
+    def write(self, pixel_size: float | None) -> list[Path]:
+        """Write the files."""
+        paths = result_files(self.target.parent, self.target.name, self.kinds) if self.kinds else {}
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        for kind, path in paths.items():
+            if self.labels is not None and kind == "labels":
+                self.labels.write(path, pixel_size)
+            else:
+                EXPORTERS[kind].write_stack(path, self.results)
+        return list(paths.values())
 
 
-def _separate(cells: Cells, folder: Path) -> Cells:
-    height, width = cells.size
-    if height * width <= _LARGE:
-        return separate_cells(cells)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)))
+def _position(page: Page) -> dict[str, int]:
+    """Where a page lies in its stack, by the letter of the axis; {} where only its number is known."""
+    return {axis.upper(): int(index) for axis, index in page.position.items() if axis not in ("scene", "page")}
 
 
-def _header(manifest: Manifest) -> list[str]:
-    settings = ", ".join(f"{name} {value}" for name, value in manifest.settings.items() if value is not None)
-    return [
-        f"command: {manifest.command}",
-        "versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-        f"model: {manifest.model}, SHA-256 {manifest.model_sha256}",
-        f"settings: {settings}, device {manifest.device}",
-    ]
+def _note(record: FileRecord, *notes: str) -> None:
+    record.notes += [note for note in notes if note not in record.notes]
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What went wrong with a file, without its path, which stands before the reason everywhere."""
+    if isinstance(error, OSError) and error.strerror:
+        elsewhere = error.filename is not None and os.fspath(error.filename) != str(path)
+        return f"{error.strerror}: {error.filename}" if elsewhere else error.strerror
+    text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+    if isinstance(error, SettingError):
+        text = error.as_options()
+    elif isinstance(error, UnknownWhiteLevel):
+        text += "; use --normalise percentile"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
 def _line(record: FileRecord) -> str:
-    if record.error is not None:
-        return f"{record.input}: failed: {record.error}"
     pages = f"{record.pages} pages of " if record.pages > 1 else ""
-    size = f"{pages}{record.size[0]} x {record.size[1]}"
+    height, width = record.size or (0, 0)
+    plane = record.planes[0]
+    scales = {plane.scale for plane in record.planes}
+    values = f"{plane.scale[0]:.3g}" if len(scales) == 1 else f"{min(scales)[0]:.3g}..{max(scales)[0]:.3g}"
+    source = f" ({plane.scale_source})" if plane.scale_source else ""
+    size = f", pixel size {record.pixel_size:g} um ({record.pixel_size_source})" if record.pixel_size else ""
     return (
-        f"{record.input}: {size} pixels, network saw {record.network_input}, {record.cells} cells, {record.seconds} s"
+        f"{record.input}: {pages}{height} x {width} pixels, scale {values}{source}{size}, {record.cells} cells, "
+        f"{record.seconds} s"
     )

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from kg_detectron.inference.model_names import DEFAULT_MODEL, SAFETENSORS, model_path
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import MAX_PIXELS
 from kg_detectron.io.safe_load import read_checkpoint
@@ -21,35 +22,8 @@ DESCRIPTION_KEY = "kg_detectron"
 # In Detectron2's model the network is a module of this name.
 HOST_PREFIX = "network."
 
-# The ending of files in the format of safetensors; the description stands in their metadata, as JSON.
-SAFETENSORS = ".safetensors"
-
-# The models that come with the package; the first is the default.
-KEPT_MODELS = Path(__file__).parents[1] / "models"
-DEFAULT_MODEL = "nuclei"
-
 # The weights of a run of a training, the better ones first.
 WEIGHTS = ("model_best.pth", "model_final.pth")
-
-
-def kept_models() -> dict[str, Path]:
-    """The files of the models that come with the package, by name."""
-    return {path.stem: path for path in sorted(KEPT_MODELS.glob(f"*{SAFETENSORS}"))}
-
-
-def model_path(model: str | Path) -> Path:
-    """The file of a model that is given by its path, or by the name of a kept model.
-
-    Raises:
-        FileNotFoundError: neither; the message lists the kept models.
-    """
-    path, kept = Path(model), kept_models()
-    if path.is_file():
-        return path
-    if str(model) in kept:
-        return kept[str(model)]
-    names = ", ".join(kept) or "none"
-    raise FileNotFoundError(f"no model file {model}, and no kept model of that name; the kept models are {names}")
 
 
 def save_model(model: InstanceNet, path: str | Path, *, half: bool = False) -> None:

@@ -3,84 +3,181 @@
 Images come with the levels of their files, whatever the type; a model's preprocessing makes them comparable.
 """
 
-import io
-import lzma
-import zlib
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import imageio.v3 as iio
 import numpy as np
-import tifffile
-from PIL import Image
 
-# Height x width above which a header is not believed: a file of a few bytes can claim any size.
-MAX_PIXELS = 1_000_000_000
+from kg_detectron.io.limits import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
+from kg_detectron.io.microscope import READERS, advice, decode_microscope
+from kg_detectron.io.pictures import decode_picture
+from kg_detectron.io.scene import Decoded, ImageChoiceError, Scene
+from kg_detectron.io.tiff import TIFF_SIGNATURES, decode_tiff
 
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")  # of all that Pillow reads: one of them runs a program
-_ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
-_COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.PALETTE)
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "ImageChoiceError",
+    "ImageFile",
+    "Page",
+    "check_size",
+    "check_tiff",
+    "checked_axes",
+    "checked_channels",
+    "decode_image",
+    "no_limit_of_pillow",
+    "open_image",
+    "read_image",
+    "read_pages",
+    "write_png",
+]
+
+# Endings of image files. A file that is named itself may have any: its content decides.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".btf", ".tf8"),
+    *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk"),  # TIFFs of slide scanners and microscopes
+)
+
 _MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read
-_PIXEL_BYTES = 32  # of the largest pixel that is believed: four channels of float64
-# Compressions that tifffile unpacks to whatever length they have, and how many times longer that can be.
-_UNBOUNDED = {
-    tifffile.COMPRESSION.ADOBE_DEFLATE: (zlib.decompressobj, 1032),
-    tifffile.COMPRESSION.DEFLATE: (zlib.decompressobj, 1032),
-    tifffile.COMPRESSION.LZMA: (lzma.LZMADecompressor, 10000),
-}
-_HARMLESS = 2**28  # bytes that a piece of a TIFF may unpack to without being looked at first
+_COLOUR_NAMES = ("red", "green", "blue")
+_SAMPLE = 256  # rows and columns of an image that are looked at first to see whether it is grey
+_BLOCK = 2**22  # values that are looked at together
+_GREY_PIXELS, _GREY_LEVELS = 1024, 8  # of an image in one colour that is taken for a grey one, and no drawing
+# Up to this level of 255 a channel of a JPEG counts as black beside a bright one.
+_LOSSY_TOLERANCE = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One image of a file: a plane of a stack, or all there is.
+
+    Attributes:
+        pixels: (H, W, 3) BGR of the file's type and levels, upright; those of 1 bit are uint8, 0 and 255. A grey image
+            has stride 0 along its last axis. May be a read-only view of the file.
+        source: (H, W, C), all channels without alpha, in the order of the file, red first.
+        channel_names: one a channel; their numbers from "1" where the file has no names.
+        chosen: the channels in `pixels`, numbers from 1: one, or three as red, green and blue.
+        position: where the page is in its file: "scene" (a name), and "t", "z", "page" and so on, counted from 0. Only
+            axes that the file has.
+        pixel_size: micrometres, or None where it is unknown.
+        orientation: of TIFF and EXIF, which has been applied; 1 where the image is stored upright.
+    """
+
+    pixels: np.ndarray
+    source: np.ndarray
+    channel_names: tuple[str, ...]
+    chosen: tuple[int, ...]
+    position: dict[str, str | int]
+    pixel_size: float | None = None
+    orientation: int = 1
+
+    @property
+    def planes(self) -> np.ndarray:
+        """(C, H, W), all channels: a view of `source`."""
+        return np.moveaxis(self.source, 2, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFile:
+    """A file of images, and what it says of itself.
+
+    Attributes:
+        pages: at least one, in the order of the file.
+        pixel_size: micrometres, the same for all pages; None where it is unknown or differs.
+        pixel_size_source: what it was read from, such as "OME", "ImageJ" or "TIFF resolution".
+        axes, shape: of the first scene, as stored, such as "TZCYX".
+        scenes: names of the scenes that were read.
+        orientation: of TIFF and EXIF, which has been applied; 1 where the images are stored upright.
+        notes: what was assumed, ignored or left out, a sentence each.
+    """
+
+    pages: list[Page]
+    pixel_size: float | None
+    pixel_size_source: str | None
+    axes: str
+    shape: tuple[int, ...]
+    scenes: tuple[str, ...]
+    orientation: int
+    notes: tuple[str, ...]
+
+
+def open_image(
+    path: str | Path,
+    *,
+    axes: str | None = None,
+    channels: Sequence[int | str] | None = None,
+    scene: int | str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageFile:
+    """Read all images of a file, one of each plane of a stack, and what the file says of them.
+
+    PNG, JPEG, BMP, GIF, PPM and TIFF of any kind and codec are read, and with the extra ``formats`` also CZI, ND2 and
+    LIF. The content decides the format, not the file name's ending. Alpha is dropped. Orientation (TIFF, EXIF) is
+    applied. Every plane along T, Z and other axes is a page of its own, in the order of the file; of a pyramid the
+    largest level is read; labels, macro images and thumbnails of slides are left out. An RGB image that is a grey one
+    in one colour is read as grey. Large uncompressed TIFFs are mapped into memory.
+
+    Args:
+        path: the file.
+        axes: axis order of TIFF stacks, overriding what the file declares, such as "CYX" or "TZYX": Y and X, C for
+            channels, any other letter for planes. Plain grey and RGB images keep their own.
+        channels: the channels to take, by number from 1 or by name in any case: one makes a grey image, three are red,
+            green and blue. Needed where a file has several channels that are no colours. A grey file ignores it.
+        scene: the scene to take, by number from 1 or by name. By default all are read.
+        max_pixels: height x width (of compressed stacks: x planes) above which a file is refused.
+
+    Raises:
+        OSError: the file is missing or cannot be opened.
+        ImageChoiceError: axes, channels or scene must be chosen, or do not fit the file.
+        ValueError: not an image, corrupt or too large. All messages begin with the file.
+    """
+    axes = None if axes is None else axes.strip().upper()
+    channels = None if channels is None else checked_channels(channels)
+    path = Path(path)
+    decoded = _decode_file(path, axes, scene, max_pixels, as_stored=False)
+    if axes is not None:
+        checked_axes(axes)  # nothing has looked at it where the file is no stack
+    with _naming(str(path)):
+        return _image_file(decoded, axes, channels)
 
 
 def read_pages(
     path: str | Path,
     *,
     axes: str | None = None,
-    channels: Sequence[int] | None = None,
+    channels: Sequence[int | str] | None = None,
+    scene: int | str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[np.ndarray]:
-    """Read all images of a PNG, JPEG or TIFF file, one of each plane of a stack.
-
-    Grey, RGB, palette and multi-channel images are read; alpha is dropped. The content decides the format, not the
-    file name's ending. Every plane along T, Z and other axes of a TIFF is an image of its own, in the order of the
-    file; of a pyramid the largest level is read. Large uncompressed TIFFs are mapped into memory, not read.
-
-    Args:
-        path: the file.
-        axes: axis order of TIFF stacks, overriding what the file declares, such as "CYX" or "TZYX": Y and X, C for
-            channels, any other letter for planes. Plain grey and RGB images keep their own.
-        channels: the channels to take, counted from 1: one makes a grey image, three are red, green and blue. Needed
-            where a file has several channels that are not declared to be colours.
-        max_pixels: height x width (of compressed stacks: x planes) above which a file is refused.
+    """Read all images of a file: the pixels of :func:`open_image`, whose arguments and errors it shares.
 
     Returns:
-        (H,W,3) BGR images of the file's type and levels; those of 1 bit are uint8, 0 and 255. They may be read-only
+        (H, W, 3) BGR images of the file's type and levels; those of 1 bit are uint8, 0 and 255. They may be read-only
         views of one array or of the file.
+    """
+    file = open_image(path, axes=axes, channels=channels, scene=scene, max_pixels=max_pixels)
+    return [page.pixels for page in file.pages]
+
+
+def read_image(
+    path: str | Path,
+    *,
+    axes: str | None = None,
+    channels: Sequence[int | str] | None = None,
+    scene: int | str | None = None,
+) -> np.ndarray:
+    """Read a file that holds one image; arguments and errors as for :func:`open_image`.
+
+    Returns:
+        (H, W, 3) BGR, contiguous, of the file's type and levels.
 
     Raises:
-        OSError: the file is missing or cannot be opened.
-        ValueError: not an image, corrupt, too large, or of an ambiguous axis order or choice of channels. The message
-            names the file.
+        ValueError: also where the file has several pages.
     """
-    if channels is not None and (len(channels) not in (1, 3) or min(channels) < 1):
-        raise ValueError(f"channels: expected one or three numbers from 1, got {list(channels)}")
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected an image file")
-    with path.open("rb") as file:
-        source = path if file.read(4) in _TIFF_SIGNATURES else path.read_bytes()
-    return _decode(source, str(path), axes, channels, max_pixels)
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a file that holds one image: `read_pages` where there are no pages and channels to choose from.
-
-    Returns:
-        (H,W,3) BGR, contiguous, of the file's type and levels.
-    """
-    return _only_page(read_pages(path), str(path))
+    return _only_page(read_pages(path, axes=axes, channels=channels, scene=scene), str(path))
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -90,7 +187,18 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         data: the encoded file.
         name: what error messages call it.
     """
-    return _only_page(_decode(data, name, None, None, MAX_PIXELS), name)
+    with _naming(name):
+        file = _image_file(_decode(data, None, None, MAX_PIXELS, as_stored=False), None, None)
+    return _only_page([page.pixels for page in file.pages], name)
+
+
+def decode_file(path: str | Path) -> Decoded:
+    """Decode a file without a change of its numbers: for label images.
+
+    Raises:
+        OSError, ValueError: as for :func:`open_image`.
+    """
+    return _decode_file(Path(path), None, None, MAX_PIXELS, as_stored=True)
 
 
 def write_png(path: str | Path, image: np.ndarray) -> None:
@@ -107,49 +215,54 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
         image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     is_grey = all(np.array_equal(image[..., 0], image[..., c]) for c in (1, 2))
     pixels = np.ascontiguousarray(image[..., 0]) if is_grey else image
-    Path(path).write_bytes(cv2.imencode(".png", pixels)[1])
+    Path(path).write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
-def check_size(height: int, width: int, planes: int = 1, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse, by a ValueError, a size that no image has: what a header claims, for which no memory is taken yet."""
-    if min(height, width) < 1:
-        raise ValueError(f"its header says {width} x {height} pixels")
-    if height * width * planes > max_pixels:
-        pages = f" on {planes} pages" if planes > 1 else ""
-        raise ValueError(
-            f"its header says {width} x {height} pixels{pages}, more than the limit of {max_pixels} (--max-pixels)"
-        )
+def checked_axes(axes: str) -> str:
+    """An axis order in capital letters.
+
+    Raises:
+        ValueError: it is none: Y and X must be in it, and each letter once.
+    """
+    letters = axes.strip().upper()
+    if not letters.isalpha() or len(set(letters)) != len(letters) or not {"Y", "X"} <= set(letters):
+        raise ValueError(f"axes: expected letters with Y and X once each, such as TZYX or YXC, got {axes}")
+    return letters
 
 
-def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries], max_pixels: int) -> None:
-    """Refuse, by a ValueError, series of a TIFF that would unpack to more than any image of `max_pixels` has."""
-    packed = [series for series in chosen if series.dataoffset is None]
-    for series in packed:
-        check_size(series.keyframe.imagelength, series.keyframe.imagewidth, max_pixels=max_pixels)
-    claimed, limit = sum(series.nbytes for series in packed), max_pixels * _PIXEL_BYTES
-    if claimed > limit:
-        raise ValueError(f"its header says {claimed} bytes, more than the limit of {limit} (--max-pixels)")
-    for series in packed:
-        decompressor, ratio = _UNBOUNDED.get(series.keyframe.compression, (None, 0))
-        if decompressor is None:
-            continue
-        allowed = int(np.prod(series.keyframe.chunks)) * series.dtype.itemsize
-        for page in filter(None, series.pages):
-            for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
-                if length * ratio > max(allowed, _HARMLESS):
-                    tiff.filehandle.seek(offset)
-                    if len(decompressor().decompress(tiff.filehandle.read(length), allowed + 1)) > allowed:
-                        raise ValueError(f"a piece of it of {length} bytes unpacks to more than its {allowed} bytes")
+def checked_channels(channels: str | Sequence[int | str]) -> tuple[int | str, ...]:
+    """A choice of channels as numbers and names; a text is split at its commas.
+
+    Raises:
+        ValueError: there are neither one nor three, or a number is below 1.
+    """
+    parts = channels.split(",") if isinstance(channels, str) else list(channels)
+    chosen: list[int | str] = []
+    for part in parts:
+        text = str(part).strip()
+        chosen.append(int(text) if re.fullmatch(r"-?[0-9]+", text) else text)
+    if len(chosen) not in (1, 3) or any(part == "" or (isinstance(part, int) and part < 1) for part in chosen):
+        given = ", ".join(map(str, chosen)) or "none"
+        raise ValueError(f"channels: expected one or three numbers from 1, or names, got {given}")
+    return tuple(chosen)
 
 
-@contextmanager
-def no_limit_of_pillow() -> Iterator[None]:
-    """Pillow's limit on sizes is a constant of the process; ours is checked instead, on the header alone."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+class _naming:
+    """Errors of broken files -> ValueErrors that begin with the name of the file, and have it once."""
+
+    def __init__(self, name: str, what: str = "an image") -> None:
+        self.name, self.what = name, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ImageChoiceError):
+            raise error.of_file(self.name) from error
+        # Whatever a decoder makes of broken bytes (struct.error, IndexError, ...), the user needs the file.
+        if isinstance(error, Exception):
+            text = str(error).replace(f"{self.name}: ", "").replace(self.name, "it") or type(error).__name__
+            raise ValueError(f"{self.name}: cannot be read as {self.what}: {text}") from error
 
 
 def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
@@ -158,141 +271,193 @@ def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
     return np.ascontiguousarray(pages[0])
 
 
-def _decode(
-    source: Path | bytes, name: str, axes: str | None, channels: Sequence[int] | None, max_pixels: int
-) -> list[np.ndarray]:
-    """A TIFF file, or the content of any."""
+def _decode_file(path: Path, axes: str | None, scene: int | str | None, max_pixels: int, *, as_stored: bool) -> Decoded:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: {advice(path.suffix) or 'it is a folder, expected an image file'}")
     try:
-        if isinstance(source, Path) or source.startswith(_TIFF_SIGNATURES):
-            # Of several files that belong together only the one that was named is read: the names of the others come
-            # from its metadata, and may lead anywhere.
-            with tifffile.TiffFile(
-                source if isinstance(source, Path) else io.BytesIO(source), _multifile=False
-            ) as tiff:
-                planes = _tiff_planes(tiff, axes, max_pixels)
-        else:
-            planes = [_decode_other(source, max_pixels)]
-        return [_to_bgr(plane, is_colour, channels) for plane, is_colour in planes]
-    # Whatever a decoder makes of broken bytes (struct.error, IndexError, SyntaxError, ...), the user needs the file.
-    except Exception as error:
-        raise ValueError(f"{name}: cannot be read as an image: {error}") from error
+        with path.open("rb") as file:
+            is_tiff = file.read(4) in TIFF_SIGNATURES
+        source = path if is_tiff or path.suffix.lower() in READERS else path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise type(error)(f"{path}: it cannot be opened: {error.strerror or error}") from error
+    with _naming(str(path), "a label image" if as_stored else "an image"):
+        try:
+            return _decode(source, axes, scene, max_pixels, as_stored=as_stored)
+        except ValueError as error:
+            hint = None if is_tiff or isinstance(error, ImageChoiceError) else advice(path.suffix)
+            raise (ValueError(hint) if hint else error) from error
 
 
-def _to_bgr(plane: np.ndarray, is_colour: bool, channels: Sequence[int] | None) -> np.ndarray:
-    """(H,W,C), red first where C are colours -> (H,W,3) BGR, a view where it can be one."""
-    count = plane.shape[2]
-    if channels is None and count > 1 and not is_colour:
-        raise ValueError(f"it has {count} channels: choose one, or three as red, green and blue (--channels)")
-    if channels is not None and max(channels) > count:
-        raise ValueError(f"it has {count} channels, and no channel {max(channels)}")
-    if plane.dtype == bool:
-        plane = plane.astype(np.uint8) * 255
-    if plane.dtype.kind not in "uif":
-        raise ValueError(f"its values are of type {plane.dtype}, expected integers or real numbers")
-    order = [channel - 1 for channel in channels] if channels is not None else list(range(count))
+def _decode(
+    source: Path | bytes, axes: str | None, scene: int | str | None, max_pixels: int, *, as_stored: bool
+) -> Decoded:
+    """A TIFF or microscope's file, or the content of any other."""
+    if isinstance(source, Path) and source.suffix.lower() in READERS:
+        return decode_microscope(source, scene, max_pixels)
+    if isinstance(source, Path) or source.startswith(TIFF_SIGNATURES):
+        return decode_tiff(source, axes, scene, max_pixels, map_from=_MAP_FROM, as_stored=as_stored)
+    return decode_picture(source, max_pixels, as_stored=as_stored)
+
+
+def _image_file(decoded: Decoded, axes: str | None, channels: tuple[int | str, ...] | None) -> ImageFile:
+    pages: list[Page] = []
+    notes = dict.fromkeys(decoded.notes)
+    for scene in decoded.scenes:
+        notes.update(dict.fromkeys(scene.notes))
+        for page, note in _pages(scene, decoded.is_one_of_several, channels):
+            pages.append(page)
+            notes.update(dict.fromkeys(note))
+    first = decoded.scenes[0]
+    if axes is not None and not any(scene.lead or "C" in scene.axes for scene in decoded.scenes) and first.axes != axes:
+        notes[f"it is no stack: the axis order {axes} was not needed"] = None
+    sizes = {(scene.pixel_size, scene.source) for scene in decoded.scenes}
+    if len(sizes) > 1:
+        notes["its scenes have pixels of different sizes"] = None
+    size, source = sizes.pop() if len(sizes) == 1 else (None, None)
+    if first.orientation > 1:
+        notes[f"its pixels were turned upright by its orientation {first.orientation} (TIFF, EXIF)"] = None
+    scenes = tuple(scene.name for scene in decoded.scenes)
+    return ImageFile(pages, size, source, first.axes, first.shape, scenes, first.orientation, tuple(notes))
+
+
+def _pages(
+    scene: Scene, is_one_of_several: bool, channels: tuple[int | str, ...] | None
+) -> Iterator[tuple[Page, list[str]]]:
+    """The pages of a scene, each with notes."""
+    lengths = scene.pixels.shape[: len(scene.lead)]
+    for place in np.ndindex(lengths):
+        plane, notes = scene.pixels[place], []
+        if plane.dtype == bool:
+            plane = plane.astype(np.uint8) * 255
+        if plane.dtype.kind not in "uif":
+            raise ValueError(f"its values are of type {plane.dtype}, expected integers or real numbers")
+        names = _channel_names(scene, plane.shape[2])
+        is_colour = scene.is_colour
+        if is_colour and plane.shape[2] == 3 and (grey := _grey_channel(plane, scene.is_lossy)) is not None:
+            shown, is_equal = grey
+            what = "its red, green and blue are equal" if is_equal else f"it is a grey image in {_tint(plane, shown)}"
+            notes.append(f"{what}: it was read as one grey image")
+            plane, names, is_colour = plane[..., shown : shown + 1], ("1",), False
+        chosen = _choice(names, is_colour, channels)
+        if len(names) == 1 and channels not in (None, (1,)):
+            notes.append(f"it has one channel, which was taken: the choice of {_listed(channels)} is for other files")
+        elif channels is None and is_colour and len(names) > 3:
+            notes.append(f"of its {len(names)} channels only red, green and blue were taken")
+        position: dict[str, str | int] = {"scene": scene.name} if is_one_of_several else {}
+        for axis, index, length in zip(scene.lead, place, lengths, strict=True):
+            if length > 1:
+                position["page" if axis in "IQ" else axis.lower()] = index
+        yield (
+            Page(_bgr(plane, chosen), plane, names, chosen, position, scene.pixel_size, scene.orientation),
+            notes,
+        )
+
+
+def _bgr(plane: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
+    """(H, W, C) and channels as red, green, blue from 1 -> (H, W, 3) BGR, a view where it can be one."""
+    order = [number - 1 for number in chosen]
     if len(order) == 1:
-        return np.broadcast_to(plane[..., order], (*plane.shape[:2], 3))
+        return np.broadcast_to(plane[..., order[0] : order[0] + 1], (*plane.shape[:2], 3))
     return plane[..., 2::-1] if order == [0, 1, 2] else plane[..., order[::-1]]
 
 
-def _decode_other(data: bytes, max_pixels: int) -> tuple[np.ndarray, bool]:
-    """PNG, JPEG and the other `_FORMATS` -> (H,W,C), RGB or grey, and whether it is RGB."""
-    with no_limit_of_pillow():
-        Image.open(io.BytesIO(data), formats=_FORMATS).close()
-    with no_limit_of_pillow(), iio.imopen(data, "r", plugin="pillow") as file:
-        properties = file.properties()
-        if properties.n_images is not None:
-            raise ValueError(f"it holds {properties.n_images} frames, expected one image")
-        check_size(*properties.shape[:2], max_pixels=max_pixels)
-        if data.startswith(b"\x89PNG") and data[24] == 16 and data[25] != 0:
-            # Pillow cuts PNGs of 16 bits and several channels to 8 bits; OpenCV keeps them.
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-            if image is None:
-                raise ValueError("it is corrupt")
-            return image[..., 2::-1], True
-        image = file.read()
-        mode = file.metadata(exclude_applied=False)["mode"]
-    if mode == "LA" or image.ndim == 2:
-        return image.reshape(*image.shape[:2], -1)[..., :1], False
-    if mode not in ("RGB", "RGBA", "P", "PA"):
-        raise ValueError(f"its colours are {mode}, expected grey, RGB or a palette")
-    return image[..., :3], True
+def _channel_names(scene: Scene, count: int) -> tuple[str, ...]:
+    if scene.channel_names is not None and len(scene.channel_names) == count:
+        return scene.channel_names
+    numbers = tuple(str(number) for number in range(1, count + 1))
+    return (*_COLOUR_NAMES, *numbers[3:]) if scene.is_colour else numbers
 
 
-def _tiff_planes(tiff: tifffile.TiffFile, axes: str | None, max_pixels: int) -> list[tuple[np.ndarray, bool]]:
-    """Every plane (H,W,C) of a TIFF, and whether its channels are RGB."""
-    if not tiff.series:
-        raise ValueError("it is corrupt: it has no page")
-    # Slides hold a thumbnail and a label beside the pyramid, as series of their own.
-    chosen = tiff.series[:1] if tiff.series[0].is_pyramidal else tiff.series
-    check_tiff(tiff, chosen, max_pixels)
-    return [plane for series in chosen for plane in _series_planes(tiff, series, axes, max_pixels)]
+def _choice(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None) -> tuple[int, ...]:
+    """The numbers of the channels to take.
+
+    Raises:
+        ImageChoiceError: they must be chosen, or the file has not what was chosen.
+    """
+    if len(names) == 1:
+        return (1,)
+    if channels is None:
+        if is_colour:
+            return (1, 2, 3)
+        raise ImageChoiceError(_has_channels(names), _channels_advice(names), "--channels")
+    numbers = []
+    for channel in channels:
+        same = [n for n, name in enumerate(names, 1) if name.strip().casefold() == str(channel).casefold()]
+        if isinstance(channel, int) and channel <= len(names):
+            same = [channel]
+        if len(same) != 1:
+            problem = f"it has {len(same)} channels called {channel}" if same else f"it has no channel {channel}"
+            raise ImageChoiceError(f"{problem}: {_has_channels(names)}", _channels_advice(names), "--channels")
+        numbers += same
+    return tuple(numbers)
 
 
-def _series_planes(
-    tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, axes: str | None, max_pixels: int
-) -> Iterator[tuple[np.ndarray, bool]]:
-    page = series.keyframe
-    order = _checked_axes(series, axes)
-    size = dict(zip(order, series.shape, strict=True))
-    mapped = series.dataoffset is not None and not series.is_multifile
-    planes = 1 if mapped else int(np.prod([n for axis, n in size.items() if axis not in "YXSC"]))
-    check_size(size["Y"], size["X"], planes, max_pixels)
-
-    alphas = sum(sample in _ALPHA for sample in page.extrasamples)
-    if page.compression not in tifffile.TIFF.DECOMPRESSORS and not alphas and page.samplesperpixel in (1, 3):
-        # Without the package imagecodecs, tifffile lacks LZW and JPEG; OpenCV has them but multiplies by alpha.
-        array = _decode_with_opencv(tiff, series)
-        if array.ndim > series.ndim:  # a palette, applied
-            order += "S"
-    else:
-        on_disk = mapped and tiff.filehandle.is_file and series.nbytes >= _MAP_FROM
-        array = series.asarray(out="memmap" if on_disk else None)
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-            # The 16-bit table holds 8-bit colours, as v * 256 or v * 257.
-            array = np.moveaxis(page.colormap[:, array] >> 8, 0, -1).astype(np.uint8)
-            order += "S"
-        elif page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
-            array = np.invert(array)
-
-    channel = order[-1] if order[-1] in "SC" else next((axis for axis in order if axis in "SC"), "")
-    lead = [axis for axis in order if axis not in ("Y", "X", channel)]
-    array = array.transpose([order.index(axis) for axis in (*lead, "Y", "X", *channel)])
-    if not channel:
-        array = array[..., None]
-    elif channel == "S" and alphas:
-        array = array[..., :-alphas]
-    is_colour = channel == "S" and page.photometric in _COLOURS and array.shape[-1] == 3
-    for place in np.ndindex(array.shape[: len(lead)]):
-        yield array[place], is_colour
+def _has_channels(names: tuple[str, ...]) -> str:
+    if names == tuple(str(number) for number in range(1, len(names) + 1)):
+        return f"it has {len(names)} channels, without names"
+    return f"it has {len(names)} channels: " + ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
 
 
-def _checked_axes(series: tifffile.TiffPageSeries, axes: str | None) -> str:
-    """The axis order of a series: the file's, or the caller's for a stack."""
-    own = series.axes
-    what = f"it has axes {own} of {series.shape}"
-    is_stack = any(axis not in "YXS" for axis in own)
-    if is_stack and axes is not None:
-        if len(axes) != series.ndim or len(set(axes)) != len(axes) or not {"Y", "X"} <= set(axes):
-            raise ValueError(f"{what}, which --axes {axes} does not fit: expected {series.ndim} letters, Y and X once")
-        return axes
-    if not {"Y", "X"} <= set(own) or len(set(own)) != len(own) or "Q" in own:
-        example = "TZCYX"[-series.ndim :] if series.ndim > 2 else "YX"
-        raise ValueError(f"{what}, an ambiguous order: name it with --axes, such as --axes {example}")
-    if {"C", "S"} <= set(own):
-        raise ValueError(f"{what}: channels of several samples each; name the one to take as planes with --axes")
-    return own
+def _channels_advice(names: tuple[str, ...]) -> str:
+    nuclear = [name for name in names if re.search("dapi|hoechst|draq|nuc|h2b|histone", name, re.IGNORECASE)]
+    example = (nuclear or list(names))[0]
+    if names.count(example) > 1 or not re.fullmatch(r"[\w.-]+", example):
+        example = str(names.index(example) + 1)
+    return f"choose one with --channels {example}"
 
 
-def _decode_with_opencv(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> np.ndarray:
-    """A series of pages -> its shape, with an axis of RGB behind where a palette was applied."""
-    tiff.filehandle.seek(0)
-    data = np.frombuffer(tiff.filehandle.read(), np.uint8)
-    decoded, pages = cv2.imdecodemulti(data, cv2.IMREAD_UNCHANGED)
-    if not decoded or len(pages) != len(tiff.pages):
-        raise ValueError(f"it is corrupt, or its compression {series.keyframe.compression.name} needs imagecodecs")
-    array = np.stack([pages[page.index] for page in series.pages])
-    lead = series.shape[: series.ndim - series.keyframe.ndim]
-    if array.ndim == 4:
-        array = array[..., ::-1]
-    return array.reshape(*lead, *array.shape[1:])
+def _listed(channels: Sequence[int | str] | None) -> str:
+    return (
+        "channels " + ", ".join(map(str, channels or ()))
+        if len(channels or ()) > 1
+        else f"channel {(channels or ('',))[0]}"
+    )
+
+
+def _tint(plane: np.ndarray, shown: int) -> str:
+    peaks = [float(plane[..., c].max()) for c in range(3)]
+    bright = [name for name, peak in zip(_COLOUR_NAMES, peaks, strict=True) if peak > 0.25 * peaks[shown]]
+    return " and ".join(bright) or _COLOUR_NAMES[shown]
+
+
+def _grey_channel(plane: np.ndarray, is_lossy: bool) -> tuple[int, bool] | None:
+    """Whether an RGB image is a grey one in one colour: each channel a multiple of the brightest.
+
+    Args:
+        plane: (H, W, 3).
+        is_lossy: levels are not exact, so that only black beside one bright channel can be told.
+
+    Returns:
+        The brightest channel, and whether all three are equal; None for an image of several colours, and for one of a
+        single colour all over.
+    """
+    if plane.strides[2] == 0:
+        return 0, True
+    steps = [max(1, length // _SAMPLE) for length in plane.shape[:2]]
+    sample = np.asarray(plane[:: steps[0], :: steps[1]], np.float64)
+    peaks = sample.reshape(-1, 3).max(axis=0)
+    if not np.isfinite(peaks).all():
+        return None
+    shown = int(peaks.argmax())
+
+    def fits(part: np.ndarray, ratios: np.ndarray, slack: float) -> bool:
+        part = np.asarray(part, np.float64)
+        return bool((np.abs(part - ratios * part[..., shown : shown + 1]) <= slack).all())
+
+    equal = np.ones(3)
+    if fits(sample, equal, 0) and all(fits(block, equal, 0) for block in _blocks(plane)):
+        return shown, True
+    if peaks[shown] <= 0 or sample[..., 0].size < _GREY_PIXELS:
+        return None
+    ratios, slack = peaks / peaks[shown], 1.5 if plane.dtype.kind in "ui" else 0  # levels of the others are rounded
+    if is_lossy:
+        ratios, slack = np.eye(3)[shown], _LOSSY_TOLERANCE
+    is_grey = fits(sample, ratios, slack) and all(fits(block, ratios, slack) for block in _blocks(plane))
+    return (shown, False) if is_grey and len(np.unique(sample[..., shown])) >= _GREY_LEVELS else None
+
+
+def _blocks(plane: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(1, _BLOCK // max(1, plane[0].size))
+    return (plane[start : start + rows] for start in range(0, len(plane), rows))

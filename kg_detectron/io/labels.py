@@ -1,17 +1,15 @@
 """Label images: a whole number a pixel, 0 background, 1..N the cells."""
 
-import io
 from pathlib import Path
 
-import cv2
 import numpy as np
 import tifffile
-from PIL import Image
 
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.images import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
+from kg_detectron.io.images import decode_file
 
-_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big endian, classic and BigTIFF
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # JPEG does not keep numbers
+
 _LARGE = 4096 * 4096  # pixels; larger images are written in tiles, which Fiji's own reader lacks (Bio-Formats has it)
 
 
@@ -30,36 +28,45 @@ def write_label_image(path: str | Path, labels: np.ndarray) -> None:
 
 
 def read_label_image(path: str | Path) -> np.ndarray:
-    """Read a label image from TIFF or PNG.
+    """Read a label image from TIFF (any codec), PNG or BMP.
+
+    Orientation (TIFF, EXIF) is applied, as for images. The numbers of a palette image are its indices. Float images of
+    whole numbers, and RGB images of three equal channels, are read as what they mean; alpha is dropped.
 
     Returns:
-        (H,W) integers, of the type that is in the file.
+        (H, W) integers: of the type that is in the file, uint8 for 1 bit, uint32 or int64 for float numbers.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: the file is missing or cannot be opened.
         ValueError: no image, corrupt, too large, not of whole numbers, negative, or with channels or several pages. The
             message names the file.
     """
-    path = Path(path)
-    data = path.read_bytes()
-    try:
-        if data.startswith(_TIFF_SIGNATURES):
-            with tifffile.TiffFile(path, _multifile=False) as tiff:
-                series = tiff.series[0]
-                check_size(series.keyframe.imagelength, series.keyframe.imagewidth, len(series.pages))
-                check_tiff(tiff, [series], MAX_PIXELS)
-                labels = series.asarray()
-        else:
-            with no_limit_of_pillow(), Image.open(io.BytesIO(data), formats=("PNG",)) as header:
-                check_size(header.height, header.width)
-            labels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if labels is None or labels.size == 0:
-            raise ValueError("it is neither TIFF nor PNG, or corrupt")
-    # Whatever a decoder makes of broken bytes, the user needs the file.
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a label image: {error}") from error
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: expected one whole number a pixel, got {labels.dtype} {labels.shape}")
+    decoded = decode_file(path)
+    pages = sum(int(np.prod(scene.pixels.shape[:-3])) for scene in decoded.scenes)
+    scene = decoded.scenes[0]
+    expected = f"{path}: expected one whole number a pixel"
+    if pages != 1:
+        raise ValueError(f"{expected} in one image, got {pages} pages of {scene.pixels.shape[-3:-1]}")
+    labels = scene.pixels.reshape(scene.pixels.shape[-3:])
+    if scene.is_lossy:
+        raise ValueError(f"{expected}, got a JPEG, which does not keep numbers: save label images as TIFF or PNG")
+    if labels.shape[2] > 1 and any((labels[..., 0] != labels[..., c]).any() for c in range(1, labels.shape[2])):
+        what = "colours" if scene.is_colour else f"{labels.shape[2]} channels"
+        raise ValueError(f"{expected}, got {what}: save the numbers of the cells as a grey image of 16 bits")
+    labels = labels[..., 0]
+    if labels.dtype == bool:
+        labels = labels.astype(np.uint8)
+    elif labels.dtype.kind == "f":
+        labels = _whole_numbers(labels, expected)
+    elif labels.dtype.kind not in "iu":
+        raise ValueError(f"{expected}, got {labels.dtype} {labels.shape}")
     if labels.dtype.kind == "i" and labels.min() < 0:
         raise ValueError(f"{path}: expected labels from 0, got {labels.min()}")
-    return labels
+    return np.ascontiguousarray(labels, labels.dtype.newbyteorder("="))
+
+
+def _whole_numbers(labels: np.ndarray, expected: str) -> np.ndarray:
+    """Float numbers (H, W) as integers."""
+    if not np.isfinite(labels).all() or (labels != np.rint(labels)).any() or np.abs(labels).max() >= 2**53:
+        raise ValueError(f"{expected}, got {labels.dtype} with values that are no whole numbers")
+    return labels.astype(np.int64 if labels.min() < 0 or labels.max() >= 2**32 else np.uint32)

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 _BLOCK = 2**22  # values looked at together, which bounds the memory
+_IN_MEMORY = 2**27  # values up to which a channel that is in memory is sorted in memory
+
+
+class UnknownWhiteLevel(ValueError):
+    """Fixed normalisation does not know which level of an image is white. Percentile normalisation needs no white."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Levels:
     """The levels of an image that become 0 and 255.
 
     Attributes:
-        low, high: (C,) float64; where they are equal, all above becomes 255.
+        low, high: (C,) float64. Where they are equal, higher levels become 255.
     """
 
     low: np.ndarray
@@ -24,7 +29,7 @@ class Levels:
 
     def __call__(self, part: np.ndarray) -> np.ndarray:
         """Scale any part (h,w,C) of the image to float32 in 0..255; NaN becomes 0."""
-        if part.dtype in (np.uint8, np.uint16) and part.size > 2**16:
+        if part.dtype.kind == "u" and part.dtype.itemsize <= 2 and part.size > 2**16:
             table = self._scaled(np.arange(np.iinfo(part.dtype).max + 1)[:, None]).astype(np.float32)
             return np.stack([np.take(table[:, c], part[..., c]) for c in range(part.shape[2])], axis=2)
         scaled = np.empty(part.shape, np.float32)
@@ -91,15 +96,16 @@ class Normalisation:
     def levels(self, image: np.ndarray) -> Levels:
         """The levels of a whole image, by which any part of it can be normalised later.
 
-        Percentiles are values of the image, exact for every type, and found in bounded memory, block by block. NaN and
-        infinite values do not count.
+        Percentiles are values of the image, exact for every type. Those of a memory map are found block by block, in
+        bounded memory. NaN and infinite values do not count.
 
         Args:
             image: (H,W,C), integer, bool or float; may be a `numpy.memmap`.
 
         Raises:
-            ValueError: another shape or type, or a "fixed" normalisation of an image whose type does not tell what is
-                white: integers other than 8 and 16 bits unsigned, float values outside 0..1, 12 bits stored in 16.
+            ValueError: another shape or type.
+            UnknownWhiteLevel: "fixed" normalisation of an image whose type does not tell what is white: integers other
+                than 8 and 16 bits unsigned, float values outside 0..1, 12 bits stored in 16.
         """
         if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
             raise ValueError(f"image: expected shape (H,W,C) of real numbers, got {image.shape} of type {image.dtype}")
@@ -108,30 +114,32 @@ class Normalisation:
             return Levels(np.zeros(channels), np.full(channels, _white(image)))
         # A grey image as three channels is often one in memory.
         distinct = image[..., :1] if image.strides[2] == 0 else image
-        found = np.array([_percentiles(distinct[..., c], self.percentiles) for c in range(distinct.shape[2])])
-        low, high = np.broadcast_to(found.astype(np.float64), (channels, 2)).T
+        levels = np.array([_percentiles(distinct[..., c], self.percentiles) for c in range(distinct.shape[2])])
+        low, high = np.broadcast_to(levels.astype(np.float64), (channels, 2)).T
         return Levels(low, high)
 
 
 def _white(image: np.ndarray) -> float:
     """The level that is white in an image of its type."""
-    advice = "a model of fixed normalisation cannot know what is white in it; percentiles do (--normalise percentile)"
-    if image.dtype == bool:
+    advice = "fixed normalisation cannot know which level is white; percentile normalisation need not know it"
+    dtype = image.dtype.newbyteorder("=")
+    if dtype.kind == "b":
         return 1
-    if image.dtype == np.uint8:
+    if dtype == np.uint8:
         return 255
-    if image.dtype == np.uint16:
+    if dtype == np.uint16:
         # What 8-bit images x 257 cannot be: all below 4096, and no multiples of 257.
         if all(block.max() < 4096 for block in _blocks(image)) and any((b % 257).any() for b in _blocks(image)):
-            raise ValueError(f"it seems to hold 12 bits or less in 16, the largest value is {image.max()}: {advice}")
+            highest = max(int(block.max()) for block in _blocks(image))
+            raise UnknownWhiteLevel(f"it seems to hold 12 bits or less in 16, the largest value is {highest}: {advice}")
         return 65535
-    if image.dtype.kind == "f":
+    if dtype.kind == "f":
         low = np.fmin.reduce([np.fmin.reduce(block, axis=None) for block in _blocks(image)])
         high = np.fmax.reduce([np.fmax.reduce(block, axis=None) for block in _blocks(image)])
         if low < 0 or high > 1:  # not so where all is NaN
-            raise ValueError(f"its values are in {low:g}..{high:g}, expected 0..1: {advice}")
+            raise UnknownWhiteLevel(f"its values are in {low:g}..{high:g}, expected 0..1: {advice}")
         return 1
-    raise ValueError(f"its values are of type {image.dtype}: {advice}")
+    raise UnknownWhiteLevel(f"its values are of type {dtype}: {advice}")
 
 
 def _blocks(image: np.ndarray) -> Iterator[np.ndarray]:
@@ -140,30 +148,51 @@ def _blocks(image: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _percentiles(channel: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """The values of a channel (H,W) at two percentiles: of n in rising order, number ceil(n * percentile / 100)."""
-    count = sum(int(np.isfinite(block).sum()) for block in _blocks(channel))
+    """The values of a channel (H,W) at two percentiles: of n in rising order, number ceil(n * percentile / 100).
+
+    This is `numpy.percentile(..., method="inverted_cdf")` with an exact rank: NumPy rounds the percentile first.
+    """
+    in_memory = channel.size <= _IN_MEMORY and not _is_mapped(channel)
+    if in_memory:
+        values = channel[np.isfinite(channel)] if channel.dtype.kind == "f" else channel.ravel()
+        count = len(values)
+    else:
+        count = sum(int(np.isfinite(block).sum()) for block in _blocks(channel))
     if count == 0:
         return 0, 0
-    ranks = [max(0, int(np.ceil(count * percentile / 100)) - 1) for percentile in percentiles]
-    return tuple(_value_of_rank(channel, rank) for rank in ranks)
+    low, high = (max(0, int(np.ceil(count * percentile / 100)) - 1) for percentile in percentiles)
+    if in_memory:
+        ordered = np.partition(values, (low, high))
+        return float(ordered[low]), float(ordered[high])
+    return _value_of_rank(channel, low), _value_of_rank(channel, high)
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    """Whether an array is a memory map, or a view of one."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
 
 
 def _value_of_rank(channel: np.ndarray, rank: int) -> float:
     """The finite value of a channel before which ``rank`` others come, found 16 bits at a time by histograms."""
     bits = 8 * channel.dtype.itemsize
-    found = 0
+    key = 0
     for shift in range(max(bits, 16) - 16, -1, -16):
         counts = np.zeros(2**16, np.int64)
         for block in _blocks(channel):
             keys = _keys(block[np.isfinite(block)])
             if shift + 16 < bits:
-                keys = keys[keys >> (shift + 16) == found]
+                keys = keys[keys >> (shift + 16) == key]
             counts += np.bincount((keys >> shift & 0xFFFF).astype(np.int64), minlength=2**16)
         until = np.cumsum(counts)
         digit = int(np.searchsorted(until, rank, side="right"))
         rank -= int(until[digit] - counts[digit])
-        found = found << 16 | digit
-    return _value_of_key(found, channel.dtype)
+        key = key << 16 | digit
+    return _value_of_key(key, channel.dtype)
 
 
 def _keys(values: np.ndarray) -> np.ndarray:

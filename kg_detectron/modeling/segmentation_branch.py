@@ -54,6 +54,7 @@ class SegmentationSettings:
 
     def __post_init__(self) -> None:
         require(self.cut_from in CUT_FROM, "cut_from", f"one of {', '.join(CUT_FROM)}", self.cut_from)
+        require(self.mask_weight >= 0, "mask_weight", "0 or more", self.mask_weight)
         require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
         require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
         require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from kg_detectron.export.drawing import stretched
+from kg_detectron.export.overlay import stretched
 from kg_detectron.graph import KEYPOINTS
 from kg_detectron.inference.explanation import (
     BOX,

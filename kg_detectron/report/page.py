@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from kg_detectron._version import __version__
-from kg_detectron.export.drawing import stretched
+from kg_detectron.export.overlay import stretched
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import read_image
 from kg_detectron.io.resize import resize_image

@@ -162,6 +162,9 @@ def train(
     settings, folder = settings or TrainSettings(), Path(folder)
     if not sum(len(image.diameters) for image in training):
         raise ValueError("images: expected at least one labelled cell to train on, got none")
+    if model.preprocessing.resize != "isotropic":
+        model.with_preprocessing(resize="isotropic")
+        log("the model now scales images by the size of their cells, no longer to one size")
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, settings, model)
     torch.manual_seed(settings.seed)

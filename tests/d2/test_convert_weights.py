@@ -1,26 +1,15 @@
 """tools/convert_torchvision_weights.py: torchvision's ResNets in Detectron2."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import convert_torchvision_weights as tool
 import pytest
 import torch
 import torchvision
+from builders import load_config
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
-
-from kg_detectron.d2.config import add_kg_config
-
-ROOT = Path(__file__).parents[2]
-
-spec = importlib.util.spec_from_file_location(
-    "convert_torchvision_weights", ROOT / "tools" / "convert_torchvision_weights.py"
-)
-tool = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 def random_resnet(depth: int) -> nn.Module:
@@ -36,21 +25,12 @@ def random_resnet(depth: int) -> nn.Module:
     return model
 
 
-def make_cfg(name: str, norm: str) -> CfgNode:
-    cfg = get_cfg()
-    add_kg_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / name), allow_unsafe=False)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.RESNETS.NORM = norm
-    return cfg
-
-
 @pytest.mark.parametrize(
     "depth, config, norm",
     [
-        (18, "Base-MaskRCNN-tiny.yaml", "FrozenBN"),
-        (50, "Base-MaskRCNN-FPN.yaml", "BN"),
-        (50, "Base-MaskRCNN.yaml", "FrozenBN"),
+        (18, "Base-MaskRCNN-tiny", "FrozenBN"),
+        (50, "Base-MaskRCNN-FPN", "BN"),
+        (50, "Base-MaskRCNN", "FrozenBN"),
     ],
 )
 @torch.no_grad()
@@ -58,7 +38,7 @@ def test_same_features(tmp_path, depth, config, norm):
     source = random_resnet(depth)
     torch.save(source.state_dict(), tmp_path / "torchvision.pth")
     tool.main([str(tmp_path / "torchvision.pth"), str(tmp_path / "R.pth")])
-    model = build_model(make_cfg(config, norm)).eval()
+    model = build_model(load_config(config, "MODEL.RESNETS.NORM", norm)).eval()
     DetectionCheckpointer(model).load(str(tmp_path / "R.pth"))
 
     image = torch.randn(1, 3, 64, 96)

@@ -1,4 +1,4 @@
-"""Registration, augmentations, mapper and loaders of kg_detectron.d2.data."""
+"""Registration, augmentations, mapper and loaders of kg_detectron.d2."""
 
 import collections
 import copy
@@ -18,8 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from kg_detectron.d2 import data
+from kg_detectron.d2.augmentation import (
+    ExactResize,
+    RandomBrightness,
+    RandomCellCrop,
+    RandomChannelOrder,
+    RandomContrast,
+    RandomExpand,
+    build_augmentations,
+    scale_intensity,
+)
 from kg_detectron.d2.config import add_kg_config
+from kg_detectron.d2.datasets import register_all_cells, register_cells
+from kg_detectron.d2.loaders import build_test_loader, build_train_loader, build_validation_loader
+from kg_detectron.d2.mapper import CellMapper, _label_layers, _rle_pixels
 from kg_detectron.io.coco import coco_annotation, encode_mask, write_coco
 
 HEIGHT, WIDTH = 60, 90
@@ -69,7 +81,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
                 coco_annotation(mask, image_id=index + 1, annotation_id=len(annotations) + 1, category_id=7)
             )
     write_coco(folder / "cells.json", images, annotations, [{"id": 7, "name": "nucleus"}], "made by a test")
-    data.register_cells(NAME, str(folder / "cells.json"), str(folder))
+    register_cells(NAME, str(folder / "cells.json"), str(folder))
     yield DatasetCatalog.get(NAME)
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
@@ -79,7 +91,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_registration_is_lazy_and_names_the_missing_file(tmp_path):
-    data.register_cells("nowhere", str(tmp_path / "absent.json"), str(tmp_path))
+    register_cells("nowhere", str(tmp_path / "absent.json"), str(tmp_path))
     try:
         metadata = MetadataCatalog.get("nowhere")
         assert metadata.json_file == str(tmp_path / "absent.json")
@@ -107,8 +119,8 @@ def test_all_names_are_registered_once(monkeypatch, tmp_path):
     known = {name: (DatasetCatalog.pop(name), MetadataCatalog.pop(name)) for name in names if name in DatasetCatalog}
     try:
         monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        data.register_all_cells()
-        data.register_all_cells("elsewhere")  # keeps the first
+        register_all_cells()
+        register_all_cells("elsewhere")  # keeps the first
         assert names <= set(DatasetCatalog)
         assert MetadataCatalog.get("dsb2018_val").json_file == str(tmp_path / "dsb2018" / "instances_val.json")
         assert MetadataCatalog.get("dsb2018_val").image_root == str(tmp_path / "dsb2018" / "val")
@@ -128,13 +140,13 @@ def test_all_names_are_registered_once(monkeypatch, tmp_path):
 def test_pixels_of_run_lengths(height, width, seed, density):
     mask = np.random.default_rng(seed).random((height, width)) < density
     counts = encode_mask(mask)["counts"]
-    assert data._rle_pixels(counts).tolist() == np.flatnonzero(mask.T.ravel()).tolist()
-    assert data._rle_pixels(counts.encode()).tolist() == data._rle_pixels(counts).tolist()
+    assert _rle_pixels(counts).tolist() == np.flatnonzero(mask.T.ravel()).tolist()
+    assert _rle_pixels(counts.encode()).tolist() == _rle_pixels(counts).tolist()
 
 
 def test_as_few_layers_as_needed():
     def layers_of(masks):
-        return data._label_layers([np.flatnonzero(mask.T.ravel()) for mask in masks], HEIGHT, WIDTH)
+        return _label_layers([np.flatnonzero(mask.T.ravel()) for mask in masks], HEIGHT, WIDTH)
 
     assert layers_of([]) == []
     masks = cells_of(2)
@@ -157,13 +169,13 @@ def test_mapper_equals_slow_warping(dataset, index, seed):
     """Every mask warped alone, pixel by pixel, through the transforms' coordinates: one frame for all."""
     cfg = make_cfg()
     np.random.seed(seed)
-    mapped = data.CellMapper(cfg, is_train=True)(dataset[index])
+    mapped = CellMapper(cfg, is_train=True)(dataset[index])
     cells = dataset[index]["annotations"]
     boxes = np.array([cell["bbox"] for cell in cells], float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     np.random.seed(seed)
     frame = T.AugInput(cv2.imread(dataset[index]["file_name"]).astype(np.float32), boxes=boxes)
-    transforms = T.AugmentationList(data.build_augmentations(cfg, is_train=True))(frame)
+    transforms = T.AugmentationList(build_augmentations(cfg, is_train=True))(frame)
     assert torch.equal(mapped["image"], torch.from_numpy(frame.image.transpose(2, 0, 1).copy()))
     assert mapped["image"].dtype == torch.float32
 
@@ -191,7 +203,7 @@ def test_mapper_equals_slow_warping(dataset, index, seed):
 
 
 def test_boxes_are_those_of_the_masks(dataset):
-    mapper = data.CellMapper(make_cfg(), is_train=True)
+    mapper = CellMapper(make_cfg(), is_train=True)
     np.random.seed(0)
     for _ in range(20):
         instances = mapper(dataset[2])["instances"]
@@ -201,16 +213,34 @@ def test_boxes_are_those_of_the_masks(dataset):
 
 
 def test_testing_gives_the_resized_image_alone(dataset):
-    mapped = data.CellMapper(make_cfg(), is_train=False)(dataset[2])
+    mapped = CellMapper(make_cfg(), is_train=False)(dataset[2])
     assert set(mapped) == {"image", "file_name", "image_id", "height", "width"}
     assert mapped["image"].shape == (3, 48, 64)
     assert (mapped["height"], mapped["width"], mapped["image_id"]) == (HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.parametrize("architecture", ["KGInstanceSegmentation", "CellInstanceSegmentation"])
+def test_models_of_the_core_are_tested_on_raw_images(dataset, tmp_path, architecture):
+    """They prepare images themselves; in training the mapper does it."""
+    deep = {**dataset[1], "file_name": str(tmp_path / "deep.png")}
+    raw = cv2.imread(dataset[1]["file_name"]).astype(np.uint16) * 7
+    cv2.imwrite(deep["file_name"], raw)
+    cfg = make_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.INPUT.NORMALISATION = architecture, "percentile"
+    mapped = CellMapper(cfg, is_train=False)(deep)
+    assert np.array_equal(mapped["image"].permute(1, 2, 0).numpy(), raw)
+    assert (mapped["height"], mapped["width"]) == (HEIGHT, WIDTH)
+    trained = CellMapper(cfg, is_train=False, with_targets=True)(deep)
+    assert trained["image"].shape == (3, 48, 64) and trained["image"].max() == 255
+    cfg.INPUT.FORMAT = "RGB"
+    with pytest.raises(ValueError, match=r"INPUT\.FORMAT: expected BGR"):
+        CellMapper(cfg, is_train=True)
+
+
 def test_targets_without_augmentation(dataset):
     cfg = make_cfg()
     cfg.INPUT.SIZE = (HEIGHT, WIDTH)
-    mapped = data.CellMapper(cfg, is_train=False, with_targets=True)(dataset[2])
+    mapped = CellMapper(cfg, is_train=False, with_targets=True)(dataset[2])
     assert np.array_equal(mapped["image"].permute(1, 2, 0), cv2.imread(dataset[2]["file_name"]))
     masks = mapped["instances"].gt_masks.tensor.numpy()
     assert np.array_equal(masks, np.stack(cells_of(2)))
@@ -218,9 +248,9 @@ def test_targets_without_augmentation(dataset):
 
 def test_rgb(dataset):
     cfg = make_cfg()
-    bgr = data.CellMapper(cfg, is_train=False)(dataset[1])["image"]
+    bgr = CellMapper(cfg, is_train=False)(dataset[1])["image"]
     cfg.INPUT.FORMAT = "RGB"
-    assert torch.equal(data.CellMapper(cfg, is_train=False)(dataset[1])["image"], bgr.flip(0))
+    assert torch.equal(CellMapper(cfg, is_train=False)(dataset[1])["image"], bgr.flip(0))
 
 
 def test_sixteen_bits_survive(dataset, tmp_path):
@@ -228,7 +258,7 @@ def test_sixteen_bits_survive(dataset, tmp_path):
     record["file_name"] = str(tmp_path / "deep.png")
     ramp = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     cv2.imwrite(record["file_name"], ramp)
-    mapper = data.CellMapper(make_cfg(), is_train=True)
+    mapper = CellMapper(make_cfg(), is_train=True)
     for seed in range(10):
         np.random.seed(seed)
         image = mapper(record)["image"]
@@ -249,22 +279,22 @@ def test_an_image_of_16_bits_trains_and_tests_as_its_8_bits(dataset, tmp_path):
             mapped = []
             for record in (dataset[1], deep):
                 np.random.seed(3)
-                mapped.append(data.CellMapper(cfg, is_train=is_train)(record)["image"])
+                mapped.append(CellMapper(cfg, is_train=is_train)(record)["image"])
             assert torch.equal(*mapped)
             highest[kind, is_train] = mapped[0].max()
     assert highest["percentile", False] > highest["fixed", False]
     cv2.imwrite(deep["file_name"], image.astype(np.uint16))
-    assert data.CellMapper(cfg, is_train=False)(deep)["image"].max() == highest["percentile", False]
+    assert CellMapper(cfg, is_train=False)(deep)["image"].max() == highest["percentile", False]
     with pytest.raises(ValueError, match=r"deep\.png.*12 bits"):
-        data.CellMapper(make_cfg(), is_train=False)(deep)
+        CellMapper(make_cfg(), is_train=False)(deep)
     cfg.INPUT.NORMALISATION = "none"
     with pytest.raises(ValueError, match="normalisation.*none"):
-        data.CellMapper(cfg, is_train=False)
+        CellMapper(cfg, is_train=False)
 
 
 def test_records_are_not_changed(dataset):
     before = copy.deepcopy(dataset)
-    mapper = data.CellMapper(make_cfg(), is_train=True)
+    mapper = CellMapper(make_cfg(), is_train=True)
     np.random.seed(1)
     for record in dataset * 5:
         mapper(record)
@@ -272,7 +302,7 @@ def test_records_are_not_changed(dataset):
 
 
 def test_mapper_errors_name_the_file(dataset):
-    mapper = data.CellMapper(make_cfg(), is_train=True)
+    mapper = CellMapper(make_cfg(), is_train=True)
     with pytest.raises(ValueError, match=r"1\.png.*\(61, 90\).*\(60, 90\)"):
         mapper({**dataset[1], "height": 61})
     polygon = {**dataset[1]["annotations"][0], "segmentation": [[0, 0, 5, 0, 5, 5]]}
@@ -281,11 +311,11 @@ def test_mapper_errors_name_the_file(dataset):
     cfg = make_cfg()
     cfg.INPUT.FORMAT = "L"
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT.*'L'"):
-        data.CellMapper(cfg)
+        CellMapper(cfg)
 
 
 def test_real_images(shared):
-    data.register_cells("real", str(shared / "dsb2018/instances_val.json"), str(shared / "dsb2018/val"))
+    register_cells("real", str(shared / "dsb2018/instances_val.json"), str(shared / "dsb2018/val"))
     try:
         records = DatasetCatalog.get("real")[:40:8]
     finally:
@@ -294,7 +324,7 @@ def test_real_images(shared):
     for record in records:
         cfg = make_cfg()
         cfg.INPUT.SIZE = (record["height"], record["width"])
-        instances = data.CellMapper(cfg, is_train=False, with_targets=True)(record)["instances"]
+        instances = CellMapper(cfg, is_train=False, with_targets=True)(record)["instances"]
         masks = [coco_mask.decode(cell["segmentation"]) for cell in record["annotations"]]
         kept = [mask for mask in masks if mask.any(0).sum() >= 2 and mask.any(1).sum() >= 2]
         assert len(kept) > 0
@@ -314,7 +344,7 @@ def test_crop_keeps_a_centre(height, width, smallest, seed, draw):
         boxes.append([x1, y1, draw.draw(st.integers(x1 + 1, width)), draw.draw(st.integers(y1 + 1, height))])
     boxes = np.array(boxes, float).reshape(-1, 4)
     np.random.seed(seed)
-    crop = data.RandomCellCrop(smallest).get_transform(np.zeros((height, width, 3), np.uint8), boxes)
+    crop = RandomCellCrop(smallest).get_transform(np.zeros((height, width, 3), np.uint8), boxes)
     assert 0 <= crop.x0 and crop.x0 + crop.w <= width and 0 <= crop.y0 and crop.y0 + crop.h <= height
     assert crop.w >= max(1, smallest * width - 0.5) and crop.h >= max(1, smallest * height - 0.5)
     # The sides are rounded to pixels, at least one.
@@ -331,7 +361,7 @@ def test_expansion_places_the_image_on_its_own_background():
     np.random.seed(0)
     sizes, places = set(), set()
     for _ in range(50):
-        expand = data.RandomExpand(2.0).get_transform(image)
+        expand = RandomExpand(2.0).get_transform(image)
         canvas = expand.apply_image(image)
         x, y = expand.apply_coords(np.array([[0.0, 0.0]]))[0].astype(int)
         assert np.array_equal(canvas[y : y + 20, x : x + 30], image)
@@ -344,7 +374,7 @@ def test_expansion_places_the_image_on_its_own_background():
         sizes.add(canvas.shape)
         places.add((x, y))
     assert len(sizes) > 10 and len(places) > 10
-    filled = data.RandomExpand(2.0, fill=3).get_transform(image).apply_image(image)
+    filled = RandomExpand(2.0, fill=3).get_transform(image).apply_image(image)
     assert (filled == 3).all(axis=2).any()
 
 
@@ -352,7 +382,7 @@ def test_expansion_places_the_image_on_its_own_background():
 def test_a_box_drawn_on_the_image_lands_where_its_coordinates_do(size):
     image = np.zeros((60, 90, 3), np.float32)
     image[20:44, 30:66] = 200.0
-    resize = data.ExactResize(size).get_transform(image)
+    resize = ExactResize(size).get_transform(image)
     x1, y1, x2, y2 = resize.apply_box(np.array([[30.0, 20.0, 66.0, 44.0]]))[0]
     resized = resize.apply_image(image)[:, :, 0]
     assert resized.shape == size
@@ -371,7 +401,7 @@ def test_a_box_drawn_on_the_image_lands_where_its_coordinates_do(size):
 def test_probabilities():
     """About half of the images get each augmentation, independently."""
     image, boxes = np.full((40, 60, 3), 100, np.uint8), np.array([[10.0, 10.0, 30.0, 30.0]])
-    augmentations = T.AugmentationList(data.build_augmentations(make_cfg(), is_train=True))
+    augmentations = T.AugmentationList(build_augmentations(make_cfg(), is_train=True))
     np.random.seed(0)
     counts = collections.Counter()
     rounds = 1000
@@ -387,25 +417,25 @@ def test_probabilities():
 
 def test_switched_off_augmentations_are_absent():
     cfg = make_cfg(EXPAND=1.0, CROP=1.0, FLIP=False, CONTRAST=(1.0, 1.0), BRIGHTNESS=0.0, PERMUTE_CHANNELS=False)
-    assert [type(step) for step in data.build_augmentations(cfg, is_train=True)] == [data.ExactResize]
-    assert [type(step) for step in data.build_augmentations(make_cfg(), is_train=False)] == [data.ExactResize]
+    assert [type(step) for step in build_augmentations(cfg, is_train=True)] == [ExactResize]
+    assert [type(step) for step in build_augmentations(make_cfg(), is_train=False)] == [ExactResize]
 
 
 def test_intensities():
     image = np.array([[[0, 100, 250]]], np.float32)
-    assert data.scale_intensity(image, 1.5, 0.0).tolist() == [[[0, 150, 255]]]
-    assert data.scale_intensity(image, 1.0, -30.5).tolist() == [[[0, 69.5, 219.5]]]
-    floats = data.scale_intensity(image, 0.5, 0.25)
+    assert scale_intensity(image, 1.5, 0.0).tolist() == [[[0, 150, 255]]]
+    assert scale_intensity(image, 1.0, -30.5).tolist() == [[[0, 69.5, 219.5]]]
+    floats = scale_intensity(image, 0.5, 0.25)
     assert floats.dtype == np.float32 and floats.tolist() == [[[0.25, 50.25, 125.25]]]
     np.random.seed(0)
     image = np.full((4, 4, 3), 100, np.uint8)
-    values = [data.RandomContrast(0.5, 1.5).get_transform(image).apply_image(image)[0, 0, 0] for _ in range(200)]
+    values = [RandomContrast(0.5, 1.5).get_transform(image).apply_image(image)[0, 0, 0] for _ in range(200)]
     assert min(values) >= 50 and max(values) <= 150 and max(values) - min(values) > 80
-    values = [data.RandomBrightness(32).get_transform(image).apply_image(image)[0, 0, 0] for _ in range(200)]
+    values = [RandomBrightness(32).get_transform(image).apply_image(image)[0, 0, 0] for _ in range(200)]
     assert min(values) >= 68 and max(values) <= 132 and max(values) - min(values) > 50
     colours = np.full((4, 4, 3), (1, 2, 3), np.uint8)
     orders = {
-        tuple(data.RandomChannelOrder().get_transform(colours).apply_image(colours)[0, 0].tolist()) for _ in range(99)
+        tuple(RandomChannelOrder().get_transform(colours).apply_image(colours)[0, 0].tolist()) for _ in range(99)
     }
     assert len(orders) == 6
 
@@ -422,14 +452,14 @@ def test_intensities():
 )
 def test_augmentation_out_of_range(key, value, message):
     with pytest.raises(ValueError, match=message):
-        data.build_augmentations(make_cfg(**{key: value}), is_train=True)
+        build_augmentations(make_cfg(**{key: value}), is_train=True)
 
 
 # Loaders
 
 
 def batches(cfg: CfgNode, number: int) -> list[torch.Tensor]:
-    loader = iter(data.build_train_loader(cfg))
+    loader = iter(build_train_loader(cfg))
     return [torch.stack([mapped["image"] for mapped in next(loader)]) for _ in range(number)]
 
 
@@ -447,14 +477,14 @@ def test_workers_repeat_themselves_under_one_seed(dataset):
 def test_training_images_without_cells_stay(dataset):
     cfg = make_cfg()
     cfg.DATASETS.TRAIN = (NAME,)
-    loader = iter(data.build_train_loader(cfg))
+    loader = iter(build_train_loader(cfg))
     assert 1 in {mapped["image_id"] for _ in range(3) for mapped in next(loader)}
 
 
 def test_validation_loader_is_finite_and_fixed(dataset):
     cfg = make_cfg()
     cfg.DATASETS.VALIDATION = (NAME,)
-    loader = data.build_validation_loader(cfg)
+    loader = build_validation_loader(cfg)
     first, again = list(loader), list(loader)
     assert [[mapped["image_id"] for mapped in batch] for batch in first] == [[1], [2], [3]]
     assert [len(batch[0]["instances"]) for batch in first][:2] == [0, 1]
@@ -468,7 +498,7 @@ def test_signals_to_all_processes_leave_an_evaluation_its_workers(dataset, kind)
     cfg = make_cfg()
     cfg.DATASETS.VALIDATION = (NAME,)
     cfg.DATALOADER.NUM_WORKERS = 1
-    loader = data.build_validation_loader(cfg) if kind == "validation" else data.build_test_loader(cfg, NAME)
+    loader = build_validation_loader(cfg) if kind == "validation" else build_test_loader(cfg, NAME)
     batches = iter(loader)
     seen = [next(batches)]
     for worker in multiprocessing.active_children():
@@ -480,4 +510,4 @@ def test_signals_to_all_processes_leave_an_evaluation_its_workers(dataset, kind)
 
 def test_validation_needs_a_dataset():
     with pytest.raises(ValueError, match=r"DATASETS\.VALIDATION"):
-        data.build_validation_loader(make_cfg())
+        build_validation_loader(make_cfg())

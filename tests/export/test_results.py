@@ -1,7 +1,9 @@
 """All files of one result: each read back, each the same when written twice."""
 
 import csv
+import dataclasses
 import json
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,14 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 from skimage.measure import regionprops
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.outlines import outline
-from kg_detectron.export.results import KINDS, cell_files, save_results
+from kg_detectron.export.results import KINDS, result_files, save_results
 from kg_detectron.io.labels import read_label_image, write_label_image
 
 
-def random_cells(seed: int, count: int, height: int, width: int) -> dict:
+def random_cells(seed: int, count: int, height: int, width: int) -> Cells:
     """Separate cells of one pixel up to the whole image, with holes, at the borders, and touching."""
     generator = np.random.default_rng(seed)
     crops, windows = [], []
@@ -35,12 +37,12 @@ def random_cells(seed: int, count: int, height: int, width: int) -> dict:
         crops.append(torch.from_numpy(generator.random((y2 - y1, x2 - x1)) < generator.choice([0.4, 0.8, 1])))
     windows = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
     return separate_cells(
-        {
-            "boxes": windows + torch.from_numpy(generator.random((count, 4))).float(),
-            "scores": torch.from_numpy(generator.random(count)).float(),
-            "labels": torch.ones(count, dtype=torch.int64),
-            "masks": MaskCrops(crops, windows, (height, width)),
-        }
+        Cells(
+            windows + torch.from_numpy(generator.random((count, 4))).float(),
+            torch.from_numpy(generator.random(count)).float(),
+            torch.ones(count, dtype=torch.int64),
+            MaskCrops(crops, windows, (height, width)),
+        )
     )
 
 
@@ -66,6 +68,7 @@ def read_geojson(path: Path, size: tuple[int, int]) -> dict[int, np.ndarray]:
         rings = feature["geometry"]["coordinates"]
         assert all(ring[0] == ring[-1] for ring in rings)
         assert properties["measurements"][0] == {"name": "id", "value": int(properties["name"])}
+        assert uuid.UUID(feature["id"]) and properties["classification"]["name"] == "cell"
         cells[int(properties["name"])] = filled(rings, size)
     return cells
 
@@ -177,13 +180,13 @@ def test_rings_of_an_outline_are_simple_polygons(seed, density):
 def test_cells_that_are_not_separate_are_refused(tmp_path):
     cells = random_cells(0, 1, 8, 8)
     assert len(cells["masks"]) == 1
-    twice = {name: value[[0, 0]] for name, value in cells.items()}
+    twice = cells[[0, 0]]
     with pytest.raises(ValueError, match="separate_cells"):
         save_results(twice, np.zeros((8, 8)), tmp_path, "x", ["labels"])
     for crop in (np.eye(3, dtype=bool), np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]], bool)):
         masks = MaskCrops([torch.from_numpy(crop)], torch.tensor([[0, 0, 3, 3]]), (8, 8))
         with pytest.raises(ValueError, match=f"cell 1.*component, got {crop.sum()}"):
-            save_results(cells | {"masks": masks}, np.zeros((8, 8)), tmp_path, "x", ["geojson"])
+            save_results(dataclasses.replace(cells, masks=masks), np.zeros((8, 8)), tmp_path, "x", ["geojson"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,23 +221,24 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             save_results(other, np.ones((8, 8)), tmp_path, "x", [kind])
     assert sorted(tmp_path.iterdir()) == names
-    assert {kind: path.read_bytes() for kind, path in cell_files(tmp_path, "x").items()} == old
+    assert {kind: path.read_bytes() for kind, path in result_files(tmp_path, "x").items()} == old
 
 
-def test_large_label_images_are_tiled_and_never_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("kg_detectron.export.results._LARGE", 100)
-    monkeypatch.setattr("kg_detectron.io.labels._LARGE", 100)
+def test_large_label_images_are_never_in_memory_and_in_tiles_only_above_2_gb(tmp_path, monkeypatch):
+    monkeypatch.setattr("kg_detectron.export.result._LARGE", 100)
     cells = random_cells(5, 5, 40, 50)
     seen = []
     monkeypatch.setattr(
-        "kg_detectron.export.results.draw_cells", lambda image, labels: seen.append(labels) or image[..., :3]
+        "kg_detectron.export.overlay.draw_cells", lambda image, labels: seen.append(labels) or image[..., :3]
     )
-    path = save_results(cells, np.zeros((40, 50, 3)), tmp_path, "x", ["labels", "overlay"])["labels"]
-    assert isinstance(seen[0], np.memmap)
-    with tifffile.TiffFile(path) as file:
-        assert file.is_bigtiff and file.pages[0].is_tiled
-    np.testing.assert_array_equal(read_label_image(path), cells["masks"].label_image())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["x_labels.tif", "x_overlay.png"]
+    for striped, tiled in ((2**31, False), (2000, True)):
+        monkeypatch.setattr("kg_detectron.export.label_images._STRIPED", striped)
+        path = save_results(cells, np.zeros((40, 50, 3)), tmp_path, "x", ["labels", "overlay"])["labels"]
+        assert isinstance(seen.pop(), np.memmap)
+        with tifffile.TiffFile(path) as file:
+            assert file.is_bigtiff == tiled and file.pages[0].is_tiled == tiled
+        np.testing.assert_array_equal(read_label_image(path), cells["masks"].label_image())
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["x_labels.tif", "x_overlay.png"]
 
 
 def test_reading_label_images(tmp_path):

@@ -6,25 +6,34 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from builders import drawn_image, tiny_network
 from torch import Tensor
 
 from kg_detectron.cli.main import main
 from kg_detectron.graph import EDGE_INDEX, KEYPOINTS
 from kg_detectron.inference import predict, save_model
 from kg_detectron.inference.explanation import BOX, NO_AREA, NO_COMBINATION, SUPPRESSED, TOO_FEW, explain
-from kg_detectron.modeling import CellRanking, KeypointGraphNet, KeypointMaps, keypoint_targets
+from kg_detectron.modeling import (
+    CellRanking,
+    KeypointGraphNet,
+    KeypointMaps,
+    RankingSettings,
+    keypoint_targets,
+)
 from kg_detectron.report.explanation_figure import draw_explanation
 
 TL, TR, BL, BR, CENTRE = range(len(KEYPOINTS))
 SIZE = 128, 192  # of the network's input; the image is twice as large
-IMAGE = np.random.default_rng(0).integers(0, 256, (2 * SIZE[0], 2 * SIZE[1], 3), dtype=np.uint8)
+IMAGE = drawn_image(2 * SIZE[0], 2 * SIZE[1])
 WHOLE, LONE, SIDE, CROSSED = (10, 10, 50, 60), (80, 10, 110, 40), (120, 60, 170, 110), (20, 80, 60, 115)
 
 
-def network() -> KeypointGraphNet:
-    torch.manual_seed(0)
-    small = {"depth": 18, "norm": "GN", "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3}
-    return KeypointGraphNet(**small, segmentation="s1", scales=(1, 2), input_size=SIZE).eval()
+def network(**decoding: float) -> KeypointGraphNet:
+    """Two scales, whose discs are those of `keypoint_targets`."""
+    decoding = {"peak_threshold": 0.004, **decoding}
+    return tiny_network(
+        norm="GN", cut_from="s1", scales=(1, 2), size=SIZE, radius=5.0, smooth_sigma=2.0, **decoding
+    ).eval()
 
 
 def maps_of(box: tuple[int, ...], stride: int, keypoints: list[int]) -> list[Tensor]:
@@ -59,7 +68,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> KeypointGraphNet:
         for (heatmap, single, group), stride in ((s1, 1), (s2, 2))
     ]
     model = network()
-    monkeypatch.setattr(model.keypoint_branch, "forward", lambda features: (scales, {"s1": torch.zeros(1, 4, *SIZE)}))
+    monkeypatch.setattr(model.keypoint_branch, "forward", lambda features: (scales, {1: torch.zeros(1, 4, *SIZE)}))
     return model
 
 
@@ -82,11 +91,10 @@ def test_every_fate(scene: KeypointGraphNet) -> None:
 
 @pytest.mark.parametrize("seen", ["scene", "random", "ranked"])
 def test_boxes_are_those_of_the_prediction(seen: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue("scene") if seen == "scene" else network()
-    model.decoder.peak_threshold = model.decoder.peak_threshold if seen == "scene" else 0.0
+    model = request.getfixturevalue("scene") if seen == "scene" else network(peak_threshold=0.0)
     if seen == "ranked":
-        model.ranking = CellRanking(blur_weight=1.0, overlap_sigma=0.1)
-    boxes = predict(model, IMAGE)["boxes"].numpy()
+        model.ranking = CellRanking(RankingSettings(blur_weight=1.0, overlap_sigma=0.1))
+    boxes = predict(model, IMAGE).boxes.numpy()
     kept = sorted(
         (group for group in explain(model, IMAGE).groups if group.fate == BOX), key=lambda group: group.number
     )
@@ -94,17 +102,17 @@ def test_boxes_are_those_of_the_prediction(seen: str, request: pytest.FixtureReq
     np.testing.assert_allclose([group.box for group in kept], boxes, rtol=1e-5)
 
 
-def test_nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    model.decoder.peak_threshold = 1e6
-    explanation = explain(model, IMAGE)
+def test_nothing_found() -> None:
+    explanation = explain(network(peak_threshold=1e6), IMAGE)
     assert explanation.groups == [] and explanation.summary() == "0 keypoints, 0 groups."
     assert draw_explanation(IMAGE, explanation).startswith(b"\x89PNG")
 
 
-def test_model_predicts_as_before(scene: KeypointGraphNet) -> None:
-    explain(scene, IMAGE)
-    assert not scene.decoder._forward_pre_hooks and not scene.ranking._forward_hooks
+def test_only_keypoint_graphs_in_evaluation_are_explained() -> None:
+    with pytest.raises(ValueError, match="eval"):
+        explain(network().train(), IMAGE)
+    with pytest.raises(ValueError, match="only keypoint graphs can be explained, got Linear"):
+        explain(torch.nn.Linear(1, 1), IMAGE)
 
 
 def test_command_draws_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

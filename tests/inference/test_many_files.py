@@ -1,5 +1,6 @@
 """`kg-detectron predict` and `kg-detectron rerun`: many files, interruptions, repetition."""
 
+import csv
 import hashlib
 import json
 import os
@@ -10,30 +11,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import roifile
 import tifffile
 import torch
+from builders import tiny_network
 from PIL import Image
 
 from kg_detectron import load_model, predict
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.cli.main import main
-from kg_detectron.export.results import KINDS
+from kg_detectron.export.kinds import KINDS
 from kg_detectron.inference import save_model
-from kg_detectron.inference.many_files import Settings, predict_files, rerun
-from kg_detectron.inference.tiling import predict_tiled
+from kg_detectron.inference.many_files import predict_files, rerun
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.images import read_image
-from kg_detectron.modeling import KeypointGraphNet
 
 ROOT = Path(__file__).parents[2]
-RNG = np.random.default_rng(0)
-# Random weights find "cells" everywhere, and other ones where a single level of the image changes.
-TINY = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "segmentation": "s1"}
-TINY |= {"radius": 2.0, "smooth_sigma": 1.0, "peak_threshold": 0.0, "input_size": (32, 48)}
 
 
 def saved(path: Path, seed: int = 0, **changes) -> Path:
-    torch.manual_seed(seed)
-    save_model(KeypointGraphNet(**TINY | changes), path)
+    """Random weights find "cells" everywhere, and other ones where a single level of the image changes."""
+    save_model(tiny_network(seed, size=(32, 48), radius=2.0, smooth_sigma=1.0, **changes), path)
     return path
 
 
@@ -71,8 +69,8 @@ def labels(path: Path) -> np.ndarray:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All results, hidden files included, less the manifest, which holds times."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.json")
+    """All results, hidden files included, less the manifest and the table of images, which hold times."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("run.json", "images.csv"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -85,10 +83,10 @@ def test_all_results_of_one_image_are_those_of_python(images: Path, model: Path,
     assert main(["predict", str(images / "good0.png"), "-m", str(model), "-o", str(out), "--save", "all"]) == 0
     (record,) = manifest(out)["files"]
     cells = separate_cells(predict(load_model(model), read_image(images / "good0.png")))
-    assert record["cells"] == len(cells["scores"]) > 10
-    np.testing.assert_array_equal(labels(out / "good0_labels.tif"), cells["masks"].label_image())
+    assert record["cells"] == len(cells.scores) > 10
+    np.testing.assert_array_equal(labels(out / "good0_labels.tif"), cells.masks.label_image())
     assert len(record["outputs"]) == len(KINDS)
-    assert set(record["outputs"]) == contents(out).keys()
+    assert {*record["outputs"], "cells.csv"} == contents(out).keys()
 
 
 def test_the_manifest_tells_what_was_done(images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -106,8 +104,10 @@ def test_the_manifest_tells_what_was_done(images: Path, model: Path, tmp_path: P
         assert (record["input"], record["size"], record["error"]) == (str(path), [40, 60], None)
         assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert record["seconds"] > 0 and record["cells"] == labels(out / f"good{i}_labels.tif").max()
-        assert record["network_input"] == "32 x 48"
-        assert f"{path}: 40 x 60 pixels, network saw 32 x 48, {record['cells']} cells" in printed
+        assert (record["pixel_size"], record["pixel_size_source"]) == (0.5, "given")
+        assert [plane["cells"] for plane in record["planes"]] == [record["cells"]]
+        assert record["planes"][0]["scale"] == pytest.approx([0.8, 0.8]) and record["planes"][0]["scale_source"]
+        assert f"{path}: 40 x 60 pixels, scale 0.8 (" in printed and f"), {record['cells']} cells" in printed
     assert written["command"] in printed and digest in printed and torch.__version__ in printed
     total = sum(record["cells"] for record in written["files"])
     assert printed.splitlines()[-1] == f"3 files: 3 done, 0 done before, 0 failed; {total} cells"
@@ -121,16 +121,19 @@ def test_bad_files_do_not_stop_the_rest(images: Path, model: Path, tmp_path: Pat
     (images / "folder.png").mkdir()
     (images / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     out = tmp_path / "out"
-    assert main(["predict", str(images), str(images / "missing.png"), "-m", str(model), "-o", str(out)]) == 1
+    assert main(["predict", str(images), "-m", str(model), "-o", str(out)]) == 1
     errors = {Path(record["input"]).name: record["error"] for record in manifest(out)["files"]}
-    bad = ["a text.png", "cut.tif", "dangling.png", "empty.tif", "folder.png", "missing.png"]
+    bad = ["a text.png", "cut.tif", "dangling.png", "empty.tif", "folder.png"]
     assert sorted(name for name, error in errors.items() if error) == bad
     assert sorted(name for name, error in errors.items() if not error) == ["good0.png", "good1.png", "good2.png"]
-    assert contents(out).keys() == {f"good{i}_{kind}" for i in range(3) for kind in ("labels.tif", "overlay.png")}
+    kinds = ("labels.tif", "overlay.png", "cells.csv")
+    assert contents(out).keys() == {"cells.csv", *(f"good{i}_{kind}" for i in range(3) for kind in kinds)}
     printed = capsys.readouterr()
-    assert "9 files: 3 done, 0 done before, 6 failed" in printed.out
+    assert "8 files: 3 done, 0 done before, 5 failed" in printed.out
     for name in bad:
-        assert f"failed: {images / name}: " in printed.err and name in errors[name]
+        (line,) = [line for line in (printed.out + printed.err).splitlines() if name in line]
+        assert line.split("failed: ")[1] == f"{images / name}: {errors[name]}" and line.count(name) == 1
+        assert f"failed: {images / name}: " in printed.err
     assert main(["predict", *(str(images / name) for name in bad), "-m", str(model), "-o", str(tmp_path / "bad")]) == 2
 
 
@@ -166,8 +169,8 @@ def test_what_is_done_is_skipped(images: Path, models: dict[str, Path], tmp_path
     assert done() == ["good2"]
     assert done(inputs=images / "good0.png", overwrite=True) == ["good0"]
     assert done() == []  # the others are still known
-    assert done(settings={"size": "native", "tile": 64}) == ["good0", "good1", "good2"]
-    assert done(settings={"size": "native", "tile": 64}) == []
+    assert done(settings={"scale": 1.0, "tile": 64}) == ["good0", "good1", "good2"]
+    assert done(settings={"scale": 1.0, "tile": 64}) == []
     before = contents(out)
     assert done("other") == ["good0", "good1", "good2"]
     assert all(data != before[name] for name, data in contents(out).items())
@@ -185,12 +188,14 @@ def test_a_foreign_run_json_is_left_alone(images: Path, model: Path, tmp_path: P
 # Processes that share their imports, each killed when result number N, of which half is written, should get its name.
 KILLED = """
 import os, signal, sys
-from kg_detectron.inference import batch
+from kg_detectron.export.kinds import KINDS
+from kg_detectron.inference.many_files import predict_files
+from kg_detectron.inference.run_settings import Settings
 
 real, count = os.replace, 0
 def dying(source, target):
     global count
-    count += target.name != "run.json"
+    count += target.name not in ("run.json", "cells.csv", "images.csv")
     if count == moment:
         data = open(source, "rb").read()
         open(source, "wb").write(data[: len(data) // 2])
@@ -201,7 +206,7 @@ images, model, *runs = sys.argv[1:]
 for moment, out in zip(map(int, runs[::2]), runs[1::2]):
     child = os.fork()
     if child == 0:
-        batch.predict_files([images], model, out, batch.Settings(save=batch.KINDS))
+        predict_files([images], model, out, Settings(save=KINDS))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 """
@@ -230,6 +235,7 @@ def test_a_killed_run_leaves_whole_files_and_is_finished_by_the_next(
     for moment in moments:
         out = tmp_path / str(moment)
         left = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        assert "cells.csv" not in left
         assert len(left) == max(0, moment - 1)
         assert left.items() <= contents(whole).items()
         assert not predict_files([images], model, out, Settings(save=KINDS)).failed
@@ -241,27 +247,27 @@ def test_an_interrupted_run_keeps_its_manifest(
 ):
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **keywords):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return predict(*arguments)
+        return predict(*arguments, **keywords)
 
     monkeypatch.setattr("kg_detectron.inference.many_files.predict", interrupted)
     assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out")]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted; give the same command again to go on" in capsys.readouterr().err
     assert [record["name"] for record in manifest(tmp_path / "out")["files"]] == ["good0"]
     assert len(predict_files([images], model, tmp_path / "out").skipped) == 1
 
 
 @pytest.mark.parametrize("kind", ["fixed", "percentile"])
-@pytest.mark.parametrize("size", ["training", "native"])
-def test_16_bits_give_the_labels_of_8_bits(models: dict[str, Path], tmp_path: Path, kind: str, size: str):
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_16_bits_give_the_labels_of_8_bits(models: dict[str, Path], tmp_path: Path, kind: str, scale: float | None):
     eight = np.random.default_rng(5).integers(20, 200, (45, 70, 3), dtype=np.uint8)
     for image, name in ((eight, "eight"), (eight.astype(np.uint16) * 257, "sixteen")):
         tifffile.imwrite(tmp_path / f"{name}.tif", image, photometric="rgb")
     tifffile.imwrite(tmp_path / "changed.tif", np.where(eight == 20, 190, eight).astype(np.uint8), photometric="rgb")
-    settings = Settings(save=("labels",), size=size, tile=64)
+    settings = Settings(save=("labels",), scale=scale, tile=64)
     predict_files(sorted(tmp_path.glob("*.tif")), models[kind], tmp_path / "out", settings)
     first, second, changed = (labels(tmp_path / "out" / f"{n}_labels.tif") for n in ("eight", "sixteen", "changed"))
     assert first.max() > 10
@@ -307,8 +313,8 @@ def test_pages_are_predicted_one_by_one(model: Path, tmp_path: Path):
     assert main([*again, "--axes", "cyx", "--channels", "2"]) == 0
     expected = [labels(tmp_path / "out" / f"{i}_labels.tif") for i in (1, 2, 3)]
     assert min(page.max() for page in expected) > 10
-    for i in (1, 2, 3):
-        np.testing.assert_array_equal(labels(tmp_path / "out" / f"stack_page000{i}_labels.tif"), expected[i - 1])
+    stacked = labels(tmp_path / "out" / "stack_labels.tif")
+    np.testing.assert_array_equal(stacked, np.stack(expected))
     for name in ("unnamed", "channels"):
         np.testing.assert_array_equal(labels(tmp_path / "out" / f"{name}_labels.tif"), expected[1])
 
@@ -319,26 +325,151 @@ def test_pages_do_not_overwrite_another_file(model: Path, tmp_path: Path):
     summary = predict_files([tmp_path], model, tmp_path / "out")
     assert [record.name for record in summary.failed] == ["a"] and "a_page0002" in summary.failed[0].error
     expected = separate_cells(predict(load_model(model), read_image(tmp_path / "a_page0002.png")))
-    np.testing.assert_array_equal(labels(tmp_path / "out" / "a_page0002_labels.tif"), expected["masks"].label_image())
+    np.testing.assert_array_equal(labels(tmp_path / "out" / "a_page0002_labels.tif"), expected.masks.label_image())
 
 
-def test_the_size_that_the_network_sees(model: Path, tmp_path: Path):
-    """Trained on 32 x 48: up to twice that an image is resized, above it is not."""
-    for name, height, width in (("small", 64, 96), ("high", 65, 30), ("wide", 30, 97)):
-        Image.fromarray(picture(0, height, width)).save(tmp_path / f"{name}.png")
-    inputs = sorted(tmp_path.glob("*.png"))
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"run.json", "images.csv", "cells.csv"}
 
-    def seen(**settings) -> dict[str, str]:
-        summary = predict_files(inputs, model, tmp_path / "out", Settings(save=("labels",), **settings))
-        return {record.name: record.network_input for record in summary.done}
 
-    assert seen(tile=64) == {"high": "tiles of 64", "small": "32 x 48", "wide": "tiles of 64"}
-    image, network = read_image(tmp_path / "wide.png"), load_model(model)
-    expected = separate_cells(predict_tiled(network, image.astype(np.float32), tile=64, overlap=256))
-    assert len(expected["scores"]) > 10
-    np.testing.assert_array_equal(labels(tmp_path / "out" / "wide_labels.tif"), expected["masks"].label_image())
-    assert seen(size="native", tile=96) == {"high": "own pixels", "small": "own pixels", "wide": "tiles of 96"}
-    assert set(seen(size="training").values()) == {"32 x 48"}
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("auto", {"s_labels.tif", "s_page000{}.geojson", "s_page000{}_rois.zip", "s_page000{}_cells.csv"}),
+        ("one", {"s_labels.tif", "s.geojson", "s_rois.zip", "s_cells.csv"}),
+        ("pages", {f"s_page000{{}}{end}" for end in ("_labels.tif", ".geojson", "_rois.zip", "_cells.csv")}),
+    ],
+)
+def test_files_of_a_stack(model: Path, tmp_path: Path, option: str, expected: set[str]):
+    stack = np.stack([picture(i) for i in range(6)]).reshape(3, 2, 40, 60)
+    tifffile.imwrite(tmp_path / "s.tif", stack, imagej=True, metadata={"axes": "TZYX"})
+    out = tmp_path / "out"
+    settings = Settings(save=("labels", "geojson", "roi"), stack=option)
+    assert not predict_files([tmp_path / "s.tif"], model, out, settings).failed
+    assert files(out) == {name.format(page) for name in expected for page in range(1, 7)}
+    if option == "pages":
+        read = np.stack([labels(out / f"s_page000{page}_labels.tif") for page in range(1, 7)]).reshape(3, 2, 40, 60)
+    else:
+        with tifffile.TiffFile(out / "s_labels.tif") as file:
+            assert file.series[0].axes == "TZYX"
+            read = file.asarray()
+    rows = list(csv.DictReader(open(out / "cells.csv", newline="")))
+    for page, (t, z) in enumerate(np.ndindex(3, 2), 1):
+        ids = [
+            row["id"]
+            for row in rows
+            if (row["image"], row["page"], row["t"], row["z"]) == ("s.tif", str(page), str(t + 1), str(z + 1))
+        ]
+        assert ids == [str(id) for id in range(1, read[t, z].max() + 1)]
+    rois = "s_rois.zip" if option == "one" else "s_page0004_rois.zip"
+    positions = {(roi.z_position, roi.t_position) for roi in roifile.roiread(out / rois)}
+    assert (2, 2) in positions if option == "one" else positions == {(2, 2)}
+    images = list(csv.DictReader(open(out / "images.csv", newline="")))
+    assert [int(row["cells"]) for row in images] == [plane.max() for plane in read.reshape(6, 40, 60)]
+    assert [(row["t"], row["z"]) for row in images] == [(str(t + 1), str(z + 1)) for t, z in np.ndindex(3, 2)]
+
+
+def test_one_table_of_all_cells_and_one_of_all_images(images: Path, model: Path, tmp_path: Path):
+    (images / "sub").mkdir()
+    Image.fromarray(np.stack([picture(i) for i in (3, 4, 5)], axis=2)).save(images / "sub" / "colour.png")
+    (images / "broken.png").write_text("no image")
+    out = tmp_path / "out"
+    pattern = str(images / "**" / "*.png")
+    predict_files([pattern], model, out, Settings(save=("labels",), pixel_size=0.5))
+    cells = list(csv.DictReader(open(out / "cells.csv", newline="")))
+    rows = {row["image"]: row for row in csv.DictReader(open(out / "images.csv", newline=""))}
+    assert list(rows) == ["broken.png", "good0.png", "good1.png", "good2.png", "sub/colour.png"]
+    assert rows["broken.png"]["error"] and not rows["broken.png"]["cells"]
+    for record in manifest(out)["files"]:
+        if record["error"]:
+            continue
+        image = record["name"] + ".png"
+        read = labels(out / f"{record['name']}_labels.tif")
+        chosen = [row for row in cells if row["image"] == image]
+        assert len(chosen) == record["cells"] == int(rows[image]["cells"]) == read.max()
+        assert [int(row["area_px"]) for row in chosen] == np.bincount(read.ravel())[1:].tolist()
+        assert float(rows[image]["area_share"]) == pytest.approx((read > 0).mean(), rel=1e-5)
+        assert (rows[image]["height_px"], rows[image]["pixel_size_um"]) == ("40", "0.5")
+        assert {bool(row["mean_intensity"]) for row in chosen} == {"good" in image}
+        assert {bool(row["max_intensity_red"]) for row in chosen} == {"good" not in image}
+    before = (out / "cells.csv").read_bytes()
+    predict_files([pattern], model, out, Settings(save=("labels",), pixel_size=0.5))  # nothing new but the failure
+    assert (out / "cells.csv").read_bytes() == before
+
+
+def test_other_settings_leave_nothing_of_the_former_results(
+    images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    run = ["predict", "-m", str(model), "-o", str(out), "--save"]
+    assert main([*run, "labels", "roi", "geojson", str(images / "good0.png"), str(images / "good1.png")]) == 0
+    first = contents(out)
+    assert main([*run, "labels", str(images / "good0.png"), "--min-score", "0.1"]) == 0
+    assert "other settings" in capsys.readouterr().out
+    assert files(out) == {"good0_labels.tif", "good0_cells.csv"} | {
+        f"good1{end}" for end in ("_labels.tif", "_cells.csv", "_rois.zip", ".geojson")
+    }
+    with open(out / "good0_cells.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == labels(out / "good0_labels.tif").max()
+    written = manifest(out)
+    assert sorted(written["removed"]) == ["good0.geojson", "good0_rois.zip"]
+    assert [record["name"] for record in written["files"]] == ["good0"] and len(written["former"]) == 1
+    assert [record["superseded"] for record in written["former"][0]["files"]] == [True, False]
+    assert "removed of an earlier run: good0" in written["files"][0]["notes"][0]
+    images_in_table = {row["image"] for row in csv.DictReader(open(out / "images.csv", newline=""))}
+    assert images_in_table == {"good0.png", "good1.png"}
+
+    # Both runs can be repeated: together, which gives this folder again, and each alone.
+    assert main(["rerun", str(out)]) == 0
+    assert contents(tmp_path / "out_rerun") == contents(out)
+    assert main(["rerun", str(out / "run.json"), "--run", "1", "-o", str(tmp_path / "first")]) == 0
+    assert contents(tmp_path / "first") == first
+    assert main(["rerun", str(out), "--run", "3"]) == 2
+    assert "--run: expected a number of 1..2" in capsys.readouterr().err
+
+    # The first settings again: what was replaced is made again, the rest is known.
+    summary = predict_files(
+        [images / "good0.png", images / "good1.png"], model, out, Settings(save=("labels", "roi", "geojson"))
+    )
+    assert [record.name for record in summary.done] == ["good0"]
+    assert contents(out) == first and len(manifest(out)["former"]) == 1
+
+
+def test_a_stack_that_became_one_page_leaves_no_pages(model: Path, tmp_path: Path):
+    out, settings = tmp_path / "out", Settings(save=("labels", "roi"))
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([picture(1), picture(2)]), metadata={"axes": "ZYX"})
+    predict_files([tmp_path / "a.tif"], model, out, settings)
+    assert "a_page0002_rois.zip" in files(out)
+    tifffile.imwrite(tmp_path / "a.tif", picture(1))
+    predict_files([tmp_path / "a.tif"], model, out, settings)
+    assert files(out) == {"a_labels.tif", "a_rois.zip", "a_cells.csv"}
+
+
+def test_a_run_that_fails_with_other_settings_keeps_the_former_results(images: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    predict_files([images / "good0.png"], model, out)
+    before = contents(out)
+    summary = predict_files([images / "good0.png"], model, out, Settings(max_pixels=100))
+    assert len(summary.failed) == 1 and contents(out) == before
+    assert predict_files([images / "good0.png"], model, out).skipped
+
+
+def test_a_manifest_of_before_is_read(images: Path, model: Path, tmp_path: Path):
+    """That of version 0.1.0 had no former runs and another word for the scale."""
+    out = tmp_path / "out"
+    predict_files([images / "good0.png"], model, out, Settings(save=("labels",), scale=1.0))
+    written = manifest(out)
+    for name in ("former", "removed", "started", "threshold"):
+        del written[name]
+    settings = {name: written["settings"][name] for name in ("save", "axes", "channels", "tile", "overlap")}
+    written["settings"] = {**settings, "size": "native", "min_score": 0.0}
+    (record,) = written["files"]
+    for name in ("planes", "notes", "superseded", "pixel_size", "pixel_size_source"):
+        del record[name]
+    record["network_input"] = "own pixels"
+    (out / "run.json").write_text(json.dumps(written))
+    assert not rerun(out).failed
+    assert contents(tmp_path / "out_rerun") == contents(out)
 
 
 def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -348,14 +479,14 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
     assert main([*run, "--save", "coco"]) == 0
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]
     expected = predict(load_model(model), read_image(images / "good0.png"))
-    assert [a["segmentation"]["counts"].encode() for a in found] == [rle["counts"] for rle in expected["masks"].rle()]
-    assert [a["score"] for a in found] == expected["scores"].tolist()
-    assert len(found) > len(separate_cells(expected)["scores"])
+    assert [a["segmentation"]["counts"].encode() for a in found] == [rle["counts"] for rle in expected.masks.rle()]
+    assert [a["score"] for a in found] == expected.scores.tolist()
+    assert len(found) > len(separate_cells(expected).scores)
 
 
 def test_doubtful_cells_can_be_left_out(images: Path, model: Path, tmp_path: Path):
     image = images / "good0.png"
-    scores = predict(load_model(model), read_image(image))["scores"]
+    scores = predict(load_model(model), read_image(image)).scores
     limit = float(scores[len(scores) // 2])
     predict_files([image], model, tmp_path / "out", Settings(save=("coco",), keep_overlaps=True, min_score=limit))
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]
@@ -420,38 +551,6 @@ def test_rerun_of_nothing(tmp_path: Path, images: Path, model: Path):
         rerun(tmp_path / "out" / "run.json")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--save", "labels", "video"], "video"),
-        (["--channels", "1", "2"], "channels"),
-        (["--pixel-size", "-1"], "pixel_size"),
-        (["--size", "native", "--tile", "33"], "tile"),
-        (["--device", "abacus"], "abacus"),
-        (["--max-pixels", "0"], "max_pixels"),
-        (["-m", "missing.pth"], "missing.pth"),
-    ],
-)
-def test_bad_options_are_named_before_anything_is_done(
-    images: Path, model: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture
-):
-    assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_absurd_sizes_are_refused(images: Path, model: Path, tmp_path: Path):
     summary = predict_files([images], model, tmp_path / "out", Settings(max_pixels=2399))
     assert len(summary.failed) == 3 and "60 x 40 pixels, more than the limit of 2399" in summary.failed[0].error
-
-
-def test_help_names_every_kind_of_result(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit):
-        main(["predict", "--help"])
-    printed = capsys.readouterr().out
-    assert all(kind in printed for kind in KINDS)
-
-
-def test_importing_the_package_is_light():
-    code = "import sys, kg_detectron.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -8,60 +8,55 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from builders import drawn_image, tiny_network
 
 from kg_detectron.cli.main import main
-from kg_detectron.inference import export_run, load_model, predict, save_model
+from kg_detectron.inference import export_run, kept_models, load_model, predict, save_model
+from kg_detectron.io.coco import encode_mask
+from kg_detectron.metrics import mask_iou
 from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.synthetic import nuclei_image
 
-IMAGE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+IMAGE = drawn_image(50, 70)
+PIXELS = {"pixel_mean": (100.0, 110.0, 120.0), "pixel_std": (50.0, 60.0, 70.0)}
 
 
-def network(seed: int = 0, segmentation: str = "s1") -> KeypointGraphNet:
-    torch.manual_seed(seed)
-    arguments = {"depth": 18, "norm": "BN", "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3}
-    pixels = {"pixel_mean": (100.0, 110.0, 120.0), "pixel_std": (50.0, 60.0, 70.0)}
-    return KeypointGraphNet(
-        **arguments, **pixels, segmentation=segmentation, peak_threshold=0.0, input_size=(64, 96)
-    ).eval()
+def network(seed: int = 0, **changes) -> KeypointGraphNet:
+    return tiny_network(seed, **{"cut_from": "s1", **PIXELS, **changes}).eval()
 
 
 def write_checkpoint(path: Path, model: KeypointGraphNet) -> None:
-    """As training leaves it: Detectron2's names, the optimiser, tensors that are not contiguous."""
-    names = {"keypoint_branch.": "proposal_generator.branch.", "mask_head.": "roi_heads.mask_head."}
-    state = {}
-    for name, value in model.to(memory_format=torch.channels_last).state_dict().items():
-        for own, theirs in names.items():
-            name = theirs + name.removeprefix(own) if name.startswith(own) else name
-        state[name] = value
+    """As training leaves it: the network inside another model, the optimiser, tensors that are not contiguous."""
+    weights = model.to(memory_format=torch.channels_last).state_dict()
     optimiser = {"state": {0: {"exp_avg": torch.zeros(1000)}}}
-    torch.save({"model": state, "optimizer": optimiser, "kg_detectron": {"model": model.arguments}}, path)
+    content = {"model": {f"network.{name}": value for name, value in weights.items()}, "optimizer": optimiser}
+    torch.save(content | {"kg_detectron": model.description()}, path)
 
 
 def assert_same_predictions(model: KeypointGraphNet, other: KeypointGraphNet) -> None:
-    expected, found = predict(model, IMAGE), predict(other, IMAGE)
-    assert len(expected["boxes"]) > 0 and torch.equal(found["boxes"], expected["boxes"])
-    assert torch.equal(found["scores"], expected["scores"]) and found["masks"].rle() == expected["masks"].rle()
+    expected, cells = predict(model, IMAGE), predict(other, IMAGE)
+    assert len(expected) > 0 and torch.equal(cells.boxes, expected.boxes)
+    assert torch.equal(cells.scores, expected.scores) and cells.masks.rle() == expected.masks.rle()
 
 
-@pytest.mark.parametrize(("ending", "segmentation"), [(".safetensors", "branch"), (".pt", "s1")])
-def test_the_exported_model_predicts_the_same(tmp_path, capsys, ending, segmentation):
-    model = network(segmentation=segmentation)
+@pytest.mark.parametrize(("ending", "cut_from"), [(".safetensors", "features"), (".pt", "s1")])
+def test_the_exported_model_predicts_the_same(tmp_path, capsys, ending, cut_from):
+    model = network(cut_from=cut_from)
     run = tmp_path / "run"
     run.mkdir()
     write_checkpoint(run / "model_best.pth", model)
-    write_checkpoint(run / "model_final.pth", network(1, segmentation))
+    write_checkpoint(run / "model_final.pth", network(1, cut_from=cut_from))
     output = tmp_path / "models" / f"nuclei{ending}"
     assert main(["export", str(run), "-o", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "model_best.pth" in shown and f"SHA-256 {hashlib.sha256(output.read_bytes()).hexdigest()}" in shown
     other = load_model(output)
     assert_same_predictions(load_model(run / "model_best.pth"), other)
-    assert torch.equal(other.pixel_mean, model.pixel_mean) and torch.equal(other.pixel_std, model.pixel_std)
-    assert other.input_size == (64, 96)
+    assert other.settings == model.settings and other.preprocessing.pixel_mean == PIXELS["pixel_mean"]
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     assert output.stat().st_mode == (run / "model_best.pth").stat().st_mode  # readable for others too
-    before = output.read_bytes()
-    assert main(["export", str(run), "-o", str(output)]) == 0 and output.read_bytes() == before
+    content = output.read_bytes()
+    assert main(["export", str(run), "-o", str(output)]) == 0 and output.read_bytes() == content
 
 
 def test_without_a_best_model_the_final_one_is_taken_and_a_checkpoint_may_be_named(tmp_path):
@@ -76,8 +71,10 @@ def test_without_a_best_model_the_final_one_is_taken_and_a_checkpoint_may_be_nam
 def test_the_description_stands_in_the_metadata(tmp_path):
     save_model(network(), tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        description = json.loads(file.metadata()["kg_detectron"])["model"]
-    assert description["pixel_mean"] == [100.0, 110.0, 120.0] and description["input_size"] == [64, 96]
+        description = json.loads(file.metadata()["kg_detectron"])
+    assert description == json.loads(json.dumps(network().description()))
+    preprocessing = description["settings"]["preprocessing"]
+    assert preprocessing["pixel_mean"] == [100.0, 110.0, 120.0] and preprocessing["size"] == [64, 96]
 
 
 def test_half_the_size(tmp_path):
@@ -120,3 +117,67 @@ def test_bad_input_is_named(tmp_path, capsys):
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "json.safetensors", {"kg_detectron": "{"})
     with pytest.raises(ValueError, match=r"json\.safetensors cannot be read"):
         load_model(tmp_path / "json.safetensors")
+
+
+# Files of version 0.1
+
+
+def format_1(model: KeypointGraphNet, **arguments) -> dict:
+    """The content of a file of version 0.1 with the weights of a model of today."""
+    names = {"segmentation.project.": "mask_head.starts.", "segmentation.": "mask_head."}
+    names |= {"keypoint_branch.trunk.steps.": "keypoint_branch.steps."}
+    weights = {}
+    for name, value in model.state_dict().items():
+        prefix = next((prefix for prefix in names if name.startswith(prefix)), "")
+        weights[names.get(prefix, "") + name.removeprefix(prefix)] = value
+    network = {"depth": 18, "norm": "BN", "c0_channels": 4, "widths": [4, 6, 8, 8], "head_kernel": 3, "radius": 3.0}
+    network |= {"peak_threshold": 0.0, "input_size": [64, 96]} | arguments
+    return {"model": weights, "kg_detectron": {"model": network}}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "changes"),
+    [
+        ({"branch": "paper", "segmentation": "branch"}, {"cut_from": "features"}),
+        ({"segmentation": "s1", "scales": [1, 2], "hops": 2}, {"cut_from": "s1", "scales": (1, 2), "hops": 2}),
+        (
+            {"branch": "lite", "nms_threshold": 0.7, "overlap_sigma": 0.05, "blur_weight": 1.0},
+            {"trunk": "lite", "heads": "lite", "nms_threshold": 0.7, "overlap_sigma": 0.05, "blur_weight": 1.0},
+        ),
+        (
+            {"mask_margin": 2.0, "pixels_in_flight": 5000, "normalisation": "percentile", "percentiles": [2.0, 99.0]},
+            {"mask_margin": 2.0, "chunk_pixels": 5000, "normalisation": "percentile", "percentiles": (2.0, 99.0)}
+            | {"box_jitter": 0.2},
+        ),
+    ],
+)
+def test_files_of_version_0_1_are_read(tmp_path, arguments, changes, trained):
+    """Model files, and the checkpoints of trainings, which had the names of Detectron2's modules."""
+    model = tiny_network(**changes).eval()
+    content = format_1(model, **arguments)
+    if trained:
+        parts = {"keypoint_branch.": "proposal_generator.branch.", "mask_head.": "roi_heads.mask_head."}
+        for old, new in parts.items():
+            content["model"] = {
+                new + name.removeprefix(old) if name.startswith(old) else name: value
+                for name, value in content["model"].items()
+            }
+    torch.save(content, tmp_path / "old.pth")
+    other = load_model(tmp_path / "old.pth")
+    assert other.settings == model.settings
+    assert_same_predictions(model, other)
+
+
+def test_the_kept_models_are_read():
+    """All of them, by name and by path; the first is that of version 0.1, and still finds what it found."""
+    assert kept_models()
+    for name, path in kept_models().items():
+        model = load_model(name)
+        assert not model.training and model.description() == load_model(path).description()
+    model = load_model(kept_models()["kg_lite_dsb2018"])
+    assert model.settings.heads.scales == (2, 3, 4) and model.settings.trunk.trunk == "lite"
+    assert model.settings.decoding.nms_threshold == 0.7 and model.settings.ranking.overlap_sigma == 0.05
+    image, masks = nuclei_image(np.random.default_rng(0), 256, 256, 20)
+    overlap = mask_iou(predict(model, image).masks.rle(), [encode_mask(mask) for mask in masks])
+    assert (overlap.max(axis=0) > 0.7).mean() > 0.8

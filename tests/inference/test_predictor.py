@@ -1,63 +1,75 @@
 """Model files and prediction with the core alone."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from builders import drawn_image, tiny_network
 
-from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.inference import kept_models, load_model, predict, save_model
 from kg_detectron.io.images import read_image
 from kg_detectron.metrics import mask_iou
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import KeypointGraphNet, Scores
 
-ROOT = Path(__file__).parents[2]
-
-
-def network() -> KeypointGraphNet:
-    torch.manual_seed(0)
-    arguments = {"depth": 18, "norm": "GN", "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3}
-    return KeypointGraphNet(**arguments, segmentation="s1", peak_threshold=0.0, input_size=(32, 48)).eval()
+IMAGE = drawn_image(50, 70)
+# The first of the models that come with the package.
+NUCLEI = next(iter(kept_models()))
 
 
-IMAGE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+def network(**changes) -> KeypointGraphNet:
+    return tiny_network(norm="GN", cut_from="s1", size=(32, 48), **changes).eval()
 
 
 def test_a_saved_model_predicts_the_same(tmp_path):
     model = network()
     save_model(model, tmp_path / "model.pth")
     other = load_model(tmp_path / "model.pth")
-    assert other.arguments == model.arguments and not other.training
-    expected, found = predict(model, IMAGE), predict(other, IMAGE)
-    assert len(found["boxes"]) > 0
-    assert torch.equal(found["boxes"], expected["boxes"]) and found["masks"].rle() == expected["masks"].rle()
+    assert other.description() == model.description() and not other.training
+    expected, cells = predict(model, IMAGE), predict(other, IMAGE)
+    assert len(cells) > 0
+    assert torch.equal(cells.boxes, expected.boxes) and cells.masks.rle() == expected.masks.rle()
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
 
-def test_a_model_keeps_its_normalisation(tmp_path):
-    """Files from before there was a choice have the fixed one."""
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_a_model_keeps_its_preprocessing_and_its_scores(tmp_path, ending):
+    model = network(normalisation="percentile", percentiles=(5.0, 95.0), pixel_size=0.5, diameters=(9.0, 12.0, 15.0))
+    model.scores = Scores((0.0, 1.0), (0.1, 0.9), threshold=0.3)
+    save_model(model, tmp_path / f"model{ending}")
+    other = load_model(tmp_path / f"model{ending}")
+    assert other.preprocessing == model.preprocessing and other.scores == model.scores and other.threshold == 0.3
+    expected = predict(other, IMAGE)
+    assert not torch.equal(expected.scores, predict(network(), IMAGE).scores)
+    assert torch.equal(predict(other, (IMAGE.astype(np.float32) - 1000) * 8).scores, expected.scores)
+
+
+def test_another_normalisation_is_for_one_prediction():
     model = network()
-    save_model(model, tmp_path / "fixed.pth")
-    content = torch.load(tmp_path / "fixed.pth", weights_only=True)
-    content["kg_detectron"]["model"] |= {"normalisation": "percentile", "percentiles": [5.0, 95.0]}
-    torch.save(content, tmp_path / "percentile.pth")
-    for name in ("normalisation", "percentiles"):
-        del content["kg_detectron"]["model"][name]
-    torch.save(content, tmp_path / "old.pth")
-    fixed, old, percentile = (load_model(tmp_path / f"{name}.pth") for name in ("fixed", "old", "percentile"))
-    assert (old.normalisation, percentile.percentiles) == ("fixed", (5.0, 95.0))
-    expected = predict(percentile, IMAGE)
-    assert torch.equal(predict(old, IMAGE)["scores"], predict(fixed, IMAGE)["scores"])
-    assert not torch.equal(expected["scores"], predict(fixed, IMAGE)["scores"])
-    other_range = predict(percentile, (IMAGE.astype(np.float32) - 1000) * 8)
-    assert torch.equal(other_range["scores"], expected["scores"])
+    own_levels, percentiles = predict(model, IMAGE), predict(model, IMAGE, normalisation="percentile")
+    assert not torch.equal(own_levels.scores, percentiles.scores)
+    assert model.preprocessing.normalisation == "fixed"
+    assert torch.equal(percentiles.scores, predict(network(normalisation="percentile"), IMAGE).scores)
+
+
+@pytest.mark.parametrize(
+    ("way", "scale", "source"),
+    [
+        ({"scale": 1.5}, 32 / 21, "given"),
+        ({"diameter": 14.0}, 2.0, "diameter of 14 pixels"),
+        ({"pixel_size": 0.25}, 0.5, "pixel size of 0.25 micrometres"),
+    ],
+)
+def test_the_scale_is_told(way, scale, source):
+    cells = predict(network(diameter=28.0, pixel_size=0.5), IMAGE, **way)
+    assert cells.scale == pytest.approx((scale, scale)) and cells.scale_source == source
+    assert cells.size == IMAGE.shape[:2] and len(cells) > 0
 
 
 def test_a_model_is_loaded_in_the_mode_that_was_asked_for(tmp_path):
     save_model(network(), tmp_path / "model.pth")
     model = load_model(tmp_path / "model.pth", precision="bfloat16", channels_last=True)
-    assert model.precision == "bfloat16" and len(predict(model, IMAGE)["boxes"]) > 0
+    assert model.precision == "bfloat16" and len(predict(model, IMAGE)) > 0
     assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="precision"):
         load_model(tmp_path / "model.pth", precision="int8")
@@ -67,12 +79,12 @@ def test_a_model_is_loaded_in_the_mode_that_was_asked_for(tmp_path):
 def test_gpu_and_cpu_find_the_same(shared):
     """The tolerance that README states, on real images."""
     files = sorted((shared / "dsb2018" / "val").glob("*.png"))[:4]
-    on_cpu, on_gpu = (load_model(ROOT / "models" / "kg_lite_dsb2018.safetensors", device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (load_model(NUCLEI, device) for device in ("cpu", "cuda"))
     total = agreeing = 0
     for file in files:
-        expected, found = predict(on_cpu, read_image(file)), predict(on_gpu, read_image(file))
-        distance = torch.cdist(expected["boxes"], found["boxes"].cpu(), p=torch.inf)
-        ratio = found["scores"].cpu() / expected["scores"][:, None]
+        expected, cells = predict(on_cpu, read_image(file)), predict(on_gpu, read_image(file))
+        distance = torch.cdist(expected.boxes, cells.boxes.cpu(), p=torch.inf)
+        ratio = cells.scores.cpu() / expected.scores[:, None]
         alike = (distance < 0.05) & ((ratio - 1).abs() < 0.01)
         total += max(distance.shape)
         agreeing += int(alike.any(1).sum())
@@ -80,10 +92,10 @@ def test_gpu_and_cpu_find_the_same(shared):
 
 
 def test_results_are_in_the_frame_of_the_image():
-    found = predict(network(), IMAGE)
-    assert (found["boxes"] >= 0).all()
-    assert (found["boxes"][:, 2] <= 70).all() and (found["boxes"][:, 3] <= 50).all()
-    for (x1, y1, x2, y2), window in zip(found["boxes"].tolist(), found["masks"].windows.tolist(), strict=True):
+    cells = predict(network(), IMAGE)
+    assert (cells.boxes >= 0).all() and len(cells) > 0 and cells.size == (50, 70)
+    assert (cells.boxes[:, 2] <= 70).all() and (cells.boxes[:, 3] <= 50).all()
+    for (x1, y1, x2, y2), window in zip(cells.boxes.tolist(), cells.masks.windows.tolist(), strict=True):
         assert np.abs(np.array([x1, y1, x2, y2]) - window).max() <= 1.5
 
 
@@ -100,16 +112,26 @@ def test_bad_files_and_images_are_named(tmp_path):
     with pytest.raises(ValueError, match="other.pth does not describe"):
         load_model(tmp_path / "other.pth")
     model = network()
-    torch.save({"model": {}, "kg_detectron": {"model": model.arguments}}, tmp_path / "weights.pth")
+    description = model.description()
+    torch.save({"model": {}, "kg_detectron": description}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="weights.pth.*do not fit"):
         load_model(tmp_path / "weights.pth")
-    torch.save({"model": {}, "kg_detectron": {"model": {"colour": 1}}}, tmp_path / "arguments.pth")
-    with pytest.raises(ValueError, match="arguments.pth.*colour"):
-        load_model(tmp_path / "arguments.pth")
-    described = {"model": model.state_dict(), "kg_detectron": {"model": model.arguments | {"normalisation": "none"}}}
-    torch.save(described, tmp_path / "levels.pth")
-    with pytest.raises(ValueError, match="levels.pth.*normalisation.*'none'"):
-        load_model(tmp_path / "levels.pth")
+    for name, changed, message in (
+        ("settings", {"settings": {"colour": 1}}, "unknown settings colour"),
+        ("levels", {"settings": {"preprocessing": {"normalisation": "none"}}}, "normalisation.*'none'"),
+        ("method", {"method": "no_such"}, "method: expected one of .*'no_such'"),
+        ("scores", {"scores": {"threshold": 2.0}}, "threshold"),
+        ("nothing", {"method": None, "settings": None}, "do not fit"),
+        (
+            "download",
+            {"settings": {**description["settings"], "backbone": {"backbone_weights": "IMAGENET1K_V1"}}},
+            "names weights to download",
+        ),
+        ("huge", {"settings": {"preprocessing": {"size": [10**6, 10**6]}}}, "size is 1000000 x 1000000 pixels"),
+    ):
+        torch.save({"model": model.state_dict(), "kg_detectron": description | changed}, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match=f"{name}.pth.*{message}"):
+            load_model(tmp_path / f"{name}.pth")
     with pytest.raises(ValueError, match="image"):
         predict(model, IMAGE[..., 0])
     with pytest.raises(ValueError, match="eval"):
@@ -118,11 +140,11 @@ def test_bad_files_and_images_are_named(tmp_path):
 
 def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
     """At the figures of its card: F1 of 0.80 over all validation images."""
-    model = load_model(ROOT / "models" / "kg_lite_dsb2018.safetensors")
-    assert model.normalisation == "percentile" and model.input_size == (512, 512)
+    model = load_model(NUCLEI)
+    assert model.preprocessing.normalisation == "percentile" and model.preprocessing.size == (512, 512)
     cells = predict(model, read_image(shared / "dsb2018" / "val" / "9e4f8ec60a0d622a.png"))
     truths = json.loads((shared / "dsb2018" / "instances_val.json").read_text())
     (image,) = [one["id"] for one in truths["images"] if one["file_name"].endswith("9e4f8ec60a0d622a.png")]
     masks = [one["segmentation"] for one in truths["annotations"] if one["image_id"] == image]
-    overlap = mask_iou(cells["masks"][cells["scores"] >= 0.004].rle(), masks)
+    overlap = mask_iou(cells.above(0.004).masks.rle(), masks)
     assert (overlap.max(axis=1) > 0.5).mean() > 0.7 and (overlap.max(axis=0) > 0.5).mean() > 0.6

@@ -38,13 +38,13 @@ def test_memory_stays_flat(decodes: int):
     """What leaked a single map (about 50 kB) a decode would take 15 MB after 300, and 500 MB after 10,000."""
     generator = torch.Generator().manual_seed(0)
     decoder = KeypointDecoder(radius=3)
-    found, before = 0, 0
+    boxes_so_far, resident = 0, 0
     for i in range(WARM_UP + decodes):
         if i == WARM_UP:
-            before = resident_bytes()
+            resident = resident_bytes()
         maps = random_maps(generator)
         sizes = [tuple(side * maps[0].stride for side in maps[0].heatmap.shape[2:])] * len(maps[0].heatmap)
         with torch.no_grad():
-            found += sum(len(boxes) for boxes, _ in decoder(maps, sizes))
-    assert found > decodes
-    assert resident_bytes() - before < 8 * 2**20
+            boxes_so_far += sum(len(boxes) for boxes, _ in decoder(maps, sizes))
+    assert boxes_so_far > decodes
+    assert resident_bytes() - resident < 8 * 2**20

@@ -7,104 +7,73 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from builders import ROOT, TRAINABLE, nuclei_example, tiny_network, train
 from torch import Tensor
 
-from kg_detectron.inference import save_model
-from kg_detectron.inference.tiling import predict_tiled
-from kg_detectron.modeling import KeypointDecoder, KeypointGraphNet, KeypointMaps
+from kg_detectron.cells import Cells
+from kg_detectron.inference import predict, save_model
+from kg_detectron.modeling import DecodingSettings, KeypointDecoder, KeypointGraphNet, KeypointMaps
 from kg_detectron.synthetic import nuclei_image
 
-ROOT = Path(__file__).parents[2]
-NETWORK = {
-    "depth": 18,
-    "c0_channels": 8,
-    "widths": (8, 12, 16, 24),
-    "head_kernel": 3,
-    "radius": 2.0,
-    "smooth_sigma": 1.0,
-}
 VARIANTS = {
     "paper": {},
     "single_scale": {"scales": (1,), "peak_threshold": 0.001},  # finds little after so short a training
-    "seg_s1": {"segmentation": "s1"},
+    "seg_s1": {"cut_from": "s1"},
     "ranked": {"blur_weight": 1.0, "overlap_sigma": 0.1, "nms_threshold": 0.7},
-    "margin": {"mask_margin": 2.5, "blur_weight": 1.0},
+    "margin": {"mask_margin": 2.5, "box_jitter": 0.2, "blur_weight": 1.0},
+    "percentile": {"normalisation": "percentile", "percentiles": (1.0, 99.8)},
 }
-
-
-def example(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    image, masks = nuclei_image(rng, 96, 96, 10)
-    boxes = []
-    for mask in masks:
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    target = {"boxes": torch.tensor(boxes, dtype=torch.float32), "masks": torch.from_numpy(np.array(masks))}
-    return to_tensor(image), target
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image.transpose(2, 0, 1).copy()).to(torch.get_default_dtype())
+# Larger than any image here.
+WHOLE = 2**14
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, KeypointGraphNet]:
     """The variants, trained until they find most cells: only then few scores lie close to each other."""
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    paper = KeypointGraphNet(**NETWORK)
-    optimizer = torch.optim.Adam(paper.parameters(), 4e-3)
-    for _ in range(40):
-        loss = sum(paper(*map(list, zip(*(example(rng) for _ in range(2)), strict=True))).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    paper.eval()
-    every = {name: KeypointGraphNet(**NETWORK | changes).eval() for name, changes in VARIANTS.items()}
-    for model in every.values():
-        own = model.state_dict()
-        fitting = {k: v for k, v in paper.state_dict().items() if k in own and own[k].shape == v.shape}
-        model.load_state_dict(own | fitting)
+    paper, rng = tiny_network(**TRAINABLE), np.random.default_rng(0)
+    train(paper, lambda: nuclei_example(rng), steps=40)
+    variants = {name: tiny_network(**TRAINABLE | changes).eval() for name, changes in VARIANTS.items()}
+    for model in variants.values():
+        weights = model.state_dict()
+        fitting = {k: v for k, v in paper.state_dict().items() if k in weights and weights[k].shape == v.shape}
+        model.load_state_dict(weights | fitting)
     # The masks of seg_s1 come from another map.
-    optimizer = torch.optim.Adam(every["seg_s1"].mask_head.parameters(), 4e-3)
+    branch = variants["seg_s1"].segmentation
+    optimizer = torch.optim.Adam(branch.parameters(), 4e-3)
     for _ in range(20):
-        image, target = example(rng)
+        image, target = nuclei_example(rng)
         with torch.no_grad():
-            _, decoded = paper.keypoint_branch(paper.backbone(paper.normalised_batch([image])))
-        loss = every["seg_s1"].mask_head.loss([decoded["s1"]], [target["boxes"]], [target["masks"]])
+            _, decoded = paper.keypoint_branch(paper.backbone(paper.preprocessing.batch([image], paper.divisor)))
+        loss = branch.loss([decoded[1]], [target["boxes"]], [target["masks"]])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return every
+    return variants
 
 
-@torch.no_grad()
-def predict_whole(model: KeypointGraphNet, image: np.ndarray) -> dict:
-    (found,) = model([to_tensor(image)])
-    return found
+def predict_whole(model: KeypointGraphNet, image: np.ndarray, scale: float = 1) -> Cells:
+    return predict(model, image, scale=scale, tile=WHOLE)
 
 
-def assert_same(found: dict, whole: dict, only: Tensor | slice = slice(None)) -> None:
+def assert_same(tiled: Cells, whole: Cells, only: Tensor | slice = slice(None), least_overlap: float = 0.999) -> None:
     """The same cells, in the same order but for scores that are equal up to rounding; of `whole`, some are expected."""
-    assert (found["scores"].diff() <= 0).all()
-    expected = {name: whole[name][only] for name in ("boxes", "scores", "labels", "masks")}
-    assert len(found["boxes"]) == len(expected["boxes"])
+    assert (tiled.scores.diff() <= 0).all() and tiled.size == whole.size
+    expected = whole[only]
+    assert len(tiled) == len(expected)
     # One after another by their places, which are half pixels.
-    found, expected = (
-        {name: own[name][np.lexsort(own["boxes"].mul(4).round().T.numpy())] for name in expected}
-        for own in (found, expected)
-    )
-    torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-3)
-    torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-6)
-    assert torch.equal(found["labels"], expected["labels"])
-    masks = expected["masks"]
-    assert found["masks"].size == masks.size and torch.equal(found["masks"].windows, masks.windows)
-    for tiled, crop in zip(found["masks"].crops, masks.crops, strict=True):
-        crop = crop >= masks.threshold
-        assert tiled.dtype == torch.bool
-        assert (tiled & crop).sum() >= 0.999 * (tiled | crop).sum()
+    tiled, expected = (cells[np.lexsort(cells.boxes.mul(4).round().T.numpy()).tolist()] for cells in (tiled, expected))
+    torch.testing.assert_close(tiled.boxes, expected.boxes, rtol=0, atol=1e-3)
+    torch.testing.assert_close(tiled.scores, expected.scores, rtol=0, atol=1e-6)
+    assert torch.equal(tiled.labels, expected.labels)
+    assert torch.equal(tiled.masks.windows, expected.masks.windows)
+    for tiled_crop, crop in zip(tiled.masks.crops, expected.masks.crops, strict=True):
+        crop = crop if crop.dtype == torch.bool else crop >= expected.masks.threshold
+        assert tiled_crop.dtype == torch.bool
+        assert (tiled_crop & crop).sum() >= least_overlap * (tiled_crop | crop).sum()
 
 
 class Slices:
@@ -112,7 +81,7 @@ class Slices:
 
     def __init__(self, image: np.ndarray) -> None:
         self.image = image
-        self.shape = image.shape
+        self.shape, self.ndim, self.dtype = image.shape, image.ndim, image.dtype
         self.read: list[tuple[int, int, int, int]] = []
 
     def __getitem__(self, item: tuple[slice, slice]) -> np.ndarray:
@@ -150,14 +119,16 @@ def exact(models):
 def test_equals_the_whole_image(exact, variant, size, tile, overlap):
     height, width = size
     image, cells = nuclei_image(np.random.default_rng(7), max(height, 32), max(width, 32), height * width // 1200)
-    image = image[:height, :width].astype(np.float64)
+    image = image[:height, :width]
     whole = predict_whole(exact[variant], image)
-    assert len(whole["boxes"]) >= len(cells) / 2
+    assert len(whole) >= len(cells) / 2
     steps = []
     slices = Slices(image)
-    found = predict_tiled(exact[variant], slices, tile=tile, overlap=overlap, progress=lambda *s: steps.append(s))
-    assert_same(found, whole)
-    assert all(before[0] < after[0] and before[1] == after[1] for before, after in pairwise(steps))
+    tiled = predict(
+        exact[variant], slices, scale=1, tile=tile, overlap=overlap, progress=lambda *step: steps.append(step)
+    )
+    assert_same(tiled, whole)
+    assert all(one[0] < other[0] and one[1] == other[1] for one, other in pairwise(steps))
     assert steps[-1][0] == steps[-1][1]
     # 256: what this network sees around a tile.
     for y1, y2, x1, x2 in slices.read:
@@ -168,38 +139,57 @@ def test_cells_on_seams_and_corners_of_tiles(models, monkeypatch):
     """Tiles so small that many cells hold a corner of four; few are segmented at once."""
     monkeypatch.setattr("kg_detectron.inference.tiling.CROP_PIXELS", 500)
     image, _ = nuclei_image(np.random.default_rng(3), 160, 160, 24)
-    found = predict_tiled(models["paper"], image, tile=32, overlap=64)
-    assert_same(found, predict_whole(models["paper"], image))
-    x1, y1, x2, y2 = (found["boxes"] / 32).T
+    cells = predict(models["paper"], image, scale=1, tile=32, overlap=64)
+    assert_same(cells, predict_whole(models["paper"], image))
+    x1, y1, x2, y2 = (cells.boxes / 32).T
     in_columns, in_rows = x1.floor() + 1 < x2, y1.floor() + 1 < y2  # the edge of a tile lies inside
     assert (in_columns & in_rows).sum() >= 5
 
 
-def test_a_cell_that_no_window_holds_is_left_out_with_a_warning(models):
+def test_a_cell_that_no_window_holds_is_left_out_with_a_note(models):
     image, _ = nuclei_image(np.random.default_rng(1), 128, 160, 8)
     whole = predict_whole(models["paper"], image)
-    fits = (whole["boxes"][:, 2:] - whole["boxes"][:, :2]).amax(1) <= 32
+    fits = (whole.boxes[:, 2:] - whole.boxes[:, :2]).amax(1) <= 32
     assert 0 < fits.sum() < len(fits)
-    with pytest.warns(UserWarning, match=rf"{int((~fits).sum())} boxes longer than tile \+ overlap = 32 pixels"):
-        found = predict_tiled(models["paper"], image, tile=32, overlap=0)
-    assert_same(found, whole, fits)
+    cells = predict(models["paper"], image, scale=1, tile=32, overlap=0)
+    assert_same(cells, whole, fits)
+    (note,) = cells.notes
+    assert note.startswith(f"{int((~fits).sum())} boxes longer than tile + overlap = 32 pixels") and not whole.notes
 
 
-@pytest.mark.parametrize(("kind", "scale"), [(np.uint16, 1), (np.float32, 0.5), (np.dtype(">f4"), 1)])
-def test_reads_a_mapped_file_of_any_type(models, tmp_path, kind, scale):
+@pytest.mark.parametrize("scale", [1, 0.5, 1.6])
+def test_a_dim_image_has_the_same_cells_in_tiles(exact, scale):
+    """12 bits in 16, which only percentiles of the whole image tell: those of a tile would be others."""
+    image, cells = nuclei_image(np.random.default_rng(7), 96, 800, 60)
+    image[:, 400:] //= 2
+    size = round(800 / scale), round(96 / scale)
+    dim = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint16) * 12 + 200
+    assert dim.max() < 4096
+    whole = predict_whole(exact["percentile"], dim, scale)
+    assert len(whole) > len(cells) / 2 and whole.scale == (scale, scale) and whole.scale_source == "given"
+    tiled = predict(exact["percentile"], dim, scale=scale, tile=160, overlap=64)
+    # Tiles keep no probabilities: outlines that are resized afterwards are a little coarser.
+    assert_same(tiled, whole, least_overlap=0.999 if scale == 1 else 0.9)
+    assert (tiled.scale, tiled.scale_source) == (whole.scale, whole.scale_source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"), [(np.uint16, 257), (np.float32, 1 / 255), (np.dtype(">f4"), 1 / 255), (np.dtype(">u2"), 257)]
+)
+def test_reads_a_mapped_file_of_any_type(models, tmp_path, kind, factor):
     image, _ = nuclei_image(np.random.default_rng(5), 64, 96, 6)
     mapped = np.memmap(tmp_path / "image", kind, "w+", shape=image.shape)
-    mapped[:] = image * scale
-    found = predict_tiled(models["single_scale"], mapped, tile=64, overlap=64)
-    assert len(found["boxes"]) > 0
-    assert_same(found, predict_whole(models["single_scale"], image * scale))
+    mapped[:] = image * np.float32(factor)
+    cells = predict(models["single_scale"], mapped, scale=1, tile=64, overlap=64)
+    assert len(cells) > 0
+    assert_same(cells, predict_whole(models["single_scale"], image))
 
 
-def test_an_image_without_cells(models):
-    model = KeypointGraphNet(**NETWORK, peak_threshold=1e9).eval()
-    found = predict_tiled(model, np.zeros((40, 70, 3), np.uint8), tile=32)
-    assert found["boxes"].shape == (0, 4) and found["scores"].shape == found["labels"].shape == (0,)
-    assert len(found["masks"]) == 0 and found["masks"].size == (40, 70)
+def test_an_image_without_cells():
+    model = tiny_network(**TRAINABLE | {"peak_threshold": 1e9}).eval()
+    cells = predict(model, np.zeros((40, 70, 3), np.uint8), scale=1, tile=32)
+    assert cells.boxes.shape == (0, 4) and cells.scores.shape == cells.labels.shape == (0,)
+    assert len(cells.masks) == 0 and cells.size == (40, 70)
 
 
 @pytest.mark.parametrize(
@@ -209,33 +199,43 @@ def test_an_image_without_cells(models):
         ({"tile": -32}, "tile"),
         ({"tile": 48}, "tile: expected a positive multiple of 32 pixels, got 48"),
         ({"overlap": -1}, "overlap"),
+        ({"scale": 0}, "scale: expected a number above 0, got 0"),
+        ({"scale": 1, "diameter": 20}, "scale, diameter: expected one of these at most"),
+        ({"normalisation": "none"}, "normalisation"),
         ({"image": np.zeros((40, 40), np.uint8)}, "image"),
         ({"image": np.zeros((40, 40, 4), np.uint8)}, "image"),
         ({"image": np.zeros((0, 40, 3), np.uint8)}, "image"),
-        ({"model": KeypointGraphNet(**NETWORK)}, "eval"),
     ],
 )
-def test_bad_arguments_are_named(models, arguments, named):
+def test_bad_arguments_are_named(arguments, named):
     image = np.zeros((40, 40, 3), np.uint8)
     with pytest.raises(ValueError, match=named):
-        predict_tiled(**{"model": models["paper"], "image": image} | arguments)
+        predict(**{"model": tiny_network().eval(), "image": image} | arguments)
+    with pytest.raises(ValueError, match="eval"):
+        predict(tiny_network(), image)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        {"depth": 50, "head_kernel": 7, "radius": 5.0, "smooth_sigma": 2.0},  # the paper's, but for its widths
+        {
+            "backbone": "resnet50",
+            "head_kernel": 7,
+            "radius": 5.0,
+            "smooth_sigma": 2.0,
+        },  # the paper's, but for its widths
         {"scales": (1,)},
         {"scales": (2, 3), "smooth_sigma": 0.0},
     ],
 )
 def test_tiles_are_read_with_all_that_their_maps_depend_on(changes):
     """What a tile does not read cannot matter: nan there never comes near. And it reads no more than that needs."""
-    model = KeypointGraphNet(**NETWORK | {"c0_channels": 2, "widths": (2, 2, 2, 2), "peak_threshold": 1e9} | changes)
+    narrow = {"c0_channels": 2, "widths": (2, 2, 2, 2), "peak_threshold": 1e9}
+    model = tiny_network(**TRAINABLE | narrow | changes)
     image = np.zeros((32, 32 * 31, 3), np.uint8)
     slices = Slices(image)
-    predict_tiled(model.eval(), slices, tile=32)
+    predict(model.eval(), slices, scale=1, tile=32)
     _, _, read_from, read_to = slices.read[15]
     core = (15 * 32, 16 * 32)
     assert 0 < read_from < core[0] and core[1] < read_to < image.shape[1]
@@ -245,7 +245,7 @@ def test_tiles_are_read_with_all_that_their_maps_depend_on(changes):
         pixels[..., read_from:read_to] = 0
         with torch.no_grad():
             maps, _ = model.double().keypoint_branch(model.backbone(pixels))
-        around = model.decoder.reach
+        around = model.decoder.receptive_radius
         return all(
             bool(torch.isfinite(value[..., core[0] // m.stride - around : core[1] // m.stride + around]).all())
             for m in maps
@@ -258,22 +258,22 @@ def test_tiles_are_read_with_all_that_their_maps_depend_on(changes):
 
 
 @pytest.mark.parametrize(("radius", "sigma"), [(1.0, 0.0), (1.5, 0.6), (2.0, 1.0), (5.0, 2.0)])
-def test_peaks_depend_on_maps_within_the_decoders_reach(radius, sigma):
+def test_peaks_depend_on_maps_within_the_decoders_receptive_radius(radius, sigma):
     """Cut with so many pixels around it, a map has the peaks of the whole map, for votes of up to 2 r."""
     generator = torch.Generator().manual_seed(0)
-    decoder = KeypointDecoder(radius, sigma, peak_threshold=0.0)
+    decoder = KeypointDecoder(radius, DecodingSettings(smooth_sigma=sigma, peak_threshold=0.0))
     low, high, width = 50, 62, 112
     heatmap = torch.randn(1, 5, 20, width, generator=generator)
     single = (2 * torch.rand(1, 10, 20, width, generator=generator) - 1) * 2 * radius
     group = torch.randn(1, 40, 20, width, generator=generator)
 
     def peaks(start: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        found = decoder.find([KeypointMaps(*(m[..., start:end] for m in (heatmap, single, group)), 1)])
-        found.peaks[:, 3] += start
-        inside = (found.peaks[:, 3] >= low) & (found.peaks[:, 3] < high)
-        return tuple(value[inside] for value in found)
+        cut = decoder.find([KeypointMaps(*(m[..., start:end] for m in (heatmap, single, group)), 1)])
+        cut.peaks[:, 3] += start
+        inside = (cut.peaks[:, 3] >= low) & (cut.peaks[:, 3] < high)
+        return tuple(value[inside] for value in cut)
 
-    whole, cut = peaks(0, width), peaks(low - decoder.reach, high + decoder.reach)
+    whole, cut = peaks(0, width), peaks(low - decoder.receptive_radius, high + decoder.receptive_radius)
     assert len(whole[0]) > 10 and torch.equal(cut[0], whole[0]) and torch.equal(cut[2], whole[2])
     torch.testing.assert_close(cut[1], whole[1], rtol=1e-5, atol=0)
 
@@ -282,8 +282,9 @@ def peak_memory(model: KeypointGraphNet, tmp_path: Path, *options: str) -> tuple
     """Of ``tools/benchmark.py large``: GiB, and the cells that it found."""
     save_model(model, tmp_path / "model.pth")
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "large", str(tmp_path / "model.pth"), *options]
-    own = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run([*command, "--scratch", str(tmp_path)], env=own, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command += ["--scratch", str(tmp_path)]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     words = run.stdout.split()
     return float(words[words.index("GiB") - 1]), int(words[words.index("cells") - 1])

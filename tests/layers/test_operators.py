@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from builders import golden_files, golden_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,12 +18,11 @@ from kg_detectron.modeling import keypoint_targets
 
 # What the package offers, compiled where that was built, and the specification beside it.
 both = pytest.mark.parametrize("ops", [layers, reference], ids=["layers", "reference"])
-GOLDEN = [f"decode_{i:02}" for i in range(9)] + ["clutter_00", "clutter_01"]
 
 
-@pytest.fixture(params=GOLDEN)
-def golden(request, shared):
-    with np.load(shared / "golden" / f"{request.param}.npz") as file:
+@pytest.fixture(params=golden_files("*.npz"), ids=golden_id)
+def golden(request):
+    with np.load(request.param) as file:
         return {name: torch.from_numpy(value) for name, value in file.items()}
 
 

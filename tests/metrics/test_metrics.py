@@ -1,19 +1,17 @@
 """The paper's metrics against the published evaluation and against plain nested loops."""
 
-import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import golden_files, golden_id, read_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from kg_detectron.metrics import PaperMetrics, average_precision, box_iou, mask_iou
 
-GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
 SIZE = 14, 16
 IOUS = (0.25, 0.5, 0.8)
 
@@ -25,12 +23,9 @@ def encode(mask: np.ndarray) -> dict:
 # Golden parity
 
 
-@pytest.mark.parametrize("case", ["evaluation_00", "evaluation_01"])
-def test_figures_of_the_published_evaluation(case):
-    path = GOLDEN / f"{case}.json"
-    if not path.is_file():
-        pytest.skip("the golden files in ../shared/golden are absent")
-    golden = json.loads(path.read_text())
+@pytest.mark.parametrize("path", golden_files("evaluation_*.json"), ids=golden_id)
+def test_figures_of_the_published_evaluation(path):
+    golden = read_json(path)
     metrics = PaperMetrics([float(iou) for iou in golden["expected"]])
     for image in golden["images"]:
         gt, pred = image["gt"], image["pred"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from builders import golden_files, golden_id, read_json
 from pycocotools import mask as coco_mask
 
 from kg_detectron.cli.main import main
@@ -88,9 +89,9 @@ def figures_only(report: dict) -> dict:
 # Figures
 
 
-@pytest.mark.parametrize("case", ["evaluation_00", "evaluation_01"])
-def test_golden_figures_of_the_paper_with_boxes_as_given(case, shared, tmp_path):
-    golden = json.loads((shared / "golden" / f"{case}.json").read_text())
+@pytest.mark.parametrize("path", golden_files("evaluation_*.json"), ids=golden_id)
+def test_golden_figures_of_the_paper_with_boxes_as_given(path, tmp_path):
+    golden = read_json(path)
     truth = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}
     found = []
     for id, image in enumerate(golden["images"], start=1):

@@ -1,13 +1,19 @@
 """Cells over an image, in colours that neighbours do not share."""
 
 from collections.abc import Iterator
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import networkx
 import numpy as np
 
 from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.images import write_png
+
+if TYPE_CHECKING:
+    from kg_detectron.export.result import Result
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart, with grey in the place of black.
 PALETTE = np.array(
@@ -26,6 +32,12 @@ PALETTE = np.array(
 _GAP = 3  # pixels up to which cells do not share a colour, where the palette allows
 _BAND = 512  # rows that are worked on at a time, which bounds the memory beyond the picture's own
 _SAMPLE = 1_000_000  # values that tell the range of an image
+
+
+def write(path: Path, result: "Result") -> None:
+    """Write the outlines of the cells over the image as PNG."""
+    with replacing(path) as unfinished:
+        write_png(unfinished, draw_cells(result.image, result.label_image))
 
 
 def draw_cells(

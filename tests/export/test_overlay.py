@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.export.drawing import PALETTE, colour_indices, draw_cells, stretched
+from kg_detectron.export.overlay import PALETTE, colour_indices, draw_cells, stretched
 
 
 def touching(labels: np.ndarray) -> set[tuple[int, int]]:

@@ -1,0 +1,52 @@
+"""``kg-detectron evaluate``: compare predictions with ground truth."""
+
+import argparse
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="compare predictions with ground truth",
+        description="Print the paper's AP and mean IoU, COCO's AP, F1, panoptic quality, the DSB score, AJI and Dice, "
+        "fractions of 0..1, with a definition of each. Images are found by their names without ending and '_labels'; "
+        "one without prediction counts as without detections.",
+    )
+    parser.add_argument("ground_truth", metavar="GT", help="folder of label images, or COCO JSON")
+    parser.add_argument(
+        "predictions",
+        metavar="PRED",
+        help="folder of label images or of the *_coco.json that predict writes, COCO JSON with scores, or COCO results",
+    )
+    parser.add_argument(
+        "--iou", nargs="+", type=float, default=[0.5, 0.7], metavar="T", help="thresholds of IoU (default: 0.5 0.7)"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="leave detections of a lower score out of all figures but the APs, which rank them (default: 0)",
+    )
+    parser.add_argument(
+        "--max-detections", type=int, default=10000, metavar="N", help="an image, for COCO's AP (default: 10000)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print all figures."""
+    from kg_detectron.metrics.scoring import evaluate, report, write_report
+
+    figures = evaluate(
+        arguments.ground_truth,
+        arguments.predictions,
+        ious=arguments.iou,
+        min_score=arguments.min_score,
+        max_detections=arguments.max_detections,
+    )
+    if arguments.json is not None:
+        write_report(arguments.json, figures)
+    print(report(figures))
+    return 0

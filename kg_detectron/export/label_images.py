@@ -1,0 +1,153 @@
+"""Cells as label images in TIFF, readable by ImageJ, napari, QuPath and OME readers."""
+
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tifffile
+
+from kg_detectron.io.atomic import replacing
+
+if TYPE_CHECKING:
+    from kg_detectron.export.result import Result
+
+_STRIPED = 2**31  # bytes up to which an image is written in strips. ImageJ reads no tiles, and no strips beyond.
+_CLASSIC = 2**32 - 2**26  # bytes that a TIFF holds whose offsets have 32 bits
+_MAPPED = 2**28  # bytes from which the labels of a stack are kept in a file
+_NAMESPACE = uuid.UUID("a8a7d1ce-3a2b-5f6a-8a53-5a4ac3a16c2f")
+
+
+def write(path: Path, result: "Result") -> None:
+    """Write the label image of one image, see `write_labels`."""
+    write_labels(path, result.label_image, result.pixel_size)
+
+
+def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
+    """Write a label image, compressed by zlib: whole or not at all, the same bytes for the same labels.
+
+    Below 2 GB it is written in strips, which ImageJ opens; above, in tiles of a BigTIFF. A pixel size stands in the
+    resolution tags, where ImageJ reads it, and in OME-XML.
+
+    Args:
+        path: the file; an existing one is replaced.
+        labels: (H, W) integers, or a memory-mapped array of them, which is written piece by piece.
+        pixel_size: micrometres.
+    """
+    options: dict[str, Any] = {} if labels.nbytes < _STRIPED else {"tile": (512, 512), "bigtiff": True}
+    if pixel_size is None:
+        options["metadata"] = None
+    else:
+        options |= _ome(Path(path).name, "YX", pixel_size)
+    with replacing(path) as unfinished:
+        tifffile.imwrite(unfinished, labels, photometric="minisblack", compression="zlib", software=False, **options)
+
+
+class LabelStack:
+    """The label images of a stack, collected page by page and written as one TIFF with the axes of the stack.
+
+    Args:
+        shape: of the axes of planes, and the size of a page: (T, Z, H, W) for axes "TZYX".
+        axes: their letters, Y and X last.
+        scratch: a folder for a temporary file, which takes the labels of a large stack.
+    """
+
+    def __init__(self, shape: Sequence[int], axes: str, scratch: Path) -> None:
+        if len(shape) != len(axes) or not axes.endswith("YX"):
+            raise ValueError(f"axes: expected a letter for each of {tuple(shape)}, Y and X last, got {axes!r}")
+        self.shape, self.axes = tuple(shape), axes
+        height, width = self.shape[-2:]
+        pages = int(np.prod(self.shape[:-2]))
+        self.pages: np.ndarray
+        if pages * height * width * 4 < _MAPPED:
+            self.pages = np.zeros((pages, height, width), np.uint32)
+        else:
+            with tempfile.TemporaryFile(dir=scratch) as file:
+                self.pages = np.memmap(file, np.uint32, shape=(pages, height, width))
+
+    def add(self, page: int, labels: np.ndarray) -> None:
+        """Take the labels (H, W) of a page, counted from 0."""
+        self.pages[page] = labels
+
+    def write(self, path: Path, pixel_size: float | None = None) -> None:
+        """Write the stack, compressed by zlib: whole or not at all.
+
+        Stacks along Z, T or both are ImageJ hyperstacks as long as ImageJ can read them: ids up to 65,535, less than
+        4 GB. Others are OME-TIFFs.
+        """
+        highest = max(int(page.max(initial=0)) for page in self.pages)
+        dtype = np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.uint32)
+        size = int(np.prod(self.shape)) * dtype.itemsize
+        page_size = int(np.prod(self.shape[-2:])) * dtype.itemsize
+        options: dict[str, Any]
+        if dtype == np.uint16 and size < _CLASSIC and page_size < _STRIPED and self.axes in ("ZYX", "TYX", "TZYX"):
+            metadata: dict[str, Any] = {"axes": self.axes, "min": 0.0, "max": float(max(highest, 1))}
+            options = {"imagej": True, "metadata": metadata}
+            if pixel_size is not None:
+                metadata["unit"] = "um"
+                options["resolution"] = (1 / pixel_size, 1 / pixel_size)
+        else:
+            options = _ome(path.name, self.axes, pixel_size) | {"bigtiff": size >= _CLASSIC}
+            if page_size >= _STRIPED:
+                options["tile"] = (512, 512)
+        # Tiles need the pages themselves; otherwise one page after the other is converted.
+        data = self.pages.astype(dtype).reshape(self.shape) if "tile" in options else self._pages_as(dtype)
+        with replacing(path) as unfinished:
+            tifffile.imwrite(
+                unfinished,
+                data,
+                shape=self.shape,
+                dtype=dtype,
+                photometric="minisblack",
+                compression="zlib",
+                software=False,
+                **options,
+            )
+
+    def _pages_as(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        return (page.astype(dtype) for page in self.pages)
+
+
+def write_stack(path: Path, results: Sequence["Result"]) -> None:
+    """Write the label images of all planes of a stack as one TIFF, in the order of the results.
+
+    Raises:
+        ValueError: planes of different sizes.
+    """
+    sizes = {result.masks.size for result in results}
+    if len(sizes) != 1:
+        raise ValueError(f"planes of {len(sizes)} sizes make no stack")
+    shape, axes = stack_shape([result.position for result in results], sizes.pop())
+    stack = LabelStack(shape, axes, results[0].scratch or path.parent)
+    for page, result in enumerate(results):
+        stack.add(page, result.label_image)
+    stack.write(path, results[0].pixel_size)
+
+
+def stack_shape(positions: Sequence[Mapping[str, int]], size: tuple[int, int]) -> tuple[tuple[int, ...], str]:
+    """The shape and axes of a stack by the positions of its planes, each of `size` (H, W).
+
+    An axis that is neither T nor Z, which readers do not know, is called Z or T. One axis Z has a stack whose planes
+    fill no grid, or one with more axes.
+    """
+    axes = "".join(positions[0])
+    shape = tuple(1 + max(position.get(axis, 0) for position in positions) for axis in axes)
+    for letter in axes:
+        if letter not in "TZ":
+            axes = axes.replace(letter, next((free for free in "ZT" if free not in axes), letter))
+    if int(np.prod(shape)) != len(positions) or not set(axes) <= set("TZ"):
+        axes, shape = "Z", (len(positions),)
+    return (*shape, *size), f"{axes}YX"
+
+
+def _ome(name: str, axes: str, pixel_size: float | None) -> dict[str, Any]:
+    """Options of tifffile for an OME-TIFF whose bytes depend on nothing but its name and content."""
+    metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid.uuid5(_NAMESPACE, name))}
+    options: dict[str, Any] = {"ome": True, "metadata": metadata}
+    if pixel_size is not None:
+        metadata |= {f"PhysicalSize{axis}": pixel_size for axis in "XY"}
+        metadata |= {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
+        options |= {"resolution": (1e4 / pixel_size, 1e4 / pixel_size), "resolutionunit": "CENTIMETER"}
+    return options

@@ -1,0 +1,156 @@
+"""Settings of a prediction of many files, and what can be checked of a run before PyTorch is imported."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kg_detectron.export.kinds import fault_in_kinds
+
+TILE_STEP = 32  # pixels; sides of tiles are multiples of it
+_DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
+
+
+class SettingError(ValueError):
+    """A setting has a wrong value, or does not go with another one.
+
+    Args:
+        settings: the names; the command line calls them ``--min-score`` where Python calls them ``min_score``.
+        text: what was expected and what came.
+    """
+
+    def __init__(self, settings: str | Sequence[str], text: str) -> None:
+        self.settings = (settings,) if isinstance(settings, str) else tuple(settings)
+        self.text = text
+        super().__init__(f"{', '.join(self.settings)}: {text}")
+
+    def as_options(self) -> str:
+        """The message with the names of options."""
+        return f"{', '.join(option(name) for name in self.settings)}: {self.text}"
+
+
+def option(name: str) -> str:
+    """What the command line calls a setting."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the model and the images that decides about the results.
+
+    Attributes:
+        save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved, unless
+            `keep_overlaps` is set.
+        stack: files of a stack. "auto": one label image with its axes, other results page by page; "one": one file
+            for each kind that can hold a stack; "pages": all page by page.
+        axes: axis order of stacks, instead of the one that the file declares, such as "ZCYX".
+        channels: one, or three as red, green and blue, by name or by number from 1; None takes a grey or RGB image as
+            it is.
+        scene: the scene to take of a file with several, by name or by number from 1; None takes all.
+        scale: network pixels for one image pixel; 1 keeps the pixels.
+        diameter: of a typical cell, image pixels; it sets the scale.
+        pixel_size: micrometres, instead of the one in the file; for the measurements, and for the scale where the
+            model knows the pixel size of its training images.
+        normalise: "fixed" or "percentile" instead of the model's own normalisation; None keeps it.
+        tile, overlap: larger images are predicted in such tiles, network pixels.
+        min_score: cells of a lower score are left out; None takes the model's own threshold.
+        keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
+            is one piece. For COCO JSON alone.
+        max_pixels: larger images are refused; None takes the limit of the reader.
+
+    Raises:
+        SettingError: a value that is not one of these.
+    """
+
+    save: tuple[str, ...] = ("labels", "overlay", "csv")
+    stack: str = "auto"
+    axes: str | None = None
+    channels: tuple[int | str, ...] | None = None
+    scene: int | str | None = None
+    scale: float | None = None
+    diameter: float | None = None
+    pixel_size: float | None = None
+    normalise: str | None = None
+    tile: int = 1024
+    overlap: int = 256
+    min_score: float | None = None
+    keep_overlaps: bool = False
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if fault := fault_in_kinds(self.save):
+            raise SettingError("save", fault)
+        if self.keep_overlaps and set(self.save) != {"coco"}:
+            refused = ", ".join(kind for kind in self.save if kind != "coco")
+            raise SettingError(
+                ("keep_overlaps", "save"), f"only coco can hold cells that overlap, not {refused}; use --save coco"
+            )
+        if self.stack not in ("auto", "one", "pages"):
+            raise SettingError("stack", f"expected auto, one or pages, got {self.stack!r}")
+        if self.axes is not None and not (
+            self.axes.isalpha() and len(set(self.axes)) == len(self.axes) and {"Y", "X"} <= set(self.axes)
+        ):
+            raise SettingError("axes", f"expected different letters with Y and X, such as ZCYX, got {self.axes!r}")
+        if self.channels is not None and (
+            len(self.channels) not in (1, 3) or any(isinstance(c, int) and c < 1 for c in self.channels)
+        ):
+            given = " ".join(map(str, self.channels)) or "none"
+            raise SettingError("channels", f"expected one or three, as names or numbers from 1, got {given}")
+        if self.scene is not None and isinstance(self.scene, int) and self.scene < 1:
+            raise SettingError("scene", f"expected a name or a number from 1, got {self.scene}")
+        if self.scale is not None and self.diameter is not None:
+            raise SettingError(("scale", "diameter"), "each sets the scale; expected one of them")
+        for name, unit in (("scale", "a number"), ("diameter", "pixels"), ("pixel_size", "micrometres")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise SettingError(name, f"expected {unit} above 0, got {value}")
+        if self.tile < TILE_STEP or self.tile % TILE_STEP:
+            raise SettingError("tile", f"expected a positive multiple of {TILE_STEP} pixels, got {self.tile}")
+        if self.overlap < 0:
+            raise SettingError("overlap", f"expected 0 or more pixels, got {self.overlap}")
+        if self.min_score is not None and not 0 <= self.min_score <= 1:
+            raise SettingError("min_score", f"expected a number of 0..1, got {self.min_score}")
+        if self.max_pixels is not None and self.max_pixels < 1:
+            raise SettingError("max_pixels", f"expected 1 or more, got {self.max_pixels}")
+        if self.normalise not in (None, "fixed", "percentile"):
+            raise SettingError("normalise", f"expected fixed or percentile, got {self.normalise!r}")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Settings":
+        """The settings of a run.json; lists become tuples.
+
+        Raises:
+            TypeError: unknown names.
+            SettingError: a wrong value.
+        """
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        # Of version 0.1.0: what size the network saw. Own pixels are a scale of 1; the rest is the model's business.
+        if values.pop("size", None) == "native":
+            values["scale"] = 1.0
+        return cls(**values)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds that are written: those of `save`, and the measurements."""
+        return self.save if self.keep_overlaps else tuple(dict.fromkeys((*self.save, "csv")))
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device whose name PyTorch would not know.
+
+    Raises:
+        SettingError: another name.
+    """
+    if device is not None and not _DEVICE.fullmatch(device):
+        raise SettingError("device", f"expected cpu, cuda, cuda:1 or mps, got {device!r}")
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse a file as the folder of the results.
+
+    Raises:
+        SettingError: there is a file of that name.
+    """
+    if Path(output).exists() and not Path(output).is_dir():
+        raise SettingError("output", f"expected a folder, but {output} is a file")

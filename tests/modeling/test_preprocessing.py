@@ -1,0 +1,264 @@
+"""What happens to an image before the network sees it: levels, scale, padding; and the way back to its frame."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from builders import drawn_image, tiny_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.inference import predict
+from kg_detectron.io.resize import resize_image
+from kg_detectron.modeling import Preprocessing
+from kg_detectron.modeling.cell_size import estimate_scale, weighted_median
+from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, block_side
+
+PERCENTILE = Preprocessing(normalisation="percentile", percentiles=(2.0, 98.0))
+
+
+def dim_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A 12-bit image of which most values are small."""
+    return np.random.default_rng(seed).integers(0, 400, (height, width, 3)).astype(np.uint16)
+
+
+# Windows of the image
+
+
+@settings(max_examples=60)
+@given(
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    scale=st.floats(0.05, 9.0) | st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    seed=st.integers(0, 100),
+    data=st.data(),
+)
+def test_windows_equal_the_whole(height, width, scale, seed, data):
+    image = dim_image(height, width, seed)
+    seen = NetworkImage(image, PERCENTILE.levels(image), scale)
+    whole = seen[:, :]
+    assert whole.shape == seen.shape and whole.dtype == np.float32
+    assert whole.min() >= 0 and whole.max() <= 255
+    windows = []
+    for side in seen.shape[:2]:
+        first = data.draw(st.integers(0, side - 1))
+        windows.append(slice(first, data.draw(st.integers(first + 1, side))))
+    part = seen[windows[0], windows[1]]
+    np.testing.assert_allclose(part, whole[windows[0], windows[1]], atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.77, 1.0, 1.6, 2.0, 7.0])
+def test_blocks_map_to_whole_pixels(scale):
+    """The scale is rounded so that a block of the network's input is whole pixels of the image."""
+    image = drawn_image(64, 96)
+    seen = NetworkImage(image, Preprocessing().levels(image), scale)
+    y, x = seen.scale
+    assert y == x == BLOCK / block_side(scale)
+    assert abs(block_side(scale) - BLOCK / scale) <= 0.5
+    for side, limit in zip(seen.shape[:2], image.shape[:2], strict=True):
+        assert limit * y <= side < limit * y + 1
+
+
+def test_whole_blocks_are_resized_as_the_whole_image_is():
+    image = drawn_image(128, 192)
+    seen = NetworkImage(image, Preprocessing().levels(image), 0.5)
+    np.testing.assert_allclose(seen[:, :], resize_image(image.astype(np.float32), (64, 96)), atol=1e-3)
+
+
+def test_scale_1_keeps_the_pixels():
+    image = drawn_image(50, 70)
+    seen = NetworkImage(image, Preprocessing().levels(image), 1.0)
+    assert seen.shape == (50, 70, 3) and np.array_equal(seen[:, :], image)
+
+
+def test_a_size_squeezes_the_image():
+    image = drawn_image(50, 70)
+    seen = NetworkImage(image, Preprocessing().levels(image), (64, 96))
+    assert seen.shape == (64, 96, 3) and seen.scale == (64 / 50, 96 / 70)
+    np.testing.assert_allclose(seen[:, :], resize_image(image.astype(np.float32), (64, 96)), atol=1e-3)
+    assert np.array_equal(seen[10:20, 5:9], seen[:, :][10:20, 5:9])
+
+
+# Scale
+
+
+def test_at_most_one_way_to_the_scale():
+    preprocessing = Preprocessing(diameter=30.0, pixel_size=0.5)
+    assert preprocessing.given_scale(None, None, None) is None
+    assert preprocessing.given_scale(2.0, None, None).value == 2.0
+    assert preprocessing.given_scale(None, 15.0, None).value == 2.0
+    assert preprocessing.given_scale(None, None, 0.25).value == 0.5
+    with pytest.raises(ValueError, match="scale, diameter: expected one of these at most"):
+        preprocessing.given_scale(2.0, 15.0, None)
+    with pytest.raises(ValueError, match="diameter: expected a number above 0, got 0"):
+        preprocessing.given_scale(None, 0.0, None)
+    with pytest.raises(ValueError, match="does not know the pixel size"):
+        Preprocessing().given_scale(None, None, 0.25)
+
+
+def test_images_of_more_than_twice_the_training_size_keep_their_pixels():
+    preprocessing = Preprocessing(size=(64, 96))
+    assert preprocessing.training_scale((128, 192)).value == (64, 96)
+    assert preprocessing.training_scale((129, 192)).value == 1.0
+    assert dataclasses.replace(preprocessing, resize="isotropic").training_scale((10, 10)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "weights", "expected"),
+    [([], [], None), ([5.0], [0.0], None), ([3.0, 1.0, 2.0], [1, 1, 1], 2.0), ([1.0, 9.0], [1, 5], 9.0)],
+)
+def test_weighted_median(values, weights, expected):
+    assert weighted_median(np.array(values), np.array(weights, float)) == expected
+
+
+@pytest.mark.parametrize("diameter", [7.0, 14.0, 56.0])
+def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
+    """A model that finds every cell at every scale: the estimate brings them to the trained diameter."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    ramp = np.linspace(0, 1, 600, dtype=np.float32)
+    image = np.broadcast_to(ramp[None, :, None], (600, 600, 3))
+
+    def detect(images):
+        # The slope of the ramp tells by how much the image was resized.
+        factor = 255 / 599 / float(images[0][0, 0].diff().mean())
+        side = max(1, round(diameter * factor * math.sqrt(math.pi) / 2))
+        windows = torch.tensor([[0, 0, side, side]] * 3)
+        masks = MaskCrops([torch.ones(side, side)] * 3, windows, (2048, 2048))
+        return [Cells(windows.float(), torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.long), masks)]
+
+    monkeypatch.setattr(model, "detect", detect)
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / diameter, rel=0.1)
+    assert scale.source.startswith("estimated from cells of about")
+
+
+def test_without_cells_the_image_keeps_its_pixels():
+    model = tiny_network(resize="isotropic", peak_threshold=1e6).eval()
+    cells = predict(model, drawn_image(50, 70))
+    assert len(cells) == 0 and cells.scale == (1.0, 1.0)
+    assert cells.scale_source == "own pixels, for the model found no cell to estimate a diameter from"
+
+
+# Padding
+
+
+def test_padding_continues_the_image():
+    preprocessing = Preprocessing()
+    image = torch.rand(3, 5, 7) * 255
+    batch = preprocessing.batch([image, torch.zeros(3, 16, 20)], 16)
+    assert batch.shape == (2, 3, 16, 32)
+    expected = (image - 127.5) / 255
+    torch.testing.assert_close(batch[0, :, :5, :7], expected)
+    torch.testing.assert_close(batch[0, :, :5, 7:], expected[:, :, -1:].expand(3, 5, 25))
+    torch.testing.assert_close(batch[0, :, 5:, :7], expected[:, -1:, :].expand(3, 11, 7))
+    assert (batch[0, :, 5:, 7:] == expected[:, -1:, -1:]).all()
+
+
+@pytest.mark.parametrize("size", [(33, 47), (17, 96), (1, 1)])
+def test_nothing_is_found_outside_the_image(size):
+    """At any scale, although the padding may hold peaks."""
+    model = tiny_network().eval()
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) * 255
+    detections = [model.detect([image])[0]]
+    detections += [predict(model, drawn_image(*size), scale=scale) for scale in (0.7, 1.0, 1.6)]
+    assert size == (1, 1) or all(len(cells) > 0 for cells in detections)
+    for cells in detections:
+        height, width = size
+        assert cells.size == size
+        assert (cells.boxes >= 0).all() and (cells.boxes <= torch.tensor([width, height, width, height])).all()
+        assert (cells.boxes[:, 2:] > cells.boxes[:, :2]).all()
+        windows = cells.masks.windows
+        assert (windows >= 0).all() and (windows <= torch.tensor([width, height, width, height])).all()
+
+
+# No way around the preprocessing
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalisation": "percentile"}, {"resize": "isotropic"}])
+def test_a_called_model_does_all_that_predict_does(changes):
+    """Of arrays and of tensors, with any levels that the normalisation takes."""
+    model = tiny_network(**changes).eval()
+    raw = dim_image(70, 90) if "normalisation" in changes else drawn_image(70, 90)
+    expected = predict(model, raw)
+    assert len(expected) > 0
+    tensor = torch.from_numpy(raw.astype(np.int32) if raw.dtype == np.uint16 else raw).permute(2, 0, 1)
+    for cells in model([raw, tensor]):
+        assert torch.equal(cells.boxes, expected.boxes) and torch.equal(cells.scores, expected.scores)
+        assert cells.masks.rle() == expected.masks.rle()
+        assert (cells.scale, cells.scale_source) == (expected.scale, expected.scale_source)
+
+
+def test_a_percentile_model_sees_the_same_cells_at_any_level():
+    model = tiny_network(normalisation="percentile").eval()
+    image = dim_image(64, 96)
+    (cells,), (brighter,) = model([image]), model([image.astype(np.float32) * 37 + 1000])
+    assert len(cells) > 0
+    torch.testing.assert_close(cells.boxes, brighter.boxes)
+    torch.testing.assert_close(cells.scores, brighter.scores)
+
+
+# The way back
+
+
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    scale=st.floats(0.1, 6.0),
+    seed=st.integers(0, 100),
+)
+def test_cells_return_to_the_frame_of_the_image(height, width, scale, seed):
+    """Boxes are divided by the scale and clipped; masks cover what their windows cover."""
+    image = drawn_image(height, width)
+    seen = NetworkImage(image, Preprocessing().levels(image), scale)
+    size = seen.shape[:2]
+    rng = np.random.default_rng(seed)
+    low = np.stack([rng.integers(0, side, 6) for side in size[::-1]], axis=1)
+    high = np.stack([rng.integers(low[:, i] + 1, side + 1) for i, side in enumerate(size[::-1])], axis=1)
+    windows = torch.from_numpy(np.concatenate((low, high), axis=1))
+    crops = [torch.ones(y2 - y1, x2 - x1) for x1, y1, x2, y2 in windows.tolist()]
+    cells = Cells(
+        windows.float(), torch.linspace(1, 0.5, 6), torch.ones(6, dtype=torch.long), MaskCrops(crops, windows, size)
+    )
+    returned = cells.in_frame((height, width), seen.scale)
+    assert returned.size == (height, width) and returned.scale == seen.scale
+    exact = windows / torch.tensor([seen.scale[1], seen.scale[0]] * 2)
+    exact = exact.minimum(torch.tensor([width, height] * 2))
+    inside = (exact[:, 2:] > exact[:, :2]).all(1)
+    torch.testing.assert_close(returned.boxes, exact[inside].float(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(returned.scores, cells.scores[inside])
+    # Windows are boxes rounded to pixels, at least one. Masks are resized by whole pixels of the image, which may be
+    # half a pixel off where the network's input goes beyond it.
+    sides = (returned.boxes[:, 2:] - returned.boxes[:, :2]).repeat(1, 2)
+    distance = (returned.masks.windows - returned.boxes).abs()
+    assert (distance <= torch.where(sides >= 1, 1.001, 2.001)).all()
+
+
+def test_a_frame_of_the_same_size_changes_nothing():
+    masks = MaskCrops([torch.rand(3, 4)], torch.tensor([[2, 1, 6, 4]]), (20, 30))
+    cells = Cells(torch.tensor([[2.0, 1, 6, 4]]), torch.ones(1), torch.ones(1, dtype=torch.long), masks)
+    same = cells.in_frame((20, 30), (1.0, 1.0))
+    assert torch.equal(same.boxes, cells.boxes) and same.masks is masks
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_cropped_masks_are_the_dense_masks_cropped(height, width, seed):
+    rng = np.random.default_rng(seed)
+    dense = np.zeros((4, 12, 12), bool)
+    for mask in dense:
+        y, x = rng.integers(0, 12, 2)
+        mask[y : y + rng.integers(1, 8), x : x + rng.integers(1, 8)] = True
+    low, high = [], []
+    for mask in dense:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        low.append((columns[0], rows[0]))
+        high.append((columns[-1] + 1, rows[-1] + 1))
+    windows = np.concatenate((low, high), axis=1)
+    crops = [torch.from_numpy(mask[y1:y2, x1:x2]) for mask, (x1, y1, x2, y2) in zip(dense, windows, strict=True)]
+    masks = MaskCrops(crops, torch.from_numpy(windows), (12, 12)).cropped((height, width))
+    assert masks.size == (height, width) and len(masks) == 4
+    for mask, expected in zip(masks, dense, strict=True):
+        assert np.array_equal(mask, expected[:height, :width])
+    assert np.array_equal(np.stack([mask.numpy() for mask in masks]), dense[:, :height, :width])
