@@ -13,6 +13,7 @@ import make_synthetic as synthetic
 import numpy as np
 import prepare_dsb2018 as dsb2018
 import prepare_neural as neural
+import prepare_usiigaci as usiigaci
 import pytest
 
 from kg_detectron.io.coco import decode_mask, load_coco
