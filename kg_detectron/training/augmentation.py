@@ -210,9 +210,9 @@ def random_colours(image: np.ndarray, settings: ColourSettings, generator: np.ra
         offset = generator.uniform(-settings.brightness, settings.brightness) / 255
         image = (image - pivot) * np.float32(contrast) + np.float32(pivot + offset)
     if happens(settings.illumination):
-        ramp = np.linspace(-1, 1, image.shape[0], dtype=np.float32)
-        slope = generator.uniform(-0.4, 0.4, 2).astype(np.float32)
-        image = image * (1 + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None])
+        rows, columns = (np.linspace(-1, 1, side, dtype=np.float32) for side in image.shape[:2])
+        slopes = generator.uniform(-0.4, 0.4, 2).astype(np.float32)
+        image = image * (1 + slopes[0] * rows[:, None, None] + slopes[1] * columns[None, :, None])
     if happens(settings.blur):
         image = cv2.GaussianBlur(image, (0, 0), generator.uniform(0.3, 1.5))
     if happens(settings.noise):
