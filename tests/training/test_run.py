@@ -69,7 +69,8 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(Trainer, "step", stopping)
-    assert (
+    stopped = train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
+    assert stopped is None
         train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append) is None
     )
     monkeypatch.setattr(Trainer, "step", step)
