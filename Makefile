@@ -41,9 +41,10 @@ test: $(ready)  ## run the tests; PYTEST_ARGS goes to pytest, for example PYTEST
 sanitize: $(ready)  ## run the tests of the C++ operators with the address and undefined-behaviour sanitizers
 	$(python) tools/sanitize.py
 
-lint: $(installed)  ## check style and layout of the code
+lint: $(installed)  ## check style, layout and types of the code
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 	find kg_detectron tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 clean:  ## remove caches and build products; VENV stays
@@ -63,7 +64,7 @@ $(python):
 	exit 1
 
 # The build tools come first and build everything (--no-build-isolation), so that they are the pinned ones as well.
-$(installed): setup.py constraints.txt | $(python)
+$(installed): setup.py pyproject.toml constraints.txt | $(python)
 	$(python) -m pip install --constraint constraints.txt pip setuptools wheel ninja
 	$(python) -m pip install --constraint constraints.txt --no-build-isolation --editable '.[dev,detectron2]'
 	@touch $@

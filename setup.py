@@ -1,4 +1,4 @@
-"""The package kg_detectron, its command, its dependencies, and its compiled operators.
+"""The compiled operators of the package; all else about it stands in pyproject.toml.
 
 The C++ operators are always built; the CUDA ones too where a CUDA toolkit is found (``CUDA_HOME``) or ``FORCE_CUDA=1``,
 and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is reported,
@@ -7,83 +7,15 @@ installed PyTorch, so ``--no-build-isolation``.
 """
 
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools wants it
-
-REQUIRES = [
-    "fvcore",
-    "imagecodecs",  # TIFF's codecs, of which tifffile has few of its own
-    "iopath",
-    "jinja2",
-    "matplotlib",
-    "networkx",
-    "numpy",
-    "opencv-python-headless",
-    "pillow",
-    "pycocotools",
-    "roifile",
-    "safetensors",
-    "scikit-image",
-    "scipy",
-    "tifffile",
-    "torch>=2.4",
-    "torchvision",
-    "tqdm",
-]
-
-EXTRAS = {
-    "dev": [
-        "clang-format",
-        "hypothesis",
-        "packaging",
-        "pytest>=8",
-        "pytest-timeout",
-        "pyyaml",
-        "ruff",
-    ],
-    # Microscopes' own formats (kg_detectron/io/microscope.py).
-    "formats": [
-        "bioio",
-        "bioio-czi",
-        "bioio-lif",
-        "bioio-nd2",
-    ],
-    # What Detectron2 itself needs at commit 02b5c4e2. It is on no package index, and is installed with --no-deps
-    # so that it cannot replace the pinned packages (tools/install_detectron2.py).
-    "detectron2": [
-        "Pillow>=7.1",
-        "black",
-        "cloudpickle",
-        "fvcore>=0.1.5,<0.1.6",
-        "hydra-core>=1.1",
-        "iopath>=0.1.7,<0.1.10",
-        "matplotlib",
-        "omegaconf>=2.1,<2.4",
-        "packaging",
-        "pycocotools>=2.0.2",
-        "pyyaml",
-        "setuptools<82",  # its model zoo imports pkg_resources, which setuptools 82 no longer has
-        "tabulate",
-        "tensorboard",
-        "termcolor>=1.1",
-        "tqdm>4.29.0",
-        "yacs>=0.1.8",
-    ],
-}
-
-
-def version() -> str:
-    """Version from kg_detectron/_version.py, read as text: importing the package needs its dependencies."""
-    text = (ROOT / "kg_detectron" / "_version.py").read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE).group(1)
 
 
 def sources(*suffixes: str) -> list[str]:
@@ -179,20 +111,6 @@ class BuildOperators(build_ext):
 
 
 setup(
-    name="kg_detectron",
-    version=version(),
-    description="Keypoint-graph cell instance segmentation as an extension of Detectron2",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["kg_detectron", "kg_detectron.*"]),
-    package_data={
-        "kg_detectron": ["py.typed", "models/*.safetensors"],
-        "kg_detectron.report": ["page.html.j2", "page.css", "page.js"],
-    },
-    python_requires=">=3.10,<3.13",
-    install_requires=REQUIRES,
-    extras_require=EXTRAS,
     # Not a Python module but a plain library, hence one wheel for all versions of Python.
     ext_modules=[
         Extension(
@@ -205,5 +123,4 @@ setup(
     ],
     cmdclass={"build_ext": BuildOperators},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    entry_points={"console_scripts": ["kg-detectron = kg_detectron.cli:main"]},
 )

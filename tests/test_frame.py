@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tomli
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -23,14 +24,9 @@ IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yam
 
 @cache
 def declared() -> dict[str, list[Requirement]]:
-    """The requirements in setup.py, read without running it: ``core`` and each extra."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    values = {
-        node.targets[0].id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and "id" in vars(node.targets[0])
-    }
-    lists = {"core": ast.literal_eval(values["REQUIRES"]), **ast.literal_eval(values["EXTRAS"])}
+    """The requirements in pyproject.toml: ``core`` and each extra."""
+    project = tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = {"core": project["dependencies"], **project["optional-dependencies"]}
     return {name: [Requirement(line) for line in lines] for name, lines in lists.items()}
 
 
@@ -84,9 +80,11 @@ def test_every_requirement_is_pinned_exactly(python: str) -> None:
     for requirements in declared().values():
         for requirement in requirements:
             pin = pins(python).get(canonicalize_name(requirement.name))
-            assert pin, f"setup.py asks for {requirement}; constraints.txt has no pin of it for Python {python}"
+            assert pin, f"pyproject.toml asks for {requirement}; constraints.txt has no pin of it for Python {python}"
             version = next(iter(pin.specifier)).version
-            assert version in requirement.specifier, f"setup.py asks for {requirement}; constraints.txt pins {pin}"
+            assert version in requirement.specifier, (
+                f"pyproject.toml asks for {requirement}; constraints.txt pins {pin}"
+            )
 
 
 def test_every_import_is_declared() -> None:

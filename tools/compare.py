@@ -10,11 +10,13 @@ its predictions as COCO results in ``<run>/predictions.json``; with ``--report``
 import argparse
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.modeling import build_model
-from detectron2.structures import BoxMode, Instances
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+if importlib.util.find_spec("detectron2") is None:
+    print(f"{Path(sys.argv[0]).name}: error: Detectron2 is not installed; `make setup` installs it", file=sys.stderr)
+    sys.exit(2)
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.modeling import build_model
+from detectron2.structures import BoxMode, Instances
+
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
-from kg_detectron.d2.config import add_kg_config, merge_config
+from kg_detectron.d2.config import add_kg_config, drop_initial_weights, merge_config
 from kg_detectron.d2.datasets import register_files
 from kg_detectron.d2.evaluators import CellEvaluators, build_evaluators, mask_rles
 from kg_detectron.d2.mapper import CellMapper
+from kg_detectron.inference.model_file import WEIGHTS
+from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.metrics import RLE
 from kg_detectron.report import report_dataset
@@ -78,7 +87,7 @@ DEFINITIONS = {
     "COCO AP": f"COCO's mean over IoU 0.50:0.95, at most {COCO_MAX_DETECTIONS} detections an image (%)",
     "parameters": "of the model, millions; buffers such as batch statistics are not counted",
     "GMACs": "multiply-adds of convolutions and matrix products for the dataset's first image at the network's input"
-    " size, by torch.utils.flop_counter; dense: all but the ROI heads, which work cell by cell",
+    " size, by torch.utils.flop_counter; dense: of the modules that work on whole maps, not cell by cell",
     "s/image": "median over the images, forward pass and masks to run lengths, file reading excluded, after a warm-up",
     "training": "minutes in training iterations, by metrics.json; evaluation and checkpoints excluded",
 }
@@ -102,7 +111,7 @@ def find_runs(folders: Sequence[str], weights: str | None = None) -> list[Run]:
     """The runs in `folders`, named by what tells the folders apart.
 
     Args:
-        weights: file name in each folder; None takes ``model_best.pth`` where it exists, ``model_final.pth`` elsewhere.
+        weights: file name in each folder; None takes the first of `WEIGHTS` that exists.
     Raises:
         CompareError: a folder given twice, or without config or weights.
     """
@@ -113,7 +122,7 @@ def find_runs(folders: Sequence[str], weights: str | None = None) -> list[Run]:
         name = path.relative_to(root).as_posix()
         if any(run.name == name for run in runs):
             raise CompareError(f"run {path} is given twice")
-        candidates = [path / file for file in ([weights] if weights else ["model_best.pth", "model_final.pth"])]
+        candidates = [path / file for file in ([weights] if weights else WEIGHTS)]
         found = next((file for file in candidates if file.is_file()), None)
         config = path / "config.yaml"
         if not config.is_file():
@@ -134,13 +143,13 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
     add_kg_config(cfg)
     try:
         merge_config(cfg, str(run.config))
+        cfg.MODEL.DEVICE = device
+        drop_initial_weights(cfg)  # the run's own follow
+        cfg.TEST.PAPER_IOUS = list(IOUS)
+        cfg.TEST.COCO_MAX_DETECTIONS = COCO_MAX_DETECTIONS
+        model = build_model(cfg).eval()
     except Exception as error:
         raise CompareError(f"cannot use {run.config}: {error}") from error
-    cfg.MODEL.DEVICE = device
-    cfg.MODEL.CELLS.BACKBONE_WEIGHTS = ""  # the run's own weights follow, nothing need be downloaded
-    cfg.TEST.PAPER_IOUS = list(IOUS)
-    cfg.TEST.COCO_MAX_DETECTIONS = COCO_MAX_DETECTIONS
-    model = build_model(cfg).eval()
     # Detectron2's checkpointer only warns where weights do not fit, and the rest of the model stays random.
     try:
         model.load_state_dict(read_checkpoint(run.weights)["model"])
@@ -219,7 +228,7 @@ def coco_results(
             "category_id": category_ids[label],
             "bbox": box,
             "score": score,
-            "segmentation": {"size": list(rle["size"]), "counts": bytes.decode(rle["counts"])},
+            "segmentation": rle,
         }
         for box, score, label, rle in zip(*columns, strict=True)
     ]
@@ -259,7 +268,8 @@ def evaluate_run(run: Run, dataset: str, records: list[dict], device: str, outpu
     results, seconds = predict(model, tqdm(loader, desc=run.name, unit="image"), evaluators, category_ids)
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "predictions.json").write_text(json.dumps(results))
+    with replacing(folder / "predictions.json") as unfinished:
+        unfinished.write_text(json.dumps(results))
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         figures = evaluators.evaluate(img_ids=[record["image_id"] for record in records])
@@ -296,9 +306,10 @@ def save(output: Path, rows: Sequence[Mapping[str, Any]], dataset: str, images: 
     """Write ``comparison.md``, ``.csv`` and ``.json`` (undefined figures: n/a, empty, null) and return the Markdown."""
     output.mkdir(parents=True, exist_ok=True)
     text = markdown(rows, dataset, images, device)
-    (output / "comparison.md").write_text(text)
+    with replacing(output / "comparison.md") as unfinished:
+        unfinished.write_text(text)
     plain = [{key: None if value != value else value for key, value in row.items()} for row in rows]  # nan is not JSON
-    with open(output / "comparison.csv", "w", newline="") as file:
+    with replacing(output / "comparison.csv") as unfinished, open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, ["run", "weights", *HEADINGS])
         writer.writeheader()
         writer.writerows(plain)
@@ -310,7 +321,8 @@ def save(output: Path, rows: Sequence[Mapping[str, Any]], dataset: str, images: 
         "definitions": DEFINITIONS,
         "runs": plain,
     }
-    (output / "comparison.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    with replacing(output / "comparison.json") as unfinished:
+        unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     return text
 
 
@@ -338,9 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a finished run")
     parser.add_argument("--dataset", required=True, help="registered dataset, such as dsb2018_val, or COCO JSON")
     parser.add_argument("--output", required=True, type=Path, help="folder for the tables and the predictions")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="weights in each run (default: model_best.pth, else model_final.pth)"
-    )
+    parser.add_argument("--weights", metavar="FILE", help=f"weights in each run (default: {', else '.join(WEIGHTS)})")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--report", action="store_true", help="write report.html too, which shows the images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

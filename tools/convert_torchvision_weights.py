@@ -4,7 +4,7 @@
     python tools/convert_torchvision_weights.py my_resnet50.pth R-50.pth
 
 Use the file as MODEL.WEIGHTS of a Mask R-CNN with a C4 or an FPN backbone and MODEL.RESNETS.STRIDE_IN_1X1 False, as in
-configs/parts/method/mask_rcnn_c4.yaml. It is a plain dictionary of tensors and loads under torch.load(weights_only=True).
+configs/parts/method/mask_rcnn_c4.yaml. It is a plain dictionary of tensors that loads with weights_only=True.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
 
 # Depth -> blocks of layer1..layer4. From 50 on a block has three convolutions, below it has two.
@@ -23,7 +24,8 @@ _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23,
 def resnet_depth(state_dict: dict[str, torch.Tensor]) -> int:
     """Depth of the torchvision ResNet (18, 34, 50, 101 or 152) that ``state_dict`` belongs to.
 
-    Errors: a ValueError where it belongs to none.
+    Raises:
+        ValueError: it belongs to none.
     """
     blocks = [{match[1] for key in state_dict if (match := re.match(rf"layer{n}\.(\d+)\.", key))} for n in (1, 2, 3, 4)]
     counts = tuple(len(indices) for indices in blocks)
@@ -40,7 +42,8 @@ def convert(state_dict: dict[str, torch.Tensor], depth: int) -> dict[str, torch.
     ``conv1`` and ``bn1`` become ``stem.conv1`` and ``stem.conv1.norm``; ``layer1.0.bn2`` becomes ``res2.0.conv2.norm``,
     ``downsample`` becomes ``shortcut``. The classifier and the counters of batches are left out.
 
-    Errors: a ValueError where ``state_dict`` belongs to another depth or to no ResNet.
+    Raises:
+        ValueError: ``state_dict`` belongs to another depth, or to no ResNet.
     """
     found = resnet_depth(state_dict)
     if found != depth:
@@ -59,7 +62,8 @@ def convert(state_dict: dict[str, torch.Tensor], depth: int) -> dict[str, torch.
 def load_torchvision(weights: str) -> dict[str, torch.Tensor]:
     """State dict named by a member of torchvision's weight enums, such as ResNet50_Weights.IMAGENET1K_V1, or by a file.
 
-    Errors: a ValueError where ``weights`` is neither, or a file that holds more than weights.
+    Raises:
+        ValueError: ``weights`` is neither, or a file that holds more than weights.
     """
     if Path(weights).is_file():
         state_dict = read_checkpoint(weights)
@@ -86,7 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     # Detectron2 matches these names as suffixes of the model's own (backbone., backbone.bottom_up., roi_heads.).
     checkpoint = {"model": convert(state_dict, depth), "__author__": "torchvision", "matching_heuristics": True}
-    torch.save(checkpoint, options.output)
+    try:
+        with replacing(options.output) as unfinished:
+            torch.save(checkpoint, unfinished)
+    except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a missing folder
+        parser.error(f"{options.output} cannot be written: {error}")
     print(f"{options.output}: ResNet-{depth}, {len(checkpoint['model'])} tensors")
 
 

@@ -177,9 +177,9 @@ def training_figure(metrics: Path) -> Figure:
     panels = {"loss": losses, "learning rate": rates, "AP and IOU on validation, %": aps}
     figure = Figure(figsize=(4 * PANEL, 1.6 * PANEL), dpi=150, layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        own = [name.removeprefix("validation/") for name in names]
-        for name, base in zip(names, own, strict=True):
-            style = {"color": f"C{sorted(set(own)).index(base)}", "linestyle": "-" if name == base else "--"}
+        base_names = [name.removeprefix("validation/") for name in names]
+        for name, base in zip(names, base_names, strict=True):
+            style = {"color": f"C{sorted(set(base_names)).index(base)}", "linestyle": "-" if name == base else "--"}
             points = sorted(curves[name].items())
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else "", **style)
         axes.set(title=title, xlabel="iteration", yscale="log" if title == "loss" else "linear")

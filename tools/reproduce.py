@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -24,75 +25,73 @@ from pathlib import Path
 import torch
 import yaml
 from compare import HEADINGS, TABLES, markdown_table
+from detectron2.config import get_cfg
+
+from kg_detectron.d2.config import add_kg_config, initial_weights_keys, merge_config
+from kg_detectron.inference.model_file import WEIGHTS
+from kg_detectron.io.atomic import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIAL_ITERATIONS = 40  # of which the last 20 are timed
-SCRATCH = ("MODEL.WEIGHTS", "", "MODEL.CELLS.BACKBONE_WEIGHTS", "")
 
-KEY = "MODEL.KEYPOINT_GRAPH."
+CONFIGS = ROOT / "configs"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the tables: a config and what differs from it."""
+    """One line of the tables: a config, and recipes on top of it.
+
+    Attributes:
+        name: in the tables.
+        config: name in configs/.
+        recipes: names in configs/parts/recipe/.
+        weights_of: a row whose training serves this one too, which differs in decoding only.
+    """
 
     name: str
     config: str
-    changes: tuple[str, ...] = ()
-    weights_of: str = ""  # a row whose training serves this one too, which differs in decoding only
+    recipes: tuple[str, ...] = ()
+    weights_of: str = ""
 
 
-# What decoding and ranking gained, one step after another, beginning with the paper's.
+# What decoding and ranking gained, one step after another, beginning with the paper's: a name and a recipe each.
 DECODING = {
-    "the paper's decoding": {
-        "SMOOTH_SIGMA": "2.0",
-        "PEAK_THRESHOLD": "0.004",
-        "HOPS": "1",
-        "CORNER_AND_CENTRE": "False",
-        "NMS_THRESHOLD": "0.5",
-        "BLUR_WEIGHT": "0.0",
-        "OVERLAP_SIGMA": "0.0",
-    },
-    "+ sharper votes": {"SMOOTH_SIGMA": "0.8", "PEAK_THRESHOLD": "0.002"},
-    "+ second hop": {"HOPS": "2"},
-    "+ corner and centre": {"CORNER_AND_CENTRE": "True"},
-    "+ ranked by blur": {"BLUR_WEIGHT": "1.0"},
-    "+ ranked by overlap": {"NMS_THRESHOLD": "0.7", "OVERLAP_SIGMA": "0.05"},
+    "the paper's decoding": "paper_decoding",
+    "+ sharper votes": "sharper_votes",
+    "+ second hop": "second_hop",
+    "+ corner and centre": "corner_and_centre",
+    "+ ranked by blur": "ranked_by_blur",
+    "+ ranked by overlap": "ranked_by_overlap",
 }
 
 # What "kg lite plus" has besides "kg lite", one step after another; then follow MASKS, which need no training of their
 # own, and small cells among the targets.
 TRAINING = {
-    "boxes jittered": {"BOX_JITTER": "0.2"},
-    "+ smaller discs": {"RADIUS": "2.0"},
-    "+ heatmap weight": {"HEATMAP_WEIGHT": "5.0"},
+    "boxes jittered": "jittered_boxes",
+    "+ smaller discs": "disc_radius_2",
+    "+ heatmap weight": "heatmap_weight",
 }
-
-# What the last of these steps gains without the one before it.
-LARGER_DISCS = {"heatmap weight, larger discs": TRAINING["boxes jittered"] | TRAINING["+ heatmap weight"]}
 
 MASKS = {
-    "+ margin": {"MASK_MARGIN": "1.0"},
-    "+ less blur": {"BLUR_WEIGHT": "0.3"},
+    "+ margin": "mask_margin",
+    "+ less blur": "less_blur",
 }
 
 
-def _steps(base: Row, steps: dict[str, dict[str, str]], *, trained: bool) -> list[Row]:
+def _steps(base: Row, steps: dict[str, str], *, trained: bool) -> list[Row]:
     """One row for each step on top of the last; where they are not trained, with the weights of the base."""
     model = base.name.partition(":")[0]
-    rows, changes = [], base.changes
-    for name, step in steps.items():
-        changes += tuple(text for key, value in step.items() for text in (KEY + key, value))
-        rows.append(Row(f"{model}: {name}", base.config, changes, "" if trained else base.name))
+    rows, recipes = [], base.recipes
+    for name, recipe in steps.items():
+        recipes += (recipe,)
+        rows.append(Row(f"{model}: {name}", base.config, recipes, "" if trained else base.name))
     return rows
 
 
-KG, TINY_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")
-LITE, TINY_LITE = Row("kg lite", "kg_lite_dsb2018"), Row("kg lite", "kg_lite_dsb2018_cpu")
-# On the CPU, as long as 730 iterations of the multi-scale network.
-SINGLE_SCALE = (KEY + "SCALES", "[1]", "SOLVER.MAX_ITER", "900")
-TINY_SINGLE = Row("kg single scale", "kg_r18_dsb2018_cpu", SINGLE_SCALE)
-TRAINED = _steps(TINY_LITE, TRAINING, trained=True)
+KG, SMALL_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")
+LITE, CPU_LITE = Row("kg lite", "kg_lite_dsb2018"), Row("kg lite", "kg_lite_dsb2018_cpu")
+SINGLE_SCALE = Row("kg single scale", "kg_r18_dsb2018_single_scale_cpu")
+TRAINED = _steps(CPU_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
     "gpu": [
@@ -100,7 +99,7 @@ PLANS: dict[str, list[Row]] = {
         Row("kg plus", "kg_dsb2018_plus"),
         LITE,
         Row("kg lite plus", "kg_lite_dsb2018_plus"),
-        Row("mask_rcnn C4", "mask_rcnn_dsb2018"),
+        Row("mask_rcnn C4", "mask_rcnn_c4_dsb2018"),
         Row("mask_rcnn FPN", "mask_rcnn_fpn_dsb2018"),
         Row("kg seg s1", "kg_dsb2018_seg_s1"),
         Row("kg single scale", "kg_dsb2018_single_scale"),
@@ -108,23 +107,29 @@ PLANS: dict[str, list[Row]] = {
         *_steps(LITE, DECODING, trained=False),
     ],
     "cpu": [
-        TINY_LITE,
+        CPU_LITE,
         Row("kg lite plus", "kg_lite_dsb2018_plus_cpu"),
         Row("mask_rcnn C4", "mask_rcnn_c4_narrow_dsb2018_cpu"),
         Row("mask_rcnn FPN", "mask_rcnn_fpn_r18_dsb2018_cpu"),
-        TINY_KG,
+        SMALL_KG,
         Row("kg plus", "kg_r18_dsb2018_plus_cpu"),
-        Row("kg seg s1", "kg_r18_dsb2018_cpu", ("MODEL.ROI_MASK_HEAD.NAME", "SegS1MaskHead")),
-        TINY_SINGLE,
-        Row("kg plus single scale", "kg_r18_dsb2018_plus_cpu", SINGLE_SCALE),
-        *_steps(TINY_SINGLE, {"lower threshold": {"PEAK_THRESHOLD": "0.0003"}}, trained=False),
-        *_steps(TINY_KG, DECODING, trained=False),
-        *_steps(TINY_LITE, DECODING, trained=False),
+        Row("kg seg s1", "kg_r18_dsb2018_seg_s1_cpu"),
+        SINGLE_SCALE,
+        Row("kg plus single scale", "kg_r18_dsb2018_plus_single_scale_cpu"),
+        *_steps(SINGLE_SCALE, {"lower threshold": "low_threshold"}, trained=False),
+        *_steps(SMALL_KG, DECODING, trained=False),
+        *_steps(CPU_LITE, DECODING, trained=False),
         *TRAINED,
-        *_steps(TINY_LITE, LARGER_DISCS, trained=True),
+        # What the last of these steps gains without the one before it.
+        Row("kg lite: heatmap weight, larger discs", CPU_LITE.config, ("jittered_boxes", "heatmap_weight")),
         *_steps(TRAINED[-1], MASKS, trained=False),
     ],
 }
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe."""
+    return CONFIGS / "parts" / "recipe" / f"{name}.yaml"
 
 
 class Reproduction:
@@ -160,7 +165,8 @@ class Reproduction:
         self.num_gpus = num_gpus
         self.minutes = minutes
         self.pretrained = pretrained
-        self.changes = [*([] if pretrained else SCRATCH), *changes, *([] if num_gpus else ("MODEL.DEVICE", "cpu"))]
+        self.changes = [*([] if pretrained else _random_weights()), *changes]
+        self.changes += [] if num_gpus else ["MODEL.DEVICE", "cpu"]
 
     def run(self, row: Row, seed: int) -> None:
         """Train and evaluate one row, as far as that has not been done, and write its JSON file.
@@ -174,7 +180,7 @@ class Reproduction:
         folder = self._folder(row, seed)
         if row.weights_of:
             self._borrow(row, seed)
-        elif not (folder / "model_final.pth").is_file():
+        elif not (folder / WEIGHTS[-1]).is_file():
             self._train(row, seed, folder, self._iterations(row, folder))
         comparison = folder / "comparison"
         device = [] if self.num_gpus else ["--device", "cpu"]
@@ -186,7 +192,8 @@ class Reproduction:
             "row": row.name,
             "seed": seed,
             "config": row.config,
-            "changes": [*self.changes, *row.changes],
+            "recipes": list(row.recipes),
+            "changes": self.changes,
             "dataset": report["dataset"],
             "images": report["images"],
             "initial_weights": "ImageNet" if self.pretrained else "random",
@@ -196,23 +203,22 @@ class Reproduction:
             "commit": _commit(),
             "figures": figures,
         }
-        part = result.with_suffix(".part")
-        part.write_text(json.dumps(facts, indent=2) + "\n")
-        part.replace(result)
+        with replacing(result) as unfinished:
+            unfinished.write_text(json.dumps(facts, indent=2) + "\n")
 
     def _result(self, row: Row, seed: int) -> Path:
-        return self.results / f"{_file_name(row.name)}_seed{seed}.json"
+        return self.results / f"{file_name(row.name)}_seed{seed}.json"
 
     def _folder(self, row: Row, seed: int) -> Path:
-        return self.output / f"{_file_name(row.name)}_seed{seed}"
+        return self.output / f"{file_name(row.name)}_seed{seed}"
 
     def _train(self, row: Row, seed: int, folder: Path, iterations: int | None) -> None:
-        opts = [*self.changes, *row.changes, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        opts = [*self.changes, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
         opts += ["DATASETS.TEST", "()"]  # compare.py evaluates
         if iterations is not None:
             opts += ["SOLVER.MAX_ITER", str(iterations)]
-        config = str(ROOT / "configs" / f"{row.config}.yaml")
-        _python("train_net.py", "--config-file", config, "--num-gpus", str(self.num_gpus), "--resume", *opts)
+        config = _write_config(folder / "row.yaml", CONFIGS / f"{row.config}.yaml", row.recipes)
+        _python("train_net.py", "--config-file", str(config), "--num-gpus", str(self.num_gpus), "--resume", *opts)
 
     def _iterations(self, row: Row, folder: Path) -> int | None:
         """How many fit into the minutes, by a short trial; the same again for a training that is resumed."""
@@ -234,24 +240,20 @@ class Reproduction:
         self.run(owner, seed)
         source, folder = self._folder(owner, seed), self._folder(row, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        config = yaml.safe_load((source / "config.yaml").read_text())
-        for key, value in zip(row.changes[::2], row.changes[1::2], strict=True):
-            *path, last = key.split(".")
-            node = config
-            for part in path:
-                node = node[part]
-            node[last] = yaml.safe_load(value)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        cfg = get_cfg()
+        add_kg_config(cfg)
+        merge_config(cfg, str(_write_config(folder / "row.yaml", source / "config.yaml", row.recipes)))
+        (folder / "config.yaml").write_text(cfg.dump())
         shutil.copyfile(source / "metrics.json", folder / "metrics.json")
-        best = source / "model_best.pth"
-        shutil.copyfile(best if best.is_file() else source / "model_final.pth", folder / "model_final.pth")
+        weights = next(source / name for name in WEIGHTS if (source / name).is_file())
+        shutil.copyfile(weights, folder / WEIGHTS[-1])
 
 
 def tables(results: Path, rows: Sequence[Row]) -> str:
     """Markdown: the tables of `compare.py`, mean ± sample standard deviation over seeds, and how each row was made."""
     found = {}
     for row in rows:
-        files = sorted(results.glob(f"{_file_name(row.name)}_seed*.json"))
+        files = sorted(results.glob(f"{file_name(row.name)}_seed*.json"))
         if files:
             found[row.name] = [json.loads(path.read_text()) for path in files]
     parts = []
@@ -276,8 +278,24 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 and len(set(values)) > 1 else mean
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+def file_name(row: str) -> str:
+    """The name of a row in names of files: "kg lite: + second hop" is "kg_lite-second_hop"."""
+    model, _, step = row.partition(":")
+    words = (re.findall(r"\w+", part.replace("'s ", "s ")) for part in (model, step))
+    return "-".join(filter(None, map("_".join, words)))
+
+
+def _random_weights() -> list[str]:
+    """The config keys and values that make every model start from random weights."""
+    return ["MODEL.WEIGHTS", "", *(option for key in initial_weights_keys() for option in (key, ""))]
+
+
+def _write_config(path: Path, base: Path, recipes: Sequence[str]) -> Path:
+    """A config of a base and recipes on top of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [str(file) for file in (base.resolve(), *map(recipe_file, recipes))]
+    path.write_text(json.dumps({"_BASE_": files}) + "\n")  # which is YAML too
+    return path
 
 
 def _python(tool: str, *arguments: str) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "sanitize" / "_C.so"
 FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-ffp-contract=off", "-fopenmp"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-TESTS = ["tests/test_ops_compiled.py", "tests/test_operators.py", "tests/test_convolve_resized.py"]
+TESTS = ["tests/layers"]
 # A process of its own and compilation under the sanitizers test nothing of the operators.
 LEFT_OUT = "not warning and not under_compile and not cuda and not reference"
 

@@ -16,27 +16,37 @@ from tqdm import trange
 from kg_detectron.inference import predict, save_model
 from kg_detectron.io.coco import CocoDataset, decode_mask, load_coco
 from kg_detectron.io.images import read_image
-from kg_detectron.io.normalisation import Normalisation
-from kg_detectron.io.resize import resize_image, resize_labels
+from kg_detectron.io.resize import resize_labels
 from kg_detectron.metrics import PaperMetrics
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import (
+    BackboneSettings,
+    DecodingSettings,
+    HeadSettings,
+    KeypointGraphNet,
+    KeypointGraphSettings,
+    Preprocessing,
+    TargetSettings,
+    TrunkSettings,
+)
+from kg_detectron.modeling.preprocessing import as_tensor
 
-# The network of configs/parts/method/kg_r18.yaml.
-TINY = {
-    "depth": 18,
-    "c0_channels": 16,
-    "widths": (16, 32, 48, 64),
-    "head_kernel": 3,
-    "radius": 2.0,
-    "smooth_sigma": 1.0,
-    "input_size": (256, 256),
-}
+
+def settings(side: int) -> KeypointGraphSettings:
+    """The network of configs/kg_r18_synthetic_cpu.yaml, for images of ``side`` pixels."""
+    return KeypointGraphSettings(
+        preprocessing=Preprocessing(size=(side, side)),
+        backbone=BackboneSettings("resnet18", c0_channels=16),
+        trunk=TrunkSettings(widths=(16, 32, 48, 64)),
+        heads=HeadSettings(head_kernel=3),
+        targets=TargetSettings(radius=2.0),
+        decoding=DecodingSettings(smooth_sigma=1.0),
+    )
 
 
-def load_example(record: dict, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Image (3,H,W) and target of a record of `load_coco`, resized; cells that vanish are left out."""
-    image = resize_image(Normalisation()(read_image(record["file_name"])), size)
-    boxes, masks = [], []
+def load_example(model: KeypointGraphNet, record: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """Image (3, h, w) and target of a record, prepared as the model does it; cells that vanish are left out."""
+    seen, _ = model.network_image(read_image(record["file_name"]))
+    size, boxes, masks = (seen.shape[0], seen.shape[1]), [], []
     for annotation in record["annotations"]:
         mask = decode_mask(annotation["segmentation"], record["height"], record["width"])
         mask = resize_labels(mask.astype(np.uint8), size).astype(bool)
@@ -44,7 +54,7 @@ def load_example(record: dict, size: tuple[int, int]) -> tuple[Tensor, dict[str,
         if len(rows):
             boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
             masks.append(mask)
-    return torch.from_numpy(image.transpose(2, 0, 1).copy()), {
+    return as_tensor(seen[:, :], model.place), {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "masks": torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, *size)),
     }
@@ -80,7 +90,7 @@ def train(
             while len(queue) < batch_size:
                 queue += generator.permutation(len(dataset.records)).tolist()
             chosen, queue = queue[:batch_size], queue[batch_size:]
-            examples = [load_example(dataset.records[i], model.input_size) for i in chosen]
+            examples = [load_example(model, dataset.records[i]) for i in chosen]
             for axis in (1, 2) if flips else ():
                 examples = [flipped(*e, axis) if generator.random() < 0.5 else e for e in examples]
             loss = sum(model(*map(list, zip(*examples, strict=True))).values())
@@ -117,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     training = load_coco(args.data / "instances_train.json", args.data / "train")
     validation = load_coco(args.data / "instances_val.json", args.data / "val")
-    model = KeypointGraphNet(**TINY | {"input_size": (args.size, args.size)})
+    model = KeypointGraphNet.build(settings(args.size))
     start = time.perf_counter()
     train(model, training, args.iterations, args.batch_size, args.learning_rate, seed=args.seed)
     print(f"trained {args.iterations} iterations in {(time.perf_counter() - start) / 60:.1f} minutes")

@@ -68,13 +68,17 @@ def method_settings(cfg: CN) -> Any:
     return settings_of(cfg, method_class(cfg.MODEL.CELLS.METHOD).Settings)
 
 
+def initial_weights_keys() -> list[str]:
+    """The keys that name initial weights of parts of the core's methods; "" is random ones."""
+    settings = [part for method in method_names() for _, part in parts(method_class(method).Settings)]
+    keys = [key for part in settings for key, field in config_keys(part) if field.metadata.get("initial")]
+    return list(dict.fromkeys(keys))
+
+
 def drop_initial_weights(cfg: CN) -> None:
-    """Make every part of every method start from random weights (in place): a checkpoint follows, or none is wanted."""
-    for method in method_names():
-        for _, part in parts(method_class(method).Settings):
-            for key, field in config_keys(part):
-                if field.metadata.get("initial"):
-                    _add(cfg, key, "")
+    """Let every part start from random weights (in place): a checkpoint follows, nothing need be downloaded."""
+    for key in initial_weights_keys():
+        _add(cfg, key, "")
 
 
 def _get(cfg: CN, key: str) -> Any:

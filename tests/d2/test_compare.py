@@ -1,18 +1,14 @@
 """tools/compare.py: its tables, its errors, and both models end to end with random weights."""
 
 import csv
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
+import compare
 import cv2
 import numpy as np
 import pytest
-
-pytest.importorskip("detectron2")
-
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -24,10 +20,6 @@ from kg_detectron.d2 import add_kg_config, register_cells
 
 ROOT = Path(__file__).parents[2]
 NAME = "compare_test"
-
-spec = importlib.util.spec_from_file_location("compare", ROOT / "tools" / "compare.py")
-compare = sys.modules["compare"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
 
 
 def row(**values) -> dict:
@@ -146,10 +138,10 @@ def mask_rcnn(folder: Path) -> str:
 
 
 def keypoint_graph(folder: Path) -> str:
-    small = ["MODEL.KEYPOINT_GRAPH.DEPTH", 18, "MODEL.KEYPOINT_GRAPH.C0_CHANNELS", 4]
-    small += ["MODEL.KEYPOINT_GRAPH.WIDTHS", [4, 4, 8, 8], "MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3]
+    small = ["MODEL.CELLS.BACKBONE", "resnet18", "MODEL.CELLS.C0_CHANNELS", 4]
+    small += ["MODEL.CELLS.WIDTHS", [4, 4, 8, 8], "MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3]
     # Weights that a finished run has no use for; building the model for real would download them.
-    run = Path(write_run(folder, config("parts/method/kg.yaml", [*small, "MODEL.KEYPOINT_GRAPH.BACKBONE_WEIGHTS", ""])))
+    run = Path(write_run(folder, config("parts/method/kg.yaml", [*small, "MODEL.CELLS.BACKBONE_WEIGHTS", ""])))
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("BACKBONE_WEIGHTS: ''", "BACKBONE_WEIGHTS: no such weights"))
     return str(run)

@@ -2,21 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import make_synthetic
 import pytest
+import reproduce
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "datasets"))
-
-import make_synthetic  # noqa: E402
-import reproduce  # noqa: E402
-
 SMALL = ["INPUT.SIZE", "(64,64)", "DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "5"]
 SMALL += ["MODEL.KEYPOINT_GRAPH.PEAK_THRESHOLD", "0.0"]
-HOP = ("MODEL.KEYPOINT_GRAPH.HOPS", "2")
 
 
 @pytest.fixture
@@ -30,7 +24,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     rows = [
         reproduce.Row("a row", "kg_r18_synthetic_cpu"),
-        reproduce.Row("a row: hop", "kg_r18_synthetic_cpu", HOP, "a row"),
+        reproduce.Row("a row: hop", "kg_r18_synthetic_cpu", ("second_hop",), "a row"),
     ]
     monkeypatch.setitem(reproduce.PLANS, "cpu", rows)
     return tmp_path
@@ -40,13 +34,17 @@ def test_rows_are_trained_once_evaluated_and_put_into_tables(plan, monkeypatch, 
     command = ["cpu", "--dataset", "synthetic_val", "--output", str(plan / "runs"), "--results", str(plan / "results")]
     assert reproduce.main([*command, "--seeds", "7", "--opts", *SMALL]) == 0
     first, second = (
-        json.loads((plan / "results" / "cpu" / f"{name}_seed7.json").read_text()) for name in ("a_row", "a_row__hop")
+        json.loads((plan / "results" / "cpu" / f"{name}_seed7.json").read_text()) for name in ("a_row", "a_row-hop")
     )
     assert (first["row"], first["seed"], first["iterations"], first["images"]) == ("a row", 7, 5, 2)
-    assert first["initial_weights"] == "random" and first["figures"]["parameters_M"] > 0
+    assert (
+        first["initial_weights"] == "random"
+        and second["recipes"] == ["second_hop"]
+        and first["figures"]["parameters_M"] > 0
+    )
     assert first["figures"]["training_minutes"] == second["figures"]["training_minutes"] > 0
-    assert "HOPS: 2" in (plan / "runs" / "cpu" / "a_row__hop_seed7" / "config.yaml").read_text()
-    weights = [plan / "runs" / "cpu" / f"{name}_seed7" / "model_final.pth" for name in ("a_row", "a_row__hop")]
+    assert "HOPS: 2" in (plan / "runs" / "cpu" / "a_row-hop_seed7" / "config.yaml").read_text()
+    weights = [plan / "runs" / "cpu" / f"{name}_seed7" / "model_final.pth" for name in ("a_row", "a_row-hop")]
     assert weights[1].is_file() and all(path.stat().st_size > 1000 for path in weights)
 
     def refuse(*_: str) -> None:
@@ -81,10 +79,17 @@ def test_mean_and_spread():
 def test_every_row_has_its_config_and_its_owner():
     for rows in reproduce.PLANS.values():
         names = [row.name for row in rows]
-        assert len({reproduce._file_name(name) for name in names}) == len(names)
+        assert len({reproduce.file_name(name) for name in names}) == len(names)
         for row in rows:
             assert (ROOT / "configs" / f"{row.config}.yaml").is_file()
+            assert all(reproduce.recipe_file(recipe).is_file() for recipe in row.recipes)
             assert not row.weights_of or row.weights_of in names[: names.index(row.name)]
+
+
+def test_the_stored_results_make_the_stored_tables():
+    stored = ROOT / "results" / "cpu"
+    assert reproduce.tables(stored, reproduce.PLANS["cpu"]) == (stored / "tables.md").read_text()
+    assert reproduce.file_name("kg lite: the paper's decoding") == "kg_lite-the_papers_decoding"
 
 
 def test_an_unknown_row_is_named(capsys):

@@ -45,7 +45,7 @@ def read_zip(path: Path) -> None:
 
 def read_weights(path: Path) -> None:
     """As every tool does that copies them."""
-    for value in read_checkpoint(path)["model"].values():
+    for value in read_checkpoint(path).get("model", {}).values():
         value.clone()
 
 
@@ -72,6 +72,12 @@ def corpus() -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
         "stack.tif": tiff(np.stack([grey] * 3), imagej=True, metadata={"axes": "ZYX"}),
         "stack.ome.tif": tiff(np.stack([grey] * 3), ome=True, metadata={"axes": "ZYX"}),
         "tiles.tif": tiff(grey, tile=(16, 16), compression="lzma"),
+        "lzw.tif": tiff(colour, photometric="rgb", compression="lzw", predictor=True),
+        "zstd.tif": tiff(grey, compression="zstd"),
+        "png.tif": tiff(colour, photometric="rgb", compression="png"),
+        "jpeg.tif": tiff(colour, photometric="rgb", compression="jpeg"),
+        "jpeg2000.tif": tiff(grey, compression="jpeg2000"),
+        "jpegxl.tif": tiff(colour, photometric="rgb", compression="jpegxl"),
     }
     made = {name: (data, pages) for name, data in image_files.items()}
     made |= {

@@ -7,16 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from benchmark import models
+from benchmark.measure import peak_bytes
+from benchmark.scenes import cells
+
+from kg_detectron.modeling import (
+    BackboneSettings,
+    HeadSettings,
+    KeypointGraphNet,
+    KeypointGraphSettings,
+    TargetSettings,
+    TrunkSettings,
+)
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark_model  # noqa: E402
-import torch  # noqa: E402
-from measure import peak_bytes  # noqa: E402
-from scenes import cells  # noqa: E402
-
-from kg_detectron.modeling import KeypointGraphNet  # noqa: E402
 
 
 def run_benchmark(*options: str) -> str:
@@ -43,19 +48,24 @@ def test_models(device):
     lines = run_benchmark("model", "--device", device, *small).splitlines()
     for model in ("kg_r18_synthetic_cpu", "mask_rcnn_fpn_r18_synthetic_cpu"):
         for count in (0, 3):
-            own = [line for line in lines if line.startswith(f"| {model} | {count} |")]
-            assert [line.count("|") for line in own] == [11, 9, 9, 9, 8]
+            rows = [line for line in lines if line.startswith(f"| {model} | {count} |")]
+            assert [line.count("|") for line in rows] == [11, 9, 9, 9, 8]
     assert any("decode + masks, %" in line for line in lines)
     assert any(line.startswith("Masks of 3 cells, `kg_r18_synthetic_cpu`") for line in lines)
 
 
 def test_as_many_cells_as_asked_for_reach_the_masks():
-    model = KeypointGraphNet(depth=18, c0_channels=4, widths=(4, 6, 8, 8), head_kernel=3, radius=2.0).eval()
-    stages = benchmark_model.KeypointGraphStages(model, torch.zeros(1, 3, 64, 64))
+    settings = KeypointGraphSettings(
+        backbone=BackboneSettings("resnet18", c0_channels=4),
+        trunk=TrunkSettings(widths=(4, 6, 8, 8)),
+        heads=HeadSettings(head_kernel=3),
+        targets=TargetSettings(radius=2.0),
+    )
+    stages = models.KeypointGraphStages(KeypointGraphNet.build(settings).eval(), torch.zeros(1, 3, 64, 64))
     with torch.no_grad():
         for count in (0, 7):
             run = {name: stage.run for name, stage in stages.stages(count)}
-            assert tuple(run) == benchmark_model.STAGES
+            assert tuple(run) == models.STAGES
             assert len(run["masks"]()[0]) == len(run["paste"]()) == count
 
 

@@ -1,22 +1,16 @@
 """tools/figures.py: which rows it shows, and that it draws."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import cv2
+import figures
 import numpy as np
 import pytest
 
 from kg_detectron.io.cell_sets import ImageCells
 from kg_detectron.io.coco import coco_annotation, encode_mask
 from kg_detectron.report.comparison import compare
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("figures", ROOT / "tools" / "figures.py")
-figures = sys.modules["figures"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(figures)
 
 SIZE = 40, 50
 

@@ -1,22 +1,16 @@
 """The plain training loop of tools/, which `make demo` runs where Detectron2 is missing, and the demo's picture."""
 
-import sys
-from pathlib import Path
-
+import demo
+import make_synthetic
 import numpy as np
 import pytest
 import torch
+import train_core
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "datasets")]
-
-import demo  # noqa: E402
-import make_synthetic  # noqa: E402
-import train_core  # noqa: E402
-
-from kg_detectron.inference import load_model  # noqa: E402
-from kg_detectron.io.coco import load_coco  # noqa: E402
-from kg_detectron.io.images import read_image  # noqa: E402
+from kg_detectron.inference import load_model
+from kg_detectron.io.coco import load_coco
+from kg_detectron.io.images import read_image
+from kg_detectron.modeling import KeypointGraphNet
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,8 @@ def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 def test_examples_and_flips_keep_boxes_on_masks(data):
     record = load_coco(data / "instances_train.json", data / "train").records[0]
-    image, target = train_core.load_example(record, (48, 96))
+    model = KeypointGraphNet.build(train_core.settings(64)).with_preprocessing(size=(48, 96))
+    image, target = train_core.load_example(model, record)
     assert image.shape == (3, 48, 96) and len(target["boxes"]) == len(record["annotations"])
     assert torch.equal(target["boxes"], tight_boxes(target["masks"]))
     for axis in (1, 2):
@@ -54,8 +49,8 @@ def test_trains_saves_and_scores(data, tmp_path, capsys):
     train_core.main([str(data), *options])
     assert "IoU 0.5: box_ap" in capsys.readouterr().out
     model = load_model(tmp_path / "model_final.pth")
-    assert model.input_size == (32, 32)
-    fresh = train_core.KeypointGraphNet(**train_core.TINY)
+    assert model.preprocessing.size == (32, 32)
+    fresh = KeypointGraphNet.build(train_core.settings(32))
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
 

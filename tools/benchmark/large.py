@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kg_detectron.inference import load_model, predict_tiled
+from kg_detectron.inference import load_model, predict
+from kg_detectron.inference.model_file import DEFAULT_MODEL
 from kg_detectron.synthetic import nuclei_image
 
 PATCH = 256  # side of the pieces of a large image, pixels
@@ -50,19 +51,22 @@ def benchmark_large(arguments: argparse.Namespace, device: str) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            found = predict_tiled(model, image, tile=arguments.tile, overlap=arguments.overlap, progress=show)
+            tiles = {"tile": arguments.tile, "overlap": arguments.overlap}
+            found = predict(model, image, scale=1, **tiles, progress=show)  # at its own pixels
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{arguments.size}x{arguments.size}, tile {arguments.tile}, overlap {arguments.overlap}: {drawn} nuclei drawn, "
-        f"{len(found['boxes'])} cells found in {seconds:.0f} s, peak memory {peak:.2f} GiB"
+        f"{len(found)} cells found in {seconds:.0f} s, peak memory {peak:.2f} GiB"
     )
 
 
 def add_command(commands: Any) -> None:
     """Add ``large`` to the commands of tools/benchmark.py."""
     command = commands.add_parser("large", help="prediction in tiles", description=__doc__)
-    command.add_argument("model", type=Path, help="model file, as train_net.py or train_core.py writes it")
+    command.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="model file, or name of a kept model (%(default)s)"
+    )
     command.add_argument("--device", choices=("cpu", "cuda"), help="only this one; every device at hand otherwise")
     command.add_argument("--size", type=int, default=20000, help="side of the image, pixels (%(default)s)")
     command.add_argument("--cells", type=int, default=5000, help="about so many in the image (%(default)s)")

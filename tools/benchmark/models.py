@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measure import milliseconds, peak_bytes
-from scenes import cells, network_maps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmark.measure import milliseconds, peak_bytes
+from benchmark.scenes import cells, network_maps
 from kg_detectron.modeling import KeypointGraphNet
 from kg_detectron.modeling.precision import PRECISIONS, autocast
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-from one_by_one import one_by_one  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 STAGES = ("backbone", "keypoint branch", "decode", "masks", "paste")
-CONFIGS = ("kg_dsb2018", "kg_lite_dsb2018", "mask_rcnn_dsb2018", "mask_rcnn_fpn_dsb2018")
+CONFIGS = ("kg_dsb2018", "kg_lite_dsb2018", "mask_rcnn_c4_dsb2018", "mask_rcnn_fpn_dsb2018")
 DEFINITIONS = """\
 Milliseconds are medians. GMACs are the multiply-adds of convolutions and matrix products (torch.utils.flop_counter).
 MiB are the most that the tensors of a stage hold at once beyond its input: on a GPU by PyTorch's allocator; on the CPU
@@ -68,13 +65,13 @@ class KeypointGraphStages:
         features = model.backbone(self.image)
         yield "keypoint branch", Stage(lambda: model.keypoint_branch(features), (model.keypoint_branch,))
         maps, decoded = model.keypoint_branch(features)
-        crop_from = features if model.segmentation == "branch" else [decoded["s1"]]
+        crop_maps = model.segmentation.maps(features, decoded)
         known = network_maps(count, 1, self.size, device, model.decoder.radius, [scale.stride for scale in maps])
         sizes = [(self.size, self.size)]
-        yield "decode", Stage(lambda: model.decoder(known, sizes))
+        yield "decode", Stage(lambda: model.boxes(known, sizes))
         boxes = [cells(count, self.size, 0).to(device)]
-        segment = functools.partial(model.mask_head.predict_masks, crop_from, boxes, sizes)
-        yield "masks", Stage(segment, (model.mask_head,))
+        segment = functools.partial(model.segmentation.predict_masks, crop_maps, boxes, sizes)
+        yield "masks", Stage(segment, (model.segmentation,))
         yield "paste", Stage(segment()[0].rle)
 
     def training_losses(self, boxes: Tensor, masks: Tensor) -> dict[str, Tensor]:
@@ -135,25 +132,25 @@ def load_stages(config: str, size: int, device: str, channels_last: bool) -> Key
     """The model of a config (a file, or a name in configs/), with random weights, on a random image."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     torch.manual_seed(0)
-    if not HAS_DETECTRON2:
-        model, kind = KeypointGraphNet(), KeypointGraphStages
-    else:
-        from detectron2.config import get_cfg
-        from detectron2.modeling import build_model
-
-        from kg_detectron.d2 import add_kg_config
-        from kg_detectron.d2.modeling import ModelDescription
-
-        cfg = get_cfg()
-        add_kg_config(cfg)
-        path = Path(config) if config.endswith(".yaml") else ROOT / "configs" / f"{config}.yaml"
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-        cfg.MODEL.DEVICE = device
-        description = ModelDescription.of(cfg)
-        kind = KeypointGraphStages if description else MaskRCNNStages
-        model = KeypointGraphNet(**description.arguments) if description else build_model(cfg)
+    model = _model_of(config, device) if HAS_DETECTRON2 else KeypointGraphNet.build()
+    model = getattr(model, "network", model)
+    kind = KeypointGraphStages if isinstance(model, KeypointGraphNet) else MaskRCNNStages
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
     return kind(model.eval(), image)
+
+
+def _model_of(config: str, device: str) -> nn.Module:
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    from kg_detectron.d2.config import add_kg_config, drop_initial_weights, merge_config
+
+    cfg = get_cfg()
+    add_kg_config(cfg)
+    merge_config(cfg, config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml"))
+    drop_initial_weights(cfg)
+    cfg.MODEL.DEVICE = device
+    return build_model(cfg)
 
 
 def measure(call: Callable[[], Any], device: str, repeats: int) -> tuple[float, float, float]:
@@ -218,12 +215,10 @@ def training_costs(
 @torch.no_grad()
 def speed_of_batching(stages: KeypointGraphStages, count: int, device: str) -> str:
     """Masks of a batch of crops against the same one by one, in turn."""
-    features = stages.model.backbone(stages.image)
-    if stages.model.segmentation == "s1":
-        features = [stages.model.keypoint_branch(features)[1]["s1"]]
-    boxes = [cells(count, stages.size, 0).to(device)]
-    head = stages.model.mask_head
-    calls = (lambda: head(features, boxes), lambda: one_by_one(head, features, boxes))
+    model = stages.model
+    _, maps = model.maps(stages.image)
+    boxes, branch = cells(count, stages.size, 0).to(device), model.segmentation
+    calls = (lambda: branch(maps, [boxes]), lambda: [branch.segment_crop([m[0] for m in maps], box) for box in boxes])
     taken = [[milliseconds(call, device) for call in calls] for _ in range(4)][1:]
     batched, single = (statistics.median(times) for times in zip(*taken, strict=True))
     return f"{single:.0f} ms one by one, {batched:.0f} ms in batches, {single / batched:.1f} times as fast"
@@ -238,8 +233,8 @@ def print_costs(title: str, costs: dict[str, dict[int, dict[str, Cost]]], field:
     print(f"\n**{title}**\n")
     print(row(["model", "cells", *STAGES, "total"]))
     print(row(["---", *["---:"] * (len(STAGES) + 2)]))
-    for config, own in costs.items():
-        for count, stages in own.items():
+    for config, counts in costs.items():
+        for count, stages in counts.items():
             print(row([config, str(count), *(f"{getattr(cost, field):.{digits}f}" for cost in stages.values())]))
 
 
@@ -249,8 +244,8 @@ def print_times(costs: dict[str, dict[int, dict[str, Cost]]]) -> None:
     print("\n**Inference, ms**\n")
     print(row(["model", "cells", *STAGES, "total", f"total / `{last}`", "decode + masks, %"]))
     print(row(["---", *["---:"] * (len(STAGES) + 4)]))
-    for config, own in costs.items():
-        for count, stages in own.items():
+    for config, counts in costs.items():
+        for count, stages in counts.items():
             total = stages["total"].milliseconds
             ratio = total / costs[last][count]["total"].milliseconds
             share = 100 * (stages["decode"].milliseconds + stages["masks"].milliseconds) / total
@@ -263,8 +258,8 @@ def print_training(costs: dict[str, dict[int, Cost]]) -> None:
     print("\n**Training step, one image**\n")
     print(row(["model", "cells", "ms", f"ms / `{last}`", "GMACs", "M parameters", "MiB"]))
     print(row(["---", *["---:"] * 6]))
-    for config, own in costs.items():
-        for count, cost in own.items():
+    for config, counts in costs.items():
+        for count, cost in counts.items():
             ratio = cost.milliseconds / costs[last][count].milliseconds
             figures = f"{cost.milliseconds:.0f}", f"{ratio:.2f}", f"{cost.gmacs:.1f}"
             print(row([config, str(count), *figures, f"{cost.parameters:.2f}", f"{cost.mebibytes:.0f}"]))

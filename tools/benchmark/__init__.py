@@ -1,0 +1,1 @@
+"""Benchmarks: of the operators, of whole models stage by stage, of prediction in tiles."""
