@@ -88,9 +88,9 @@ def test_every_requirement_is_pinned_exactly(python: str) -> None:
     for requirements in declared().values():
         for requirement in requirements:
             pin = pins(python).get(canonicalize_name(requirement.name))
-            assert pin, f"pyproject.toml asks for {requirement}; constraints.txt has no pin of it for Python {python}"
+            assert pin, f"{requirement} of pyproject.toml has no pin in constraints.txt for Python {python}"
             version = next(iter(pin.specifier)).version
-            assert version in requirement.specifier, f"pyproject.toml asks for {requirement}; constraints.txt pins {pin}"
+            assert version in requirement.specifier, f"{requirement} in pyproject.toml, {pin} in constraints.txt"
 
 
 def test_every_import_is_declared() -> None:
@@ -123,7 +123,7 @@ def test_every_import_is_declared() -> None:
                 continue
             unknown = {name.split(".")[0] for name in imported} - known
             assert not unknown, (
-                f"{path.relative_to(ROOT)}:{node.lineno} imports {unknown}, which setup.py does not ask for"
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {unknown}, which pyproject.toml does not ask for"
             )
 
 
