@@ -1,11 +1,10 @@
 """Make a synthetic dataset in COCO JSON; see README.md beside this file."""
 
-import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from preparation import parser_of, run
 from tqdm import trange
 
 from kg_detectron.io.coco import write_split
@@ -62,7 +61,7 @@ def make(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, "synthetic")
     parser.add_argument("--kind", choices=KINDS, default="both", help="what to draw; both, in turn, by default")
     parser.add_argument("--train", type=int, default=200, help="number of training images (default: 200)")
     parser.add_argument("--val", type=int, default=50, help="number of validation images (default: 50)")
@@ -78,28 +77,20 @@ def main(argv: list[str] | None = None) -> None:
         "--cells", type=int, nargs=2, default=(5, 30), metavar=("MIN", "MAX"), help="of an image (default: 5 30)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
-    root = os.environ.get("DETECTRON2_DATASETS")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=root,
-        required=root is None,
-        help="root of all datasets; synthetic/ is written in it (default: $DETECTRON2_DATASETS)",
-    )
     args = parser.parse_args(argv)
-    try:
-        counts = make(
+    run(
+        parser,
+        args,
+        "synthetic",
+        lambda: make(
             args.output,
             kind=args.kind,
             sizes={"train": args.train, "val": args.val},
             size=tuple(args.size),
             cells=tuple(args.cells),
             seed=args.seed,
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: error: {error}") from error
-    for split, cells in counts.items():
-        print(f"{args.output / 'synthetic'}: {split}: {len(cells)} images, {sum(cells)} cells")
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Turn the 2018 Data Science Bowl's download (stage1_train) into COCO JSON; see README.md beside this file."""
 
-import argparse
-import os
-import random
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from preparation import add_splits, draw_splits, parser_of, read_splits, run
 from tqdm import tqdm
 
+from kg_detectron.io import fault
+from kg_detectron.io.cell_files import cell_mask
 from kg_detectron.io.coco import checked_relative_path, write_split
 from kg_detectron.io.images import decode_image
 from kg_detectron.io.normalisation import Normalisation
 
-SPLITS = ("train", "val", "test")
 MAX_BYTES = 2**30  # of a file in a zip file, above which its header is not believed
 
 
@@ -96,42 +95,15 @@ def read_sample(name: str, sample: Sample, read: Callable[[str], bytes]) -> tupl
     image = Normalisation()(decode_image(read(sample.images[0]), sample.images[0]))
     masks = []
     for mask_name in sample.masks:
-        mask = decode_image(read(mask_name), mask_name).any(axis=2)
+        mask, wrong = cell_mask(decode_image(read(mask_name), mask_name))
         if mask.shape != image.shape[:2]:
             raise ValueError(f"{mask_name}: the mask is {mask.shape}, its image {image.shape[:2]} (height, width)")
-        if not mask.any():
+        if wrong is not None and wrong[0] == fault.NO_CELL:
             raise ValueError(f"{mask_name}: the mask is empty")
+        if wrong is not None and wrong[0] in (fault.INVERTED, fault.NO_MASK):
+            raise ValueError(f"{mask_name}: {wrong[1]}")
         masks.append(mask)
     return image, masks
-
-
-def read_splits(folder: Path) -> dict[str, list[str]]:
-    """Read ``train.txt``, ``val.txt`` and, where there is one, ``test.txt``: one id a line.
-
-    Raises:
-        FileNotFoundError: train.txt or val.txt is missing.
-        ValueError: an id stands twice.
-    """
-    splits, seen = {}, {}
-    for split in SPLITS:
-        path = folder / f"{split}.txt"
-        if split == "test" and not path.exists():
-            continue
-        splits[split] = path.read_text(encoding="utf-8").split()
-        for id in splits[split]:
-            if id in seen:
-                raise ValueError(f"{path}: the id {id} stands in {seen[id]}.txt already")
-            seen[id] = split
-    return splits
-
-
-def draw_splits(ids: list[str], seed: int) -> dict[str, list[str]]:
-    """Split at random, 60 % train, 20 % val, 20 % test; the same for the same ids and seed."""
-    ids = sorted(ids)
-    random.Random(seed).shuffle(ids)
-    fifth = round(len(ids) / 5)
-    train = len(ids) - 2 * fifth
-    return {"train": ids[:train], "val": ids[train : train + fifth], "test": ids[train + fifth :]}
 
 
 def prepare(
@@ -183,29 +155,19 @@ def prepare(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, "dsb2018")
     parser.add_argument("source", type=Path, help="folder or zip file of stage1_train: <id>/images, <id>/masks")
-    root = os.environ.get("DETECTRON2_DATASETS")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=root,
-        required=root is None,
-        help="root of all datasets; dsb2018/ is written in it (default: $DETECTRON2_DATASETS)",
-    )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--splits", type=Path, help="folder with train.txt, val.txt and perhaps test.txt, one id a line")
-    how.add_argument("--seed", type=int, default=0, help="of a random 60/20/20 split, without --splits (default: 0)")
+    add_splits(parser)
     parser.add_argument("--allow-missing", action="store_true", help="go on where listed ids are not in the download")
     args = parser.parse_args(argv)
-    try:
-        counts = prepare(
+    run(
+        parser,
+        args,
+        "dsb2018",
+        lambda: prepare(
             args.source, args.output, split_lists=args.splits, seed=args.seed, allow_missing=args.allow_missing
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: error: {error}") from error
-    for split, cells in counts.items():
-        print(f"{args.output / 'dsb2018'}: {split}: {len(cells)} images, {sum(cells)} cells")
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Turn images with colour masks (one colour, one cell) into COCO JSON; see README.md beside this file."""
 
-import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from preparation import SPLITS, parser_of, run
 from tqdm import tqdm
 
 from kg_detectron.io.coco import write_split
 from kg_detectron.io.images import read_image
 from kg_detectron.io.normalisation import Normalisation
 
-SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
@@ -98,28 +96,13 @@ def prepare(source: Path, output: Path) -> dict[str, list[int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, "neural")
     parser.add_argument("source", type=Path, help="folder with train/, val/, test/ (images) and mask/ (colour PNGs)")
-    root = os.environ.get("DETECTRON2_DATASETS")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=root,
-        required=root is None,
-        help="root of all datasets; neural/ is written in it (default: $DETECTRON2_DATASETS)",
-    )
     args = parser.parse_args(argv)
-    try:
-        counts = prepare(args.source, args.output)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: error: {error}") from error
+    counts = run(parser, args, "neural", lambda: prepare(args.source, args.output))
     for split in SPLITS:
         if split not in counts:
             print(f"{args.source}: no folder {split}, left out")
-            continue
-        cells = counts[split]
-        empty = f", {cells.count(0)} images without a cell" if 0 in cells else ""
-        print(f"{args.output / 'neural'}: {split}: {len(cells)} images, {sum(cells)} cells{empty}")
 
 
 if __name__ == "__main__":

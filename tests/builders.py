@@ -101,10 +101,14 @@ def train(
     steps: int,
     rate: float = 4e-3,
     batch_size: int = 2,
+    decay: bool = False,
 ) -> None:
-    """Train a network in place on examples that ``draw`` makes, and leave it in evaluation mode."""
+    """Train a network in place on examples that ``draw`` makes, and leave it in evaluation mode.
+
+    The learning rate stays, or falls to 0 along a cosine.
+    """
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps if decay else 10**9)
     model.train()
     for _ in range(steps):
         images, targets = zip(*(draw() for _ in range(batch_size)), strict=True)
@@ -138,10 +142,11 @@ def load_config(name: str, *options: object) -> "CfgNode":
     from detectron2.config import get_cfg
 
     from kg_detectron.d2 import add_kg_config
+    from kg_detectron.d2.config import merge_config
 
     cfg = get_cfg()
     add_kg_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / f"{name}.yaml"), allow_unsafe=False)
+    merge_config(cfg, str(CONFIGS / f"{name}.yaml"))
     values = ["MODEL.DEVICE", "cpu", *options]
     cfg.merge_from_list([str(value) if isinstance(value, Path) else value for value in values])
     return cfg
@@ -149,9 +154,18 @@ def load_config(name: str, *options: object) -> "CfgNode":
 
 def small_config(*options: object) -> "CfgNode":
     """The config of a tiny keypoint graph, which finds something without any training."""
-    small = ["INPUT.SIZE", (64, 96), "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.WIDTHS", [4, 6, 8, 8]]
+    small = [
+        "INPUT.SIZE",
+        (64, 96),
+        "INPUT.NORMALISATION",
+        "fixed",
+        "MODEL.CELLS.C0_CHANNELS",
+        4,
+        "MODEL.CELLS.WIDTHS",
+        [4, 6, 8, 8],
+    ]
     small += ["MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3, "MODEL.KEYPOINT_GRAPH.PEAK_THRESHOLD", 0.0]
-    return load_config("kg_dsb2018_tiny", *small, *options)
+    return load_config("kg_r18_dsb2018_cpu", *small, *options)
 
 
 def golden_files(pattern: str) -> list[Path]:

@@ -73,14 +73,6 @@ def test_one_version_everywhere() -> None:
     assert citation["version"] == kg_detectron.__version__
 
 
-def test_licence_is_apache_2_in_full() -> None:
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    sections = re.findall(r"^   (\d)\. ", text, re.MULTILINE)
-    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
-    assert sections == list("123456789")
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["license"] == "Apache-2.0"
-
-
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_exactly(python: str) -> None:
     for pin in pins(python).values():
@@ -88,9 +80,11 @@ def test_every_requirement_is_pinned_exactly(python: str) -> None:
     for requirements in declared().values():
         for requirement in requirements:
             pin = pins(python).get(canonicalize_name(requirement.name))
-            assert pin, f"{requirement} of pyproject.toml has no pin in constraints.txt for Python {python}"
+            assert pin, f"pyproject.toml asks for {requirement}; constraints.txt has no pin of it for Python {python}"
             version = next(iter(pin.specifier)).version
-            assert version in requirement.specifier, f"{requirement} in pyproject.toml, {pin} in constraints.txt"
+            assert version in requirement.specifier, (
+                f"pyproject.toml asks for {requirement}; constraints.txt pins {pin}"
+            )
 
 
 def test_every_import_is_declared() -> None:
@@ -123,7 +117,7 @@ def test_every_import_is_declared() -> None:
                 continue
             unknown = {name.split(".")[0] for name in imported} - known
             assert not unknown, (
-                f"{path.relative_to(ROOT)}:{node.lineno} imports {unknown}, which pyproject.toml does not ask for"
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {unknown}, which setup.py does not ask for"
             )
 
 
@@ -137,21 +131,8 @@ def test_no_path_of_somebodys_machine_is_tracked() -> None:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # an image or another binary file
-        found = private.search(text)
-        assert not found, f"{path.relative_to(ROOT)} has the path of a machine: {found.group(0)}"
-
-
-def test_the_core_commands_are_listed() -> None:
-    assert make_targets() == {"help", "setup", "demo", "test", "sanitize", "lint", "clean"}
-
-
-def test_every_change_passes_lint_tests_and_sanitizers() -> None:
-    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert [line.split("#")[0].strip() for line in lines if line.startswith("make")] == [
-        "make lint",
-        "make test",
-        "make sanitize",
-    ]
+        match = private.search(text)
+        assert not match, f"{path.relative_to(ROOT)} has the path of a machine: {match.group(0)}"
 
 
 def test_without_sanitizers_it_is_said_and_ci_goes_on(tmp_path: Path) -> None:
@@ -181,8 +162,8 @@ def test_unsupported_python_is_refused_by_name(tmp_path: Path) -> None:
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.20" || exit 1\n')
     old.chmod(0o755)
     for tool in ("sh", "make", "head", "rm"):
-        found = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True).stdout.strip()
-        (tmp_path / tool).symlink_to(found)
+        program = subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True).stdout.strip()
+        (tmp_path / tool).symlink_to(program)
     run = subprocess.run(
         ["make", "setup", f"VENV={tmp_path / 'venv'}"],
         cwd=ROOT,

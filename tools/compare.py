@@ -228,14 +228,10 @@ def coco_results(
             "category_id": category_ids[label],
             "bbox": box,
             "score": score,
-            "segmentation": {"size": list(rle["size"]), "counts": _text(rle["counts"])},
+            "segmentation": rle,
         }
         for box, score, label, rle in zip(*columns, strict=True)
     ]
-
-
-def _text(counts: str | bytes) -> str:
-    return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
 def training_minutes(metrics: Path) -> float:

@@ -45,6 +45,7 @@ from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.config import drop_initial_weights, merge_config
 from kg_detectron.d2.trainer import Trainer
 from kg_detectron.d2.training_check import check_datasets
+from kg_detectron.io.normalisation import Normalisation
 
 # What users' mistakes raise before the training begins.
 MISTAKES = (OSError, ValueError, KeyError)
@@ -113,7 +114,8 @@ def prepare(args: Namespace) -> Callable[[], object]:
     cfg = setup(args)
     if not args.eval_only:
         names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION, *cfg.DATASETS.TEST]
-        check_datasets(names, args.skip_bad, Path(cfg.OUTPUT_DIR, "without_bad"))
+        normalisation = Normalisation(cfg.INPUT.NORMALISATION, tuple(cfg.INPUT.PERCENTILES))
+        check_datasets(names, args.skip_bad, Path(cfg.OUTPUT_DIR, "without_bad"), normalisation)
         trainer = Trainer(cfg)
         trainer.checkpointer.trust_pickle = args.trust_pickle
         trainer.resume_or_load(resume=args.resume)

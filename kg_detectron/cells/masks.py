@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from kg_detectron.cells.run_lengths import decode_runs
+from kg_detectron.cells.run_lengths import RLE, decode_runs, encode_runs, foreground
 
 
 class MaskCrops:
@@ -60,10 +59,7 @@ class MaskCrops:
             runs = np.asarray(counts, np.int64) if isinstance(counts, list) else decode_runs(counts)
             if tuple(rle["size"]) != size or runs.min(initial=0) < 0 or runs.sum() != height * width:
                 raise ValueError(f"rles[{i}]: expected runs that fill an image of {height} x {width} pixels")
-            ends = runs.cumsum()[1::2]
-            lengths = runs[1::2]
-            # Foreground pixels, numbered down the columns.
-            pixels = np.arange(lengths.sum()) + np.repeat(ends - lengths.cumsum(), lengths)
+            pixels = foreground(runs)
             x, y = np.divmod(pixels, height)
             x1, y1, x2, y2 = (x[0], y.min(), x[-1] + 1, y.max() + 1) if len(pixels) else (0, 0, 0, 0)
             crop = np.zeros((y2 - y1, x2 - x1), bool)
@@ -172,8 +168,8 @@ class MaskCrops:
         crops = [crop[:height, :width] for crop, (width, height) in zip(self.crops, sizes, strict=True)]
         return MaskCrops(crops, windows, size, self.threshold)
 
-    def rle(self) -> list[dict]:
-        """COCO run-length encodings of all masks, compressed: ``{"size": [H, W], "counts": bytes}``."""
+    def rle(self) -> list[RLE]:
+        """COCO run-length encodings of all masks, compressed."""
         height, width = self.size
         encoded = []
         for crop, (x1, y1, _, _) in self.pixels():
@@ -184,7 +180,7 @@ class MaskCrops:
             counts = np.diff(edges, prepend=0, append=height * width)
             if counts[-1] == 0:  # the mask reaches the last pixel
                 counts = counts[:-1]
-            encoded.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
+            encoded.append(encode_runs(counts, self.size))
         return encoded
 
     def label_image(self, out: np.ndarray | None = None) -> np.ndarray:

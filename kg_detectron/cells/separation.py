@@ -5,6 +5,7 @@ import dataclasses
 import cv2
 import numpy as np
 import torch
+from skimage.measure import label
 
 from kg_detectron.cells.cells import Cells
 from kg_detectron.cells.masks import MaskCrops
@@ -44,20 +45,50 @@ def separate_cells(cells: Cells, scratch: np.ndarray | None = None) -> Cells:
     return dataclasses.replace(cells[rows.to(cells.scores.device)], masks=left)
 
 
+def connected_pieces(mask: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """The connected pieces of a mask: the project's one definition of "a piece".
+
+    Pixels that share an edge are connected; pixels that meet at a corner only are not.
+
+    Args:
+        mask: (H, W) bool.
+    Returns:
+        Their number K; (H, W) int32, 0 background, 1..K the pieces; and (K,) int64, their areas in pixels.
+    """
+    count, pieces, stats, _ = cv2.connectedComponentsWithStats(
+        np.ascontiguousarray(mask).view(np.uint8), connectivity=4
+    )
+    return count - 1, pieces, stats[1:, cv2.CC_STAT_AREA].astype(np.int64)
+
+
+def pieces_of_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many pieces, as `connected_pieces` tells them, every number of a label image has.
+
+    Args:
+        labels: (H, W) integers, 0 background.
+    Returns:
+        The K numbers, rising, and their pieces, (K,) int64 each.
+    """
+    pieces = label(labels, background=0, connectivity=1)
+    _, first = np.unique(pieces, return_index=True)
+    values = labels.ravel()[first]
+    return np.unique(values[values > 0], return_counts=True)
+
+
 def _largest_piece(mask: np.ndarray) -> tuple[tuple[int, int, int, int], np.ndarray] | None:
     """The largest 4-connected component of a mask (h,w), as its window xyxy and its pixels; None for an empty mask."""
     if not mask.any():
         return None
-    count, components, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
+    count, components, areas = connected_pieces(mask)
     best = 1
-    if count > 2:
-        areas = stats[1:, cv2.CC_STAT_AREA]
+    if count > 1:
         largest = np.flatnonzero(areas == areas.max()) + 1
         if len(largest) > 1:  # OpenCV does not promise the order of its labels
             ids = components.ravel()
             best = ids[np.isin(ids, largest).argmax()]
         else:
             best = largest[0]
-    left, top, width, height = stats[best, :4].tolist()
-    window = left, top, left + width, top + height
-    return window, components[top : top + height, left : left + width] == best
+    piece = components == best
+    rows, columns = np.flatnonzero(piece.any(axis=1)), np.flatnonzero(piece.any(axis=0))
+    left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return (left, top, right, bottom), piece[top:bottom, left:right]

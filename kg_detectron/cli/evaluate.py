@@ -31,7 +31,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--max-detections", type=int, default=10000, metavar="N", help="an image, for COCO's AP (default: 10000)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument(
+        "--only-common",
+        action="store_true",
+        help="evaluate the images that GT and PRED both have; by default one without prediction counts as without "
+        "detections, and one that GT lacks is an error",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE, those of every image too")
     parser.set_defaults(run=run)
 
 
@@ -45,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         ious=arguments.iou,
         min_score=arguments.min_score,
         max_detections=arguments.max_detections,
+        only_common=arguments.only_common,
     )
     if arguments.json is not None:
         write_report(arguments.json, figures)

@@ -63,7 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--axes", type=str.upper, help="axis order of stacks that do not declare it, such as ZCYX: C for channels"
     )
     parser.add_argument(
-        "--scene", type=_name_or_number, metavar="NAME|N", help="scene of files with several (default: all)"
+        "--scene", type=name_or_number, metavar="NAME|N", help="scene of files with several (default: all)"
     )
     parser.add_argument(
         "--diameter", type=float, metavar="PIXELS", help="diameter of a typical cell in the image; it sets the scale"
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         given["save"] = tuple(EXPORTERS) if "all" in kinds else tuple(dict.fromkeys(kinds))
     if arguments.channels is not None:
         values = [part for value in _list(arguments.channels, inputs, set()) for part in value.split(",")]
-        given["channels"] = tuple(map(_name_or_number, values))
+        given["channels"] = tuple(map(name_or_number, values))
     if arguments.size is not None:
         print("note: --size is no longer needed, for cells decide about the scale; --scale 1 keeps the pixels")
         if arguments.size == "native" and given["scale"] is None and given["diameter"] is None:
@@ -172,7 +172,8 @@ def _is_input(value: str) -> bool:
     return os.path.exists(value) or glob.has_magic(value)
 
 
-def _name_or_number(value: str) -> str | int:
+def name_or_number(value: str) -> str | int:
+    """A channel or scene as it was typed: a number where it is one."""
     return int(value) if value.lstrip("-").isdigit() else value
 
 

@@ -15,9 +15,9 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances
 from scipy import ndimage
 
+from kg_detectron.cells.run_lengths import decode_runs, foreground
 from kg_detectron.d2.augmentation import build_augmentations
 from kg_detectron.d2.config import settings_of
-from kg_detectron.io.coco import decode_runs
 from kg_detectron.io.images import read_image
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
@@ -30,16 +30,6 @@ _MIN_SIDE = 2
 
 
 # Masks: run lengths -> label images -> transforms -> one mask and one box per cell
-
-
-def _rle_pixels(counts: str | bytes) -> np.ndarray:
-    """(P,) int64: flat indices, columns first, of the pixels of one mask in COCO's compressed run lengths.
-
-    pycocotools decodes to a dense image per cell; with hundreds of cells that costs more than the augmentation.
-    """
-    runs = decode_runs(counts)
-    start, length = np.cumsum(runs)[: len(runs) - 1 : 2], runs[1::2]  # of the runs of foreground
-    return np.repeat(start - np.cumsum(length) + length, length) + np.arange(length.sum())
 
 
 def _label_layers(masks: Iterable[np.ndarray], height: int, width: int) -> list[np.ndarray]:
@@ -58,7 +48,7 @@ def _transform_cells(
     cells: Sequence[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int], new_size: tuple[int, int]
 ) -> Instances:
     """Annotations in an image of ``size`` (H, W) -> `Instances` of ``new_size``, less cells under 2 x 2 pixels."""
-    layers = _label_layers((_rle_pixels(cell["segmentation"]["counts"]) for cell in cells), *size)
+    layers = _label_layers((foreground(decode_runs(cell["segmentation"]["counts"])) for cell in cells), *size)
     found = {}
     for layer in layers:
         warped = transforms.apply_segmentation(layer)

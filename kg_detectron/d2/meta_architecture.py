@@ -1,5 +1,6 @@
 """Detectron2's meta-architectures: unpack `Instances`, call the core's network, pack `Instances`."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -77,12 +78,13 @@ class CellInstanceSegmentation(nn.Module):
 
 
 def raw_image(image: Tensor) -> np.ndarray:
-    """An image (3, H, W) as (H, W, 3). Floats that hold 8 bits, as Detectron2's predictor has them, become 8 bits."""
+    """An image (3, H, W) as (H, W, 3). Floats that hold 8 or 16 bits, as of Detectron2's predictor, become those."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     if pixels.dtype.kind == "f" and pixels.max(initial=0) > 1:
-        eight_bits = pixels.clip(0, 255).astype(np.uint8)
-        if np.array_equal(eight_bits, pixels):
-            return eight_bits
+        for kind in (np.uint8, np.uint16):
+            integers = pixels.clip(0, np.iinfo(kind).max).astype(kind)
+            if np.array_equal(integers, pixels):
+                return integers
     return pixels
 
 
@@ -115,7 +117,14 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
             preprocessing=settings_of(cfg, Preprocessing),
             precision=cfg.MODEL.CELLS.PRECISION,
         )
-    settings = settings_of(cfg, KeypointGraphSettings)
+    # What a registered part decides itself, as SegS1MaskHead what masks are cut from, belongs to the description.
+    settings = dataclasses.replace(
+        settings_of(cfg, KeypointGraphSettings),
+        targets=proposals.targets,
+        decoding=proposals.decoder.settings,
+        segmentation=heads.mask_head.core.settings,
+        ranking=heads.ranking.settings,
+    )
     network = KeypointGraphNet(
         settings,
         backbone=backbone.core,

@@ -148,7 +148,13 @@ class CellMaskHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        settings = dataclasses.replace(settings_of(cfg, SegmentationSettings), cut_from=cls.cut_from)
+        settings = settings_of(cfg, SegmentationSettings)
+        if settings.cut_from not in ("features", cls.cut_from):
+            raise ValueError(
+                f"MODEL.CELLS.CUT_FROM: {settings.cut_from!r} does not go with MODEL.ROI_MASK_HEAD.NAME "
+                f"{cls.__name__}, which cuts from {cls.cut_from!r}"
+            )
+        settings = dataclasses.replace(settings, cut_from=cls.cut_from)
         channels = [input_shape[name].channels for name in FEATURES]
         lowest = min(settings_of(cfg, HeadSettings).scales)
         return {"core": build_segmentation_branch(settings, channels, settings_of(cfg, TrunkSettings).widths, lowest)}

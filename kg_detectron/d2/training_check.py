@@ -11,32 +11,37 @@ from detectron2.utils import comm
 
 from kg_detectron.d2.datasets import register_cells
 from kg_detectron.io import fault
-from kg_detectron.io.coco import read_coco, read_json, rle_annotation, write_coco
+from kg_detectron.io.coco import CocoDataset, read_coco, read_json, rewrite
 from kg_detectron.io.dataset_check import check_coco
-from kg_detectron.io.fault import Fault
+from kg_detectron.io.fault import Fault, Severity, fatal
+from kg_detectron.io.normalisation import Normalisation
 
 logger = logging.getLogger(__name__)
 
-# Odd, but nothing that a training could not use: an image without cells teaches what is none.
-_HARMLESS = {fault.NO_CELL, fault.SPLIT, fault.DUPLICATE_IMAGE, fault.DUPLICATE_CELL}
 # Of an image as a whole, whose file the fault names.
-_OF_IMAGES = {fault.UNREADABLE, fault.SIZE, fault.MISSING_IMAGE}
+_OF_IMAGES = {fault.UNREADABLE, fault.CHANNELS, fault.SIZE, fault.MISSING_IMAGE, fault.LEVELS}
+_LEVELS = {Severity.NOTE: logging.INFO, Severity.HARMLESS: logging.WARNING, Severity.FATAL: logging.ERROR}
 
 
-def check_datasets(names: Iterable[str], skip_bad: bool, folder: str | Path) -> None:
+def check_datasets(
+    names: Iterable[str], skip_bad: bool, folder: str | Path, normalisation: Normalisation | None = None
+) -> None:
     """Check registered datasets of cells, every image and annotation; others are left alone.
 
-    Every fault is logged. Images are decoded, in about ten seconds of one core for 500 like those of DSB2018.
+    Every fault is logged. Images are decoded, in about ten seconds of one core for 500 like those of DSB2018. What can
+    be mended by writing the annotations anew (ids, missing areas, categories without annotations) is: a copy is written
+    to ``folder``, and the name is registered anew with that, so that the evaluation reads it too.
 
     Args:
         names: in Detectron2's DatasetCatalog.
-        skip_bad: go on without bad images (with all their cells) and bad annotations: a copy of the annotations without
-            them is written to ``folder``, and the name is registered anew with that.
+        skip_bad: go on without bad images (with all their cells), bad annotations and crowds, in a copy as above.
         folder: for the copies; made where needed.
+        normalisation: of the config that is about to be trained; images that it cannot take are bad. By default they
+            are named only.
 
     Raises:
-        ValueError: without ``skip_bad``, the datasets have faults that a training would trip over; or a dataset has no
-            sound image; or its JSON is corrupt.
+        ValueError: without ``skip_bad``, the datasets have faults that a training would trip over; their annotations
+            are of several categories; a dataset has no sound image; or its JSON is corrupt.
         FileNotFoundError: a JSON file is missing.
     """
     cells = [name for name in dict.fromkeys(names) if MetadataCatalog.get(name).get("evaluator_type") == "cells"]
@@ -44,9 +49,9 @@ def check_datasets(names: Iterable[str], skip_bad: bool, folder: str | Path) -> 
     error = None
     if comm.is_main_process():
         try:
-            copies = _check(cells, skip_bad, Path(folder))
-        except (OSError, ValueError) as found:
-            error = found
+            copies = _check(cells, skip_bad, Path(folder), normalisation)
+        except (OSError, ValueError) as problem:
+            error = problem
     # One process looks; all of them stop or go on together.
     copies, error = comm.all_gather((copies, error))[0]
     if error is not None:
@@ -58,52 +63,45 @@ def check_datasets(names: Iterable[str], skip_bad: bool, folder: str | Path) -> 
         register_cells(name, json_file, image_root)
 
 
-def _check(names: list[str], skip_bad: bool, folder: Path) -> dict[str, str]:
+def _check(names: list[str], skip_bad: bool, folder: Path, normalisation: Normalisation | None) -> dict[str, str]:
     """-> {name: JSON file to use instead}."""
-    copies, summaries = {}, []
+    copies: dict[str, str] = {}
+    summaries: list[str] = []
+    skippable = True
     for name in names:
         metadata = MetadataCatalog.get(name)
-        found, images = check_coco(metadata.json_file, metadata.image_root)
-        bad = [each for each in found if each.kind not in _HARMLESS]
-        for each in found:
-            logger.log(logging.ERROR if each in bad else logging.INFO, "%s: %s", name, each)
-        if not bad:
-            continue
-        kinds = ", ".join(f"{kind} ({number})" for kind, number in Counter(each.kind for each in bad).most_common())
-        summaries.append(f"{name}: {kinds}")
-        if skip_bad:
+        faults, _ = check_coco(metadata.json_file, metadata.image_root, normalisation=normalisation)
+        for one in faults:
+            logger.log(_LEVELS[one.severity], "%s: %s", name, one)
+        bad = fatal(faults)
+        if bad:
+            kinds = ", ".join(f"{kind} ({number})" for kind, number in Counter(one.kind for one in bad).most_common())
+            summaries.append(f"{name}: {kinds}")
+            skippable &= all(one.kind != fault.CATEGORIES for one in bad)
+        if bad and skip_bad or any(one.kind in fault.MENDED_BY_REWRITING for one in faults):
             copy = folder / (re.sub(r"[^\w-]", "_", name.removesuffix(".json")) + ".json")  # names may be paths
-            left_out = _write_sound_part(metadata.json_file, metadata.image_root, bad, copy)
-            logger.warning("%s: going on without %s; what is left is %s", name, left_out, copy)
-            copies[name] = str(copy)
-    if summaries and not skip_bad:
-        raise ValueError(f"{'; '.join(summaries)}. Each is named in the log above; --skip-bad goes on without them")
+            if skip_bad or not bad:
+                left_out = _write_sound_part(metadata.json_file, metadata.image_root, bad, copy)
+                logger.warning("%s: going on without %s; what is left is %s", name, left_out, copy)
+                copies[name] = str(copy)
+    if summaries and not (skip_bad and skippable):
+        advice = "Each is named in the log above"
+        if skippable:
+            advice += "; --skip-bad goes on without them"
+        raise ValueError(f"{'; '.join(summaries)}. {advice}")
     return copies
 
 
 def _write_sound_part(json_file: str, image_root: str, bad: list[Fault], copy: Path) -> str:
     """Write the dataset without what ``bad`` names; the result says how much was left out."""
     dataset, _ = read_coco(json_file, image_root)
-    bad_files = {each.where for each in bad if each.kind in _OF_IMAGES}
+    bad_files = {one.where for one in bad if one.kind in _OF_IMAGES}
     records = [record for record in dataset.records if record["file_name"] not in bad_files]
     if not records:
         raise ValueError(f"{json_file}: no image is sound")
-    images, annotations = [], []
-    for record in records:
-        file_name = Path(record["file_name"]).relative_to(image_root).as_posix()
-        images.append(
-            {"id": record["image_id"], "file_name": file_name, "height": record["height"], "width": record["width"]}
-        )
-        for cell in record["annotations"]:
-            category = dataset.category_ids[cell["category_id"]]
-            numbers = {"image_id": record["image_id"], "annotation_id": len(annotations) + 1, "category_id": category}
-            annotations.append({**rle_annotation(cell["segmentation"], **numbers), "iscrowd": cell["iscrowd"]})
-    categories = [
-        {"id": id, "name": name} for id, name in zip(dataset.category_ids, dataset.category_names, strict=True)
-    ]
     copy.parent.mkdir(parents=True, exist_ok=True)
-    write_coco(copy, images, annotations, categories, f"the sound part of {Path(json_file).name}")
+    sound = CocoDataset(records, dataset.category_names, dataset.category_ids)
+    counts = rewrite(sound, copy, image_root, f"the sound part of {Path(json_file).name}")
     content = read_json(json_file, dict)
-    before = [len(entries) if isinstance(entries := content.get(key), list) else 0 for key in ("images", "annotations")]
-    lost_images, lost_cells = before[0] - len(images), before[1] - len(annotations)
-    return f"{lost_images} of {before[0]} images and {lost_cells} of {before[1]} cells"
+    totals = [len(entries) if isinstance(entries := content.get(key), list) else 0 for key in ("images", "annotations")]
+    return f"{totals[0] - counts[0]} of {totals[0]} images and {totals[1] - counts[1]} of {totals[1]} cells"

@@ -140,8 +140,8 @@ def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
         tuple(p): d for p, d in zip(peaks.peaks.tolist(), peaks.displacements.cpu().numpy(), strict=True)
     }
     groups = []
-    for g, (graph, scale) in enumerate(zip(candidates.graphs.cpu().numpy(), candidates.group.tolist(), strict=True)):
-        opener = int(graph[:, 2].argmax())
+    opened = zip(candidates.graphs.cpu().numpy(), candidates.group.tolist(), candidates.opener.tolist(), strict=True)
+    for g, (graph, scale, opener) in enumerate(opened):
         x, y = graph[opener, :2]
         others = [k for k in range(len(KEYPOINTS)) if k != opener]
         expected = np.tile(graph[opener, :2], (len(KEYPOINTS), 1))

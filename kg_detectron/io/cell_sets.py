@@ -6,19 +6,24 @@ of detections), or from one COCO file an image. H, W: height and width in pixels
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.io.coco import checked_rle, read_json
-from kg_detectron.io.images import check_size
+from kg_detectron.cells.run_lengths import RLE
+from kg_detectron.cells.separation import connected_pieces
+from kg_detectron.io.coco import instance, read_coco, read_json
 from kg_detectron.io.labels import read_label_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png", ".tif", ".tiff")  # JPEG does not keep numbers
 LABELS_ENDING = "_labels"  # of the names of label images, before the suffix
 COCO_ENDING = "_coco.json"  # of the names of COCO files of one image
+_NAMED = 5  # images that a message names
+_PIECE = 0.05  # of the area of the largest piece, from which another counts as a cell of a foreground mask
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,46 @@ class ImageCells:
     Attributes:
         name: the image's file name with its folders, without its ending and without ``_labels``.
         image_id: what a COCO file calls the image; None for label images.
-        size: (H,W).
-        boxes: (R,4) xyxy, as the file gives them; of label images the pixels' extent, x2 the last pixel + 1.
+        size: (H, W).
+        boxes: (R, 4) xyxy, as the file gives them; of label images the pixels' extent, x2 the last pixel + 1.
         masks: R compressed run-length encodings.
         scores: (R,), or None where the file has none.
     """
 
     name: str
-    image_id: int | None
+    image_id: int | str | None
     size: tuple[int, int]
-    boxes: np.ndarray
-    masks: list[dict]
-    scores: np.ndarray | None
+    boxes: NDArray[np.float64]
+    masks: list[RLE]
+    scores: NDArray[np.float64] | None
+
+    @classmethod
+    def from_labels(cls, labels: np.ndarray, name: str = "") -> "ImageCells":
+        """The cells of a label image (H, W) of whole numbers, 0 background.
+
+        Raises:
+            ValueError: another shape or type, or a foreground mask: one number for all cells.
+
+        Example:
+            >>> len(ImageCells.from_labels(np.array([[0, 7, 7], [3, 0, 0]])).masks)
+            2
+        """
+        crops = MaskCrops.from_label_image(labels)
+        refuse_foreground_mask(labels, len(crops))
+        return cls(name, None, crops.size, crops.windows.numpy().astype(np.float64), crops.rle(), None)
+
+
+class Pairing(NamedTuple):
+    """Images of the ground truth and what was predicted for each, or None; and the images that are in neither list.
+
+    ``only_predicted`` and ``only_truth`` are names, which are left out where an evaluation is restricted to the images
+    that both have.
+    """
+
+    truths: list[ImageCells]
+    predictions: list[ImageCells | None]
+    only_truth: list[str]
+    only_predicted: list[str]
 
 
 def read_cells(path: str | Path) -> list[ImageCells]:
@@ -80,24 +113,46 @@ def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> li
         FileNotFoundError, ValueError: as in `read_cells`; an image that the ground truth does not have, two images of
             one name, an image of another size than its ground truth.
     """
+    return pair_predictions(path, ground_truth).predictions
+
+
+def pair_predictions(path: str | Path, ground_truth: Sequence[ImageCells], *, only_common: bool = False) -> Pairing:
+    """`read_predictions` with its ground truth.
+
+    Args:
+        only_common: leave out images that are in the ground truth or in the predictions only, instead of counting the
+            ones as without detections and refusing the others.
+    """
     path = Path(path)
     data = None if path.is_dir() else read_json(path, dict, list)
     if isinstance(data, list):
-        found = _result_cells(path, data, ground_truth)
-        return [found.get(image.image_id) for image in ground_truth]
-    predictions = read_cells(path)
-    bare = all(_is_unique([PurePosixPath(image.name).name for image in one]) for one in (predictions, ground_truth))
-    known = _by_name(ground_truth, "the ground truth", bare)
-    by_name = _by_name(predictions, path, bare)
-    unknown = sorted(by_name.keys() - known.keys())
-    if unknown:
+        by_id, unknown = _result_cells(path, data, ground_truth)
+        predictions = [by_id.get(image.image_id) for image in ground_truth]
+        kind = "id"
+    else:
+        images = read_cells(path)
+        bare = all(_is_unique([PurePosixPath(image.name).name for image in one]) for one in (images, ground_truth))
+        known = _by_name(ground_truth, "the ground truth", bare)
+        by_name = _by_name(images, path, bare)
+        unknown = sorted(by_name.keys() - known.keys())
+        predictions = [by_name.get(name) for name in known]
+        kind = "name"
+    if unknown and not only_common:
+        names = ", ".join(unknown[:_NAMED]) + (", ..." if unknown[_NAMED:] else "")
         raise ValueError(
-            f"{path}: the ground truth has no image called {', '.join(unknown[:3])}{', ...' if unknown[3:] else ''}"
+            f"{path}: the ground truth lacks {len(unknown)} of its images, by {kind}: {names} "
+            "(--only-common evaluates the images that both have)"
         )
-    for name, image in by_name.items():
-        if image.size != known[name].size:
-            raise ValueError(f"{path}: {name} has {image.size} pixels (height, width), its truth {known[name].size}")
-    return [by_name.get(name) for name in known]
+    for truth, image in zip(ground_truth, predictions, strict=True):
+        if image is not None and image.size != truth.size:
+            raise ValueError(f"{path}: {truth.name} has {image.size} pixels (height, width), its truth {truth.size}")
+    missing = [truth.name for truth, image in zip(ground_truth, predictions, strict=True) if image is None]
+    if not only_common:
+        return Pairing(list(ground_truth), predictions, missing, unknown)
+    pairs = [pair for pair in zip(ground_truth, predictions, strict=True) if pair[1] is not None]
+    if not pairs:
+        raise ValueError(f"{path}: none of its images is in the ground truth, by {kind}")
+    return Pairing([truth for truth, _ in pairs], [image for _, image in pairs], missing, unknown)
 
 
 def image_name(file: str | PurePath) -> str:
@@ -105,10 +160,34 @@ def image_name(file: str | PurePath) -> str:
     return PurePath(file).with_suffix("").as_posix().removesuffix(LABELS_ENDING)
 
 
+def refuse_foreground_mask(labels: np.ndarray, count: int) -> None:
+    """Refuse, by a ValueError, a label image (H, W) of `count` numbers whose only number stands for several cells.
+
+    A cell may come with specks: a piece counts as a cell from 5 % of the area of the largest one.
+    """
+    if count != 1:
+        return
+    _, _, areas = connected_pieces(labels > 0)
+    pieces = int((areas >= _PIECE * areas.max()).sum())
+    if pieces > 1:
+        raise ForegroundMaskError(int(labels.max()), pieces)
+
+
+class ForegroundMaskError(ValueError):
+    """A foreground mask where a label image was expected."""
+
+    def __init__(self, number: int, pieces: int) -> None:
+        super().__init__(
+            f"its only label, {number}, has {pieces} pieces: a foreground mask; every cell needs a number of its own"
+        )
+
+
 def _label_cells(file: Path, name: str) -> ImageCells:
-    crops = MaskCrops.from_label_image(read_label_image(file))
-    boxes = crops.windows.numpy().astype(np.float64)
-    return ImageCells(name, None, crops.size, boxes, crops.rle(), None)
+    labels = read_label_image(file)
+    try:
+        return ImageCells.from_labels(labels, name)
+    except ForegroundMaskError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _only_image(file: Path, name: str) -> ImageCells:
@@ -119,97 +198,67 @@ def _only_image(file: Path, name: str) -> ImageCells:
 
 
 def _dataset_cells(file: Path) -> list[ImageCells]:
-    data = read_json(file, dict)
-    images = data.get("images")
-    annotations = data.get("annotations")
-    if not isinstance(images, list) or not isinstance(annotations, list):
-        raise ValueError(f"{file}: expected a COCO dataset with lists of images and annotations")
-    own: dict[int, list[tuple[str, dict]]] = {}
-    for index, image in enumerate(images):
-        if not isinstance(image, dict) or not {"id", "file_name", "height", "width"} <= image.keys():
+    dataset, faults = read_coco(file, None, for_evaluation=True)
+    if faults:
+        raise ValueError(f"{file}: {faults[0]}")
+    for record in dataset.records:
+        crowd = next((cell for cell in record["annotations"] if cell["iscrowd"]), None)
+        if crowd is not None:
             raise ValueError(
-                f"{file}: images[{index}]: expected id, file_name, height and width, got {str(image)[:80]}"
+                f"{file}: annotation {crowd['id']} is a crowd; the figures need one annotation a cell "
+                "(kg-detectron convert --crowds cells takes every crowd as one cell)"
             )
-        if not isinstance(image["id"], int | str):
-            raise ValueError(f"{file}: images[{index}]: expected a number as id, got {str(image['id'])[:80]}")
-        try:
-            check_size(image["height"], image["width"])
-            image_name(str(image["file_name"]))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: images[{index}]: {error}") from None
-        if image["id"] in own:
-            raise ValueError(f"{file}: images[{index}]: duplicate id {image['id']}")
-        own[image["id"]] = []
-    for where, annotation in _numbered("annotations", annotations, file):
-        if not _has(own, annotation.get("image_id")):
-            raise ValueError(f"{file}: {where}: unknown image_id {annotation.get('image_id')!r}")
-        if annotation.get("iscrowd"):
-            raise ValueError(f"{file}: {where} is a crowd; the figures need one annotation a cell")
-        own[annotation["image_id"]].append((where, annotation))
     return [
         _image_cells(
-            file, image_name(str(image["file_name"])), image["id"], (image["height"], image["width"]), own[image["id"]]
+            file,
+            image_name(PureWindowsPath(record["file_name"]).as_posix()),
+            record["image_id"],
+            (record["height"], record["width"]),
+            record["annotations"],
         )
-        for image in images
+        for record in dataset.records
     ]
 
 
-def _result_cells(file: Path, results: list, ground_truth: Sequence[ImageCells]) -> dict[int, ImageCells]:
-    """COCO results by image id."""
+def _result_cells(
+    file: Path, results: list, ground_truth: Sequence[ImageCells]
+) -> tuple[dict[int | str | None, ImageCells], list[str]]:
+    """COCO results by image id, and the ids that the ground truth does not have."""
     images = {image.image_id: image for image in ground_truth if image.image_id is not None}
     if not images:
         raise ValueError(f"{file}: results name images by their ids in a COCO dataset, but the ground truth is none")
-    own: dict[int, list[tuple[str, dict]]] = {}
-    for where, result in _numbered("results", results, file):
-        if not _has(images, result.get("image_id")):
-            raise ValueError(f"{file}: {where}: the ground truth has no image of id {result.get('image_id')!r}")
-        own.setdefault(result["image_id"], []).append((where, result))
-    return {id: _image_cells(file, images[id].name, id, images[id].size, entries) for id, entries in own.items()}
-
-
-def _numbered(key: str, entries: list, file: Path) -> Iterable[tuple[str, dict]]:
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{file}: {key}[{index}]: expected an object, got {str(entry)[:80]}")
-        yield f"{key}[{index}]", entry
+    cells: dict[int | str | None, list[dict[str, Any]]] = {}
+    unknown: dict[str, None] = {}
+    for index, result in enumerate(results):
+        where = f"{file}: results[{index}]"
+        if not isinstance(result, dict):
+            raise ValueError(f"{where}: expected an object, got {str(result)[:80]}")
+        id = result.get("image_id")
+        if not isinstance(id, (int, str)) or id not in images:
+            unknown[str(id)] = None
+            continue
+        try:
+            cells.setdefault(id, []).append(instance(result, *images[id].size, for_evaluation=True))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    by_id = {id: _image_cells(file, images[id].name, id, images[id].size, entries) for id, entries in cells.items()}
+    return by_id, list(unknown)
 
 
 def _image_cells(
-    file: Path, name: str, image_id: int, size: tuple[int, int], entries: Sequence[tuple[str, dict]]
+    file: Path, name: str, image_id: int | str | None, size: tuple[int, int], cells: Sequence[dict[str, Any]]
 ) -> ImageCells:
-    """Of the annotations or results of one image, each with what messages call it."""
-    boxes, masks, scores = np.zeros((len(entries), 4)), [], []
-    for row, (where, entry) in enumerate(entries):
-        try:
-            x, y, width, height = _numbers(entry, "bbox", 4)
-            if width < 0 or height < 0:
-                raise ValueError(f"bbox must be [x, y, width, height], got {entry['bbox']}")
-            boxes[row] = x, y, x + width, y + height
-            masks.append(checked_rle(entry.get("segmentation"), *size)[0])
-            if entry.get("score") is not None:
-                scores += _numbers({"score": [entry["score"]]}, "score", 1)
-        except ValueError as error:
-            raise ValueError(f"{file}: {where}: {error}") from None
-    if scores and len(scores) != len(entries):
-        raise ValueError(f"{file}: {name}: {len(scores)} of {len(entries)} cells have a score, expected all or none")
-    return ImageCells(name, image_id, size, boxes, masks, np.array(scores) if scores else None)
+    """The checked cells of one image, as `instance` gives them for an evaluation."""
+    scores = [cell["score"] for cell in cells if cell["score"] is not None]
+    if scores and len(scores) != len(cells):
+        raise ValueError(f"{file}: {name}: {len(scores)} of {len(cells)} cells have a score, expected all or none")
+    boxes = np.array([cell["given_box"] for cell in cells], dtype=np.float64).reshape(-1, 4)
+    masks = [cell["segmentation"] for cell in cells]
+    return ImageCells(name, image_id, size, boxes, masks, np.array(scores, np.float64) if scores else None)
 
 
-def _numbers(entry: dict, key: str, count: int) -> list[float]:
-    try:
-        values = [float(value) for value in entry[key]]
-    except (KeyError, TypeError, ValueError, OverflowError):
-        values = []
-    if len(values) != count or not np.isfinite(values).all():
-        raise ValueError(f"{key} must be {count} finite numbers, got {entry.get(key)!r}")
-    return values
-
-
-def _has(images: dict, id: object) -> bool:
-    return isinstance(id, int | str) and id in images
-
-
-def _is_unique(names: list[str]) -> bool:
+def _is_unique(names: Iterable[str]) -> bool:
+    names = list(names)
     return len(set(names)) == len(names)
 
 

@@ -46,8 +46,9 @@ _COLOUR_NAMES = ("red", "green", "blue")
 _SAMPLE = 256  # rows and columns of an image that are looked at first to see whether it is grey
 _BLOCK = 2**22  # values that are looked at together
 _GREY_PIXELS, _GREY_LEVELS = 1024, 8  # of an image in one colour that is taken for a grey one, and no drawing
-# Up to this level of 255 a channel of a JPEG counts as black beside a bright one.
-_LOSSY_TOLERANCE = 24
+# JPEG leaves traces of a bright channel in black ones: levels of 255 that none of their pixels exceeds, and that only
+# a part of them exceeds.
+_TRACE, _FEW, _FEW_PART = 64, 24, 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,13 +450,20 @@ def _grey_channel(plane: np.ndarray, is_lossy: bool) -> tuple[int, bool] | None:
     equal = np.ones(3)
     if fits(sample, equal, 0) and all(fits(block, equal, 0) for block in _blocks(plane)):
         return shown, True
-    if peaks[shown] <= 0 or sample[..., 0].size < _GREY_PIXELS:
+    if peaks[shown] <= 0 or sample[..., 0].size < _GREY_PIXELS or len(np.unique(sample[..., shown])) < _GREY_LEVELS:
         return None
-    ratios, slack = peaks / peaks[shown], 1.5 if plane.dtype.kind in "ui" else 0  # levels of the others are rounded
     if is_lossy:
-        ratios, slack = np.eye(3)[shown], _LOSSY_TOLERANCE
+        others = [c for c in range(3) if c != shown]
+        black = np.eye(3)[shown]
+        for block in (sample, *_blocks(plane)):
+            if not fits(block, black, _TRACE):
+                return None
+        few = sum(int((block[..., others] > _FEW).any(axis=2).sum()) for block in _blocks(plane))
+        return (shown, False) if few <= _FEW_PART * plane[..., 0].size else None
+    # Levels of the others are rounded.
+    ratios, slack = peaks / peaks[shown], 1.5 if plane.dtype.kind in "ui" else 0
     is_grey = fits(sample, ratios, slack) and all(fits(block, ratios, slack) for block in _blocks(plane))
-    return (shown, False) if is_grey and len(np.unique(sample[..., shown])) >= _GREY_LEVELS else None
+    return (shown, False) if is_grey else None
 
 
 def _blocks(plane: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,16 +1,48 @@
 """How much boxes and masks overlap, and what boxes, scores and masks must be. Letters as in the package."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco_mask
 
-RLE = dict  # {"size": [height, width], "counts": str or bytes}
+from kg_detectron.cells.run_lengths import RLE
+
+
+class ImageResult(NamedTuple):
+    """The ground truth of an image and what was detected in it: what the metrics of ranked detections take.
+
+    Attributes:
+        gt_boxes: (M, 4) xyxy.
+        gt_masks: M masks.
+        boxes: (D, 4) xyxy, in any order.
+        scores: (D,), at least 0.
+        masks: D masks.
+
+    Example:
+        >>> from kg_detectron.metrics import PaperMetrics, ImageResult
+        >>> mask = {"size": [2, 2], "counts": "02"}  # the left column
+        >>> metrics = PaperMetrics()
+        >>> metrics.update(*ImageResult([[0, 0, 1, 2]], [mask], [[0, 0, 1, 2]], [0.9], [mask]))
+        >>> metrics.compute()["0.5"]["mask_ap"]
+        1.0
+    """
+
+    gt_boxes: ArrayLike
+    gt_masks: Sequence[RLE]
+    boxes: ArrayLike
+    scores: ArrayLike
+    masks: Sequence[RLE]
 
 
 def box_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union of every box with every other, (D,4) and (M,4) -> (D,M); 0 where both have no area."""
+    """Intersection over union of every box with every other, (D, 4) and (M, 4) -> (D, M); 0 where both have no area.
+
+    Example:
+        >>> box_iou([[0, 0, 2, 2]], [[0, 0, 2, 1], [5, 5, 6, 6]]).tolist()
+        [[0.5, 0.0]]
+    """
     boxes, others = _as_boxes("boxes", boxes), _as_boxes("others", others)
     intersection = box_intersection(boxes, others)
     union = _box_area(boxes)[:, None] + _box_area(others)[None, :] - intersection
@@ -55,13 +87,13 @@ def checked_image(
     """
     gt_boxes, boxes = _as_boxes("gt_boxes", gt_boxes), _as_boxes("boxes", boxes)
     scores = _as_scores(scores)
-    for name, values, of, count in (
+    for name, values, partner, count in (
         ("gt_masks", gt_masks, "gt_boxes", len(gt_boxes)),
         ("scores", scores, "boxes", len(boxes)),
         ("masks", masks, "boxes", len(boxes)),
     ):
         if len(values) != count:
-            raise ValueError(f"{name} and {of} must have one length, got {len(values)} and {count}")
+            raise ValueError(f"{name} and {partner} must have one length, got {len(values)} and {count}")
     _check_masks("gt_masks", gt_masks)
     _check_masks("masks", masks)
     _check_sizes([*gt_masks, *masks])

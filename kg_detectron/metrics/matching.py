@@ -28,6 +28,10 @@ def match(overlap: NDArray[np.float64], iou: float) -> tuple[NDArray[np.int64], 
         iou: above 0.
     Returns:
         The K pairs: indices of the detections (K,), rising, and of their ground truths (K,).
+
+    Example:
+        >>> [side.tolist() for side in match(np.array([[0.6, 0.0], [0.3, 0.7]]), 0.5)]
+        [[0, 1], [0, 1]]
     """
     rows, columns = np.nonzero(overlap >= iou)
     if len(set(rows)) == len(rows) and len(set(columns)) == len(columns):
@@ -38,13 +42,13 @@ def match(overlap: NDArray[np.float64], iou: float) -> tuple[NDArray[np.int64], 
     group = connected_components(edges, directed=False)[1][rows]
     pairs = []
     for pair in np.split(np.argsort(group, kind="stable"), np.flatnonzero(np.diff(np.sort(group))) + 1):
-        own_rows, own_columns = np.unique(rows[pair]), np.unique(columns[pair])
-        own = overlap[np.ix_(own_rows, own_columns)]
+        group_rows, group_columns = np.unique(rows[pair]), np.unique(columns[pair])
+        part = overlap[np.ix_(group_rows, group_columns)]
         # One more pair outweighs any sum of overlaps: that of all pairs comes to 1/2 at most.
-        worth = np.where(own >= iou, 1 + own / (2 * min(own.shape)), 0)
+        worth = np.where(part >= iou, 1 + part / (2 * min(part.shape)), 0)
         i, j = linear_sum_assignment(worth, maximize=True)
-        hit = own[i, j] >= iou
-        pairs.append(np.stack((own_rows[i[hit]], own_columns[j[hit]])))
+        hit = part[i, j] >= iou
+        pairs.append(np.stack((group_rows[i[hit]], group_columns[j[hit]])))
     rows, columns = np.concatenate(pairs, axis=1)
     order = np.argsort(rows)
     return rows[order], columns[order]
@@ -66,6 +70,13 @@ class MatchingMetrics:
     As a mean over the images, as the 2018 Data Science Bowl (DSB) did:
 
     - ``dsb_score`` TP / (TP + FP + FN) of each image; one without cells and detections has none and does not count.
+
+    Example:
+        >>> left, right = {"size": [2, 2], "counts": "02"}, {"size": [2, 2], "counts": "22"}  # columns
+        >>> metrics = MatchingMetrics([0.5])
+        >>> metrics.update([left, right], [left])
+        >>> metrics.compute()["0.5"]["f1"]
+        0.6666666666666666
     """
 
     def __init__(self, ious: Sequence[float] = (0.5, 0.7)) -> None:
@@ -87,13 +98,13 @@ class MatchingMetrics:
 
         Counts are int; a figure whose denominator is 0 is nan.
         """
-        gt, found = np.array(self._counts, dtype=int).reshape(-1, 2).T
+        gt, detections = np.array(self._counts, dtype=int).reshape(-1, 2).T
         figures = {}
         for t, iou in enumerate(self.ious):
-            pairs = np.array([of_image[t] for of_image in self._pairs], dtype=int)
-            overlap = sum(of_image[t] for of_image in self._overlaps)
-            union = gt + found - pairs
-            tp, fp, fn = int(pairs.sum()), int((found - pairs).sum()), int((gt - pairs).sum())
+            pairs = np.array([image_pairs[t] for image_pairs in self._pairs], dtype=int)
+            overlap = sum(image_overlaps[t] for image_overlaps in self._overlaps)
+            union = gt + detections - pairs
+            tp, fp, fn = int(pairs.sum()), int((detections - pairs).sum()), int((gt - pairs).sum())
             figures[f"{iou:g}"] = {
                 "tp": tp,
                 "fp": fp,
@@ -106,6 +117,23 @@ class MatchingMetrics:
                 "pq": _ratio(overlap, tp + fp / 2 + fn / 2),
                 "dsb_score": _ratio((pairs[union > 0] / union[union > 0]).sum(), np.count_nonzero(union)),
             }
+        return figures
+
+    def per_image(self) -> list[dict[str, dict[str, float]]]:
+        """For each image, in the order of `update`: ``{"0.5": {"tp": .., "fp": .., "fn": .., "f1": ..}, ..}``."""
+        figures = []
+        for (gt, detections), pairs in zip(self._counts, self._pairs, strict=True):
+            figures.append(
+                {
+                    f"{iou:g}": {
+                        "tp": tp,
+                        "fp": detections - tp,
+                        "fn": gt - tp,
+                        "f1": _ratio(2 * tp, gt + detections),
+                    }
+                    for iou, tp in zip(self.ious, pairs, strict=True)
+                }
+            )
         return figures
 
 

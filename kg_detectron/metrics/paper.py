@@ -20,6 +20,10 @@ def average_precision(scores: ArrayLike, hits: ArrayLike, positives: int) -> flo
         positives: ground truths of all images together.
     Returns:
         A fraction of 0..1, or nan without any ground truth.
+
+    Example:
+        >>> average_precision([0.9, 0.8, 0.7], [True, False, True], positives=2)
+        0.8333333333333333
     """
     if positives == 0:
         return float("nan")

@@ -91,7 +91,7 @@ class InstanceNet(nn.Module, ABC):
 
     def dense_modules(self) -> list[nn.Module]:
         """The modules that work on whole maps, once an image; what is left works cell by cell."""
-        return [self]
+        return list(self.children())
 
     def accelerate(
         self, precision: str = "float32", channels_last: bool = False, compiled: bool = False

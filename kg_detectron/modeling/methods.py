@@ -48,5 +48,8 @@ def method_class(name: str) -> "type[InstanceNet]":
 
 
 def method_names() -> list[str]:
-    """The names of all registered methods, sorted."""
+    """The names of all methods, sorted: those that are registered, and those of installed packages."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name not in _METHODS:
+            entry.load()
     return sorted(_METHODS)

@@ -4,12 +4,12 @@ Our own. The paper's score is the mean of the keypoints' votes. It knows nothing
 a second box on a cell that has one may outrank the box of another cell.
 """
 
+import heapq
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.modeling.settings import require
@@ -24,9 +24,11 @@ class RankingSettings:
 
     Attributes:
         blur_weight: the score is multiplied by exp(-blur_weight * blur), see `outline_blur`; per pixel, 0 or more.
-        overlap_sigma: after that, the score of a cell is multiplied by exp(-u^2 / overlap_sigma), u being the greatest
-            intersection over union of its box with that of a cell that had a higher score; 0 is off. It makes a higher
-            threshold of NMS harmless, which leaves close cells their boxes.
+        overlap_sigma: after that, cells lower the scores of those whose boxes they overlap, see `soft_suppression`: by
+            exp(-u^2 / overlap_sigma), u being the intersection over union; 0 is off. It makes a higher threshold of NMS
+            harmless, which leaves close cells their boxes.
+        part_sigma: and by exp(-p^2 / part_sigma), p being the part of the lowered cell's box that lies in the other's;
+            0 is off. A box that holds a whole cell so suppresses boxes of its parts.
 
     Raises:
         ValueError: a negative number.
@@ -36,10 +38,11 @@ class RankingSettings:
 
     blur_weight: float = 0.0
     overlap_sigma: float = 0.0
+    part_sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.blur_weight >= 0, "blur_weight", "0 or more", self.blur_weight)
-        require(self.overlap_sigma >= 0, "overlap_sigma", "0 or more", self.overlap_sigma)
+        for name in ("blur_weight", "overlap_sigma", "part_sigma"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
 
 class CellRanking(nn.Module):
@@ -69,12 +72,10 @@ class CellRanking(nn.Module):
     def rank(self, boxes: Tensor, scores: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, with the (R,) `blur` of the masks in their place."""
         scores, order = (scores * torch.exp(-self.settings.blur_weight * blur)).sort(descending=True, stable=True)
-        if not self.settings.overlap_sigma:
+        if not (self.settings.overlap_sigma or self.settings.part_sigma):
             return order, scores
-        overlap = _overlap_with_earlier(boxes[order])
-        scores, again = (scores * torch.exp(-overlap.square() / self.settings.overlap_sigma)).sort(
-            descending=True, stable=True
-        )
+        lowered = soft_suppression(boxes[order], scores, self.settings.overlap_sigma, self.settings.part_sigma)
+        scores, again = lowered.sort(descending=True, stable=True)
         return order[again], scores
 
 
@@ -88,10 +89,68 @@ def outline_blur(masks: MaskCrops) -> Tensor:
     return torch.stack(doubts) if doubts else torch.zeros(0)
 
 
-def _overlap_with_earlier(boxes: Tensor) -> Tensor:
-    """The greatest intersection over union of each box (R,4) with those before it, (R,); 0 for the first."""
+@torch.no_grad()
+def soft_suppression(boxes: Tensor, scores: Tensor, overlap_sigma: float, part_sigma: float = 0.0) -> Tensor:
+    """Scores lowered by overlaps with better boxes.
+
+    The box with the highest score of those that are left is taken, again and again (of equal ones the first). It
+    multiplies the score that each box still left came with by exp(-u^2 / overlap_sigma - p^2 / part_sigma), u being the
+    intersection over union of the two, p the part of that box that lies in the taken one, unless another one has
+    lowered it more. So a box that is suppressed itself suppresses little. Soft-NMS (Bodla et al. 2017) multiplies by
+    all factors; here the smallest one counts, as in the Matrix NMS of SOLOv2.
+
+    Args:
+        boxes: (R,4) xyxy.
+        scores: (R,), 0 or more.
+        overlap_sigma, part_sigma: 0 leaves out that term.
+
+    Returns:
+        (R,) scores, in the order of the boxes.
+    """
+    pairs, factors = _suppression_factors(boxes, overlap_sigma, part_sigma)
+    given, factors = scores.double().tolist(), factors.tolist()
+    best, others = pairs.tolist()
+    first = torch.searchsorted(pairs[0].contiguous(), torch.arange(len(boxes) + 1)).tolist()
+    lowered, taken = given.copy(), [False] * len(given)
+    queue = [(-score, box) for box, score in enumerate(given)]
+    heapq.heapify(queue)
+    while queue:
+        score, box = heapq.heappop(queue)
+        if taken[box] or -score != lowered[box]:  # an entry from before its score was lowered
+            continue
+        taken[box] = True
+        for pair in range(first[box], first[box + 1]):
+            other = others[pair]
+            score = given[other] * factors[pair]
+            if not taken[other] and score < lowered[other]:
+                lowered[other] = score
+                heapq.heappush(queue, (-score, other))
+    return scores.new_tensor(lowered)
+
+
+def _suppression_factors(boxes: Tensor, overlap_sigma: float, part_sigma: float) -> tuple[Tensor, Tensor]:
+    """The pairs (2,E) of different boxes that overlap, ordered by the first one, and what it lowers the second by (E,).
+
+    On the CPU, in float64.
+    """
+    area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
     rows = max(1, PAIRS_AT_ONCE // max(1, len(boxes)))
-    parts = [
-        box_iou(some, boxes).tril(rows * part - 1).amax(1) for part, some in enumerate(boxes.split(rows)) if len(some)
-    ]
-    return torch.cat(parts) if parts else boxes.new_zeros(0)
+    pairs, factors = [], []
+    for part in range(0, len(boxes), rows):
+        some = boxes[part : part + rows]
+        low = torch.maximum(some[:, None, :2], boxes[:, :2])
+        intersection = (torch.minimum(some[:, None, 2:], boxes[:, 2:]) - low).clamp(min=0).prod(2)
+        pair = intersection.nonzero()
+        shared = intersection[pair[:, 0], pair[:, 1]].double()
+        pair[:, 0] += part
+        exponent = torch.zeros_like(shared)
+        if overlap_sigma:
+            exponent += (shared / (area[pair].double().sum(1) - shared)).square() / overlap_sigma
+        if part_sigma:
+            exponent += (shared / area[pair[:, 1]].double()).square() / part_sigma
+        different = pair[:, 0] != pair[:, 1]
+        pairs.append(pair[different].cpu())
+        factors.append(torch.exp(-exponent[different]).cpu())
+    if not pairs:
+        return torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
+    return torch.cat(pairs).T, torch.cat(factors)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from kg_detectron.cells.run_lengths import mask_areas
 from kg_detectron.io.cell_sets import ImageCells
 from kg_detectron.metrics import RLE, claim_best, mask_iou
 
@@ -67,12 +68,12 @@ def match(truth: ImageCells, prediction: ImageCells, ious: Sequence[float]) -> M
         ValueError: for masks of different sizes.
     """
     overlap = mask_iou(prediction.masks, truth.masks)
-    area = _areas(prediction.masks)[:, None] + _areas(truth.masks)[None, :]
+    area = mask_areas(prediction.masks)[:, None] + mask_areas(truth.masks)[None, :]
     instance, of = np.nonzero(overlap > 0)
     pair = overlap[instance, of]
     shared = pair * area[instance, of] / (1 + pair)
-    holds_cell = shared >= INSIDE * _areas(truth.masks)[of] - 1e-6
-    in_cell = shared >= INSIDE * _areas(prediction.masks)[instance] - 1e-6
+    holds_cell = shared >= INSIDE * mask_areas(truth.masks)[of] - 1e-6
+    in_cell = shared >= INSIDE * mask_areas(prediction.masks)[instance] - 1e-6
     either = holds_cell | in_cell
     return Matches(
         cell=claim_best(overlap, ious),
@@ -106,11 +107,6 @@ def judge(truth: ImageCells, prediction: ImageCells, matches: Matches, threshold
     for index in np.flatnonzero(np.bincount(of, minlength=len(split)) >= 2):
         split[index] = _distinct([prediction.masks[i] for i in instance[of == index]]) >= 2
     return Verdict(found=cell >= 0, missed=missed, merged=held >= 2, split=split)
-
-
-def _areas(masks: Sequence[RLE]) -> NDArray[np.float64]:
-    # One by one: with NumPy 2, pycocotools fails on a list of more than 255.
-    return np.array([coco_mask.area(mask) for mask in masks], dtype=np.float64)
 
 
 def _distinct(masks: Sequence[RLE]) -> int:

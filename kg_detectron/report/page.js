@@ -3,7 +3,7 @@
   const SVG = "http://www.w3.org/2000/svg";
   // What marks a kind of error besides its line: about the middle (x, y) of the cell, with radius r.
   const GLYPHS = {
-    missed: (x, y) => `M${x} ${y}h0`,  // a dot
+    missed: (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`,  // a dot
     false: (x, y, r) => `M${x - r} ${y - r}l${2 * r} ${2 * r}M${x - r} ${y + r}l${2 * r} ${-2 * r}`,
     merged: (x, y, r) => `M${x - r} ${y}h${2 * r}M${x} ${y - r}v${2 * r}`,
     split: (x, y, r) => `M${x - r} ${y + r}l${2 * r} ${-2 * r}`,
@@ -56,11 +56,27 @@
     if (!GLYPHS[kind]) return;
     const glyphs = outlines.map((outline) => {
       const [x1, y1, x2, y2] = boxOf(outline);
-      const radius = Math.max(1.5, 0.18 * Math.min(x2 - x1, y2 - y1));
+      const radius = Math.max(0.6, 0.16 * Math.min(x2 - x1, y2 - y1));
       return GLYPHS[kind]((x1 + x2) / 2, (y1 + y2) / 2, Math.round(radius * 10) / 10);
     }).join("");
     element("path", { class: "glyph-halo", d: glyphs }, group);
     element("path", { class: "glyph", d: glyphs }, group);
+  }
+
+  // Lines and marks are as thin as the cells are small on the screen, so that they never hide them.
+  const FULL_WIDTH = 24;  // pixels of a cell on the screen from which lines have their full width
+  function shrink(svg) {
+    const { detail } = svg;
+    detail.side ??= sideOf(detail.truth);
+    const shown = svg.viewBox.baseVal.width, scale = shown ? svg.clientWidth / shown : 1;
+    svg.style.setProperty("--shrink", Math.min(1, Math.max(0.3, scale * detail.side / FULL_WIDTH)).toFixed(2));
+  }
+  const shrinker = new ResizeObserver((entries) => entries.forEach((entry) => shrink(entry.target)));
+
+  /* The median side of the boxes of outlines, pixels of the image. */
+  function sideOf(outlines) {
+    const sides = outlines.map(boxOf).map(([x1, y1, x2, y2]) => Math.sqrt((x2 - x1) * (y2 - y1))).sort((a, b) => a - b);
+    return sides.length ? sides[sides.length >> 1] : FULL_WIDTH;
   }
 
   const number = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
@@ -77,6 +93,8 @@
     draw(svg);
     figure.append(text, svg);
     parent.append(figure);
+    shrinker.observe(svg);
+    svg.detail = detail;
     return svg;
   }
 
@@ -175,7 +193,10 @@
     const { width, height } = detailOf(current);
     const w = Math.min(width, Math.max(8, wanted[2])), h = w * height / width;
     view = [Math.min(width - w, Math.max(0, wanted[0])), Math.min(height - h, Math.max(0, wanted[1])), w, h];
-    for (const svg of viewer.querySelectorAll(".panel svg")) svg.setAttribute("viewBox", view.map((v) => v.toFixed(2)).join(" "));
+    for (const svg of viewer.querySelectorAll(".panel svg")) {
+      svg.setAttribute("viewBox", view.map((v) => v.toFixed(2)).join(" "));
+      shrink(svg);
+    }
     const zoom = width / w;
     byId("readout").textContent = zoom > 1.01 ? `zoom ${zoom.toFixed(1)}` : "";
   }

@@ -33,7 +33,7 @@ _JPEG_QUALITY, _THUMBNAIL_QUALITY = 82, 70
 LAYERS = (
     {"name": "image", "label": "image", "key": "1", "on": True, "glyph": "M8 3h14v8h-14zM8 9l4-3 4 3 3-2 3 2"},
     {"name": "found", "label": "found", "key": "2", "on": True, "glyph": ""},
-    {"name": "missed", "label": "missed", "key": "3", "on": True, "glyph": "M15 7h0"},
+    {"name": "missed", "label": "missed", "key": "3", "on": True, "glyph": "M13 7a2 2 0 1 0 4 0a2 2 0 1 0-4 0"},
     {"name": "false", "label": "false", "key": "4", "on": True, "glyph": "M11 3l8 8M11 11l8-8"},
     {"name": "merged", "label": "merged", "key": "5", "on": True, "glyph": "M11 7h8M15 3v8"},
     {"name": "split", "label": "split", "key": "6", "on": True, "glyph": "M11 11l8-8"},

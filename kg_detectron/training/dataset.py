@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.io.coco import decode_mask, load_coco
-from kg_detectron.io.convert import _FATAL as FATAL
-from kg_detectron.io.dataset_check import read_pair
+from kg_detectron.io.dataset_check import Choice, read_pair
+from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
-from kg_detectron.io.pairs import find_pairs
+from kg_detectron.io.layouts import find_training_pairs
 from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours, random_window
@@ -120,9 +120,10 @@ def read_dataset(
 
     Args:
         images: folder of images, or a COCO JSON, whose images are named from its folder.
-        masks: folder of their masks, or of a COCO JSON the folder of its images where that is another one.
+        masks: folder of their masks, or of a COCO JSON the folder of its images where that is another one; None where
+            one folder holds both.
         preprocessing: of the model.
-        layout: as `find_pairs` takes it.
+        layout: as `find_training_pairs` takes it.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -131,20 +132,18 @@ def read_dataset(
     images = Path(images)
     if images.suffix.lower() == ".json":
         return read_labelled_images(images, images.parent if masks is None else masks, preprocessing)
-    if masks is None:
-        raise ValueError(f"{images}: expected a folder of masks beside the folder of images, or a COCO JSON")
-    pairs, faults, layout = find_pairs(images, masks, layout)
+    pairs, faults, layout = find_training_pairs(images, masks, layout)
     result = []
     for pair in pairs:
-        content = read_pair(pair, layout)
+        content = read_pair(pair, layout, Choice())
         faults += content.faults
-        if content.size is None or not content.cells:
+        if content.image is None or not content.cells:
             continue
         crops = [crop for cells in content.cells for crop in cells.crops]
         windows = torch.cat([cells.windows for cells in content.cells])
-        labels = MaskCrops(crops, windows, content.size).label_image()
-        result.append(labelled_image(pair.name, read_image(pair.image), labels, preprocessing))
-    fatal = [fault for fault in faults if fault.kind in FATAL]
+        labels = MaskCrops(crops, windows, content.image.shape[:2]).label_image()
+        result.append(labelled_image(pair.name, content.image, labels, preprocessing))
+    fatal = [fault for fault in faults if fault.severity == Severity.FATAL]
     if fatal:
         raise ValueError(f"{len(fatal)} faults, which kg-detectron check-data lists; the first: {fatal[0]}")
     return result

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from kg_detectron.cells.masks import MaskCrops
-from kg_detectron.cells.run_lengths import decode_runs
+from kg_detectron.cells.run_lengths import decode_runs, encode_mask
 
 
 def random_crops(seed: int, count: int = 6, height: int = 23, width: int = 31) -> MaskCrops:
@@ -29,8 +29,9 @@ def random_crops(seed: int, count: int = 6, height: int = 23, width: int = 31) -
 @given(seed=st.integers(0, 2**31))
 def test_run_lengths_equal_those_of_dense_masks(seed):
     masks = random_crops(seed)
-    for own, dense in zip(masks.rle(), masks, strict=True):
-        assert own == coco_mask.encode(np.asfortranarray(dense.numpy().astype(np.uint8)))
+    for rle, dense in zip(masks.rle(), masks, strict=True):
+        expected = coco_mask.encode(np.asfortranarray(dense.numpy().astype(np.uint8)))
+        assert rle == encode_mask(dense.numpy()) == expected | {"counts": expected["counts"].decode()}
 
 
 @given(seed=st.integers(0, 2**31))

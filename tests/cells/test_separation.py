@@ -7,22 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kg_detectron.cells.masks import MaskCrops
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.separation import separate_cells
 
 
-def cells_of(masks: list[np.ndarray], scores: list[float], size: tuple[int, int]) -> dict:
+def cells_of(masks: list[np.ndarray], scores: list[float], size: tuple[int, int]) -> Cells:
     """Cells whose masks are probabilities in windows with empty margins, as the network's are."""
     crops, windows = [], []
     for mask in masks:
         crops.append(torch.from_numpy(np.where(mask, 0.8, 0.3)).float())
         windows.append([0, 0, size[1], size[0]])
-    return {
-        "boxes": torch.arange(4.0 * len(masks)).reshape(-1, 4),
-        "scores": torch.tensor(scores, dtype=torch.float32),
-        "labels": torch.arange(len(masks)),
-        "masks": MaskCrops(crops, torch.tensor(windows, dtype=torch.int64).reshape(-1, 4), size),
-    }
+    places = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
+    return cells_of_masks(torch.tensor(scores, dtype=torch.float32), MaskCrops(crops, places, size))
+
+
+def cells_of_masks(scores: torch.Tensor, masks: MaskCrops) -> Cells:
+    """Cells whose boxes and labels tell which they are."""
+    count = len(masks)
+    return Cells(torch.arange(4.0 * count).reshape(-1, 4), scores, torch.arange(count), masks)
 
 
 def slow_separation(masks: list[np.ndarray], scores: list[float]) -> list[tuple[int, np.ndarray]]:
@@ -103,7 +105,7 @@ def test_70_000_cells() -> None:
     crops = [torch.ones(shape, dtype=torch.bool) for shape in size.tolist()]
     masks = MaskCrops(crops, windows, (768, 768))
     scores = torch.tensor([0.3] * (count // 2) + [0.6] * (count // 2))
-    labels = separate_cells({"scores": scores, "masks": masks})["masks"].label_image()
+    labels = separate_cells(cells_of_masks(scores, masks))["masks"].label_image()
     assert labels.dtype == np.uint32
     # Ids 1..N without gaps; the better cells come first and are whole, the others keep the corner that is left.
     assert np.bincount(labels.ravel())[1:].tolist() == [4] * (count // 2) + [5] * (count // 2)

@@ -28,9 +28,9 @@ def random_resnet(depth: int) -> nn.Module:
 @pytest.mark.parametrize(
     "depth, config, norm",
     [
-        (18, "Base-MaskRCNN-tiny", "FrozenBN"),
-        (50, "Base-MaskRCNN-FPN", "BN"),
-        (50, "Base-MaskRCNN", "FrozenBN"),
+        (18, "mask_rcnn_fpn_r18_dsb2018_cpu", "FrozenBN"),
+        (50, "mask_rcnn_fpn_dsb2018", "BN"),
+        (50, "mask_rcnn_c4_dsb2018", "FrozenBN"),
     ],
 )
 @torch.no_grad()

@@ -434,9 +434,7 @@ def test_intensities():
     values = [RandomBrightness(32).get_transform(image).apply_image(image)[0, 0, 0] for _ in range(200)]
     assert min(values) >= 68 and max(values) <= 132 and max(values) - min(values) > 50
     colours = np.full((4, 4, 3), (1, 2, 3), np.uint8)
-    orders = {
-        tuple(RandomChannelOrder().get_transform(colours).apply_image(colours)[0, 0].tolist()) for _ in range(99)
-    }
+    orders = {tuple(RandomChannelOrder().get_transform(colours).apply_image(colours)[0, 0].tolist()) for _ in range(99)}
     assert len(orders) == 6
 
 

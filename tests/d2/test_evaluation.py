@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from pycocotools import mask as coco_mask
 
+from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.d2.config import add_kg_config
 from kg_detectron.d2.evaluators import PaperEvaluator, build_evaluators, mask_rles
 
@@ -193,27 +194,18 @@ def test_processes_together_give_what_one_gives(tmp_path, monkeypatch):
     assert parts[1].evaluate() == {}
 
 
-class Crops:
-    """A container of masks that encodes itself and would be too large to iterate."""
-
-    def __init__(self, rles: list[dict]) -> None:
-        self.rles = rles
-
-    def __len__(self) -> int:
-        return len(self.rles)
+class Crops(MaskCrops):
+    """Crops of masks that would be too large to iterate."""
 
     def __iter__(self):
         raise AssertionError("whole masks were asked for")
-
-    def rle(self) -> list[dict]:
-        return self.rles
 
 
 def test_masks_that_encode_themselves_are_not_made_whole(tmp_path):
     register(write_dataset(tmp_path, [5]))
     record = DatasetCatalog.get(NAME)[0]
     instances = detections(record)
-    instances.pred_masks = Crops([a["segmentation"] for a in record["annotations"]])
+    instances.pred_masks = Crops.from_rle([a["segmentation"] for a in record["annotations"]])
     evaluator = PaperEvaluator(NAME)
     evaluator.process([record], [{"instances": instances}])
     assert evaluator.evaluate()["paper"]["mask_AP@0.7"] == 100
@@ -254,3 +246,14 @@ def test_bad_predictions_are_named(tmp_path):
     instances.remove("pred_masks")
     with pytest.raises(ValueError, match="no pred_masks"):
         PaperEvaluator(NAME).process([record], [{"instances": instances}])
+
+
+def test_annotation_ids_that_coco_cannot_take_are_numbered_anew(tmp_path):
+    """An annotation of id 0 counts as missed in COCO's evaluation."""
+    path = write_dataset(tmp_path, [5])
+    data = json.loads(path.read_text())
+    for annotation in data["annotations"]:
+        annotation["id"] -= 1
+    path.write_text(json.dumps(data))
+    register(path)
+    assert evaluate(build_evaluators(config(), NAME))["segm"]["AP"] == pytest.approx(100)

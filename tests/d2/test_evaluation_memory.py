@@ -26,7 +26,7 @@ windows = torch.cat((corner, corner + 41), dim=1)
 masks = MaskCrops([disc] * cells, windows, (side, side))
 annotations = [
     {"id": i + 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, 41, 41], "area": int(disc.sum()), "iscrowd": 0,
-     "segmentation": rle | {"counts": rle["counts"].decode()}}
+     "segmentation": rle}
     for i, (rle, (x1, y1, _, _)) in enumerate(zip(masks.rle(), windows.tolist()))
 ]
 images = [{"id": 1, "file_name": "1.png", "height": side, "width": side}]

@@ -327,14 +327,14 @@ def test_only_losses_of_the_training_stop_it():
 # Signals
 
 
-def signalled(folder, number: int, at: int, iterations: int = 6) -> tuple[list[int], int | None]:
-    """-> (iterations that were done, exit status) of a training that gets a signal in the iteration ``at``."""
+def signalled(folder, number: int, iteration: int, iterations: int = 6) -> tuple[list[int], int | None]:
+    """-> (iterations that were done, exit status) of a training that gets a signal in an iteration."""
     torch.manual_seed(0)
     model, done = NoisyModel(), []
 
     def step(trainer):
         done.append(trainer.iter)
-        if trainer.iter == at:
+        if trainer.iter == iteration:
             signal.raise_signal(number)
 
     hooks = [CallbackHook(after_step=step), StopOnSignal(DetectionCheckpointer(model, str(folder)))]
@@ -348,18 +348,18 @@ def signalled(folder, number: int, at: int, iterations: int = 6) -> tuple[list[i
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_the_iteration_and_saves(tmp_path, number, status):
     handlers = [signal.getsignal(each) for each in StopOnSignal.SIGNALS]
-    assert signalled(tmp_path, number, at=2) == ([0, 1, 2], status)
+    assert signalled(tmp_path, number, iteration=2) == ([0, 1, 2], status)
     assert saved_iteration(tmp_path, "model_stopped") == 2
     assert [signal.getsignal(each) for each in StopOnSignal.SIGNALS] == handlers
 
 
 def test_signal_in_the_last_iteration_lets_the_training_end(tmp_path):
-    assert signalled(tmp_path, signal.SIGTERM, at=5) == ([0, 1, 2, 3, 4, 5], None)
+    assert signalled(tmp_path, signal.SIGTERM, iteration=5) == ([0, 1, 2, 3, 4, 5], None)
 
 
 def test_signal_of_another_process_stops_this_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(comm, "all_gather", lambda own: [own, signal.SIGTERM])
-    assert signalled(tmp_path, signal.SIGTERM, at=-1) == ([0], 143)
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, signal.SIGTERM])
+    assert signalled(tmp_path, signal.SIGTERM, iteration=-1) == ([0], 143)
 
 
 def test_second_signal_ends_at_once(tmp_path):

@@ -14,7 +14,8 @@ from kg_detectron.d2 import CellMapper
 from kg_detectron.d2.solver import build_lr_scheduler
 from kg_detectron.io.coco import encode_mask
 
-@pytest.mark.parametrize("name, images", [("mask_rcnn_dsb2018", 402), ("mask_rcnn_neural_fpn", 386)])
+
+@pytest.mark.parametrize("name, images", [("mask_rcnn_dsb2018", 402), ("mask_rcnn_fpn_neural", 386)])
 def test_schedule_of_the_paper(name, images):
     """Adam at 1e-4, x 0.96 after each of 100 epochs."""
     cfg = load_config(name)
@@ -56,7 +57,7 @@ def record(tmp_path) -> dict:
     return {"file_name": file_name, "image_id": 1, "height": 60, "width": 110, "annotations": annotations}
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn_neural", "mask_rcnn_dsb2018_fpn", "mask_rcnn_dsb2018_tiny"])
+@pytest.mark.parametrize("name", ["mask_rcnn_c4_neural", "mask_rcnn_fpn_dsb2018", "mask_rcnn_fpn_r18_dsb2018_cpu"])
 def test_model_trains_and_predicts(name, record):
     """On images with cells and without any, small and with few proposals."""
     cfg = load_config(name)
@@ -105,7 +106,7 @@ class Oracle(nn.Module):
 @torch.no_grad()
 def test_predictions_return_to_the_frame_of_the_file(record):
     """The resize does not keep the aspect: x and y have scales of their own, and the padding behind has none."""
-    cfg = load_config("mask_rcnn_dsb2018_tiny")
+    cfg = load_config("mask_rcnn_fpn_r18_dsb2018_cpu")
     cfg.INPUT.SIZE = (240, 330)  # x 4 and x 3, not multiples of 32
     model = build_model(cfg).eval()
     mapped = CellMapper(cfg, is_train=False, with_targets=True)(record)

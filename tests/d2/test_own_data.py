@@ -68,9 +68,8 @@ def test_convert_train_export_predict_evaluate(mine, tmp_path, capsys):
         cells = predict(model, read_image(mine / "val" / "images" / f"{name}.png"))
         columns = cells["boxes"].tolist(), cells["scores"].tolist(), cells["masks"].rle()
         for (x1, y1, x2, y2), score, rle in zip(*columns, strict=True):
-            mask = {"size": rle["size"], "counts": rle["counts"].decode()}
             box = [x1, y1, x2 - x1, y2 - y1]
-            found.append({"image_id": image_id, "bbox": box, "score": score, "segmentation": mask})
+            found.append({"image_id": image_id, "bbox": box, "score": score, "segmentation": rle})
     (tmp_path / "found.json").write_text(json.dumps(found))
     capsys.readouterr()
     figures = tmp_path / "figures.json"

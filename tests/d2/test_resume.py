@@ -9,25 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import make_synthetic
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+import train_net
+from builders import ROOT, load_config
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from kg_detectron.d2 import add_kg_config, register_cells
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "datasets"))
-
-import make_synthetic  # noqa: E402
-import train_net  # noqa: E402
+from kg_detectron.d2 import register_cells
+from kg_detectron.d2.trainer import Trainer
 
 ITERATIONS = 6
 DATA_KEYS = ("json_file", "image_root")
-MODELS = ("kg_synthetic", "mask_rcnn_synthetic")
+KG, MASK_RCNN = MODELS = ("kg_r18_synthetic_cpu", "mask_rcnn_fpn_r18_synthetic_cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,17 +46,13 @@ def cells(tmp_path_factory):
 
 def config(model: str, output: Path, *options: object) -> CfgNode:
     """Small networks, with everything on that draws random numbers or has a state."""
-    cfg = get_cfg()
-    add_kg_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / f"{model}.yaml"), allow_unsafe=False)
-    small = ["MODEL.DEVICE", "cpu", "INPUT.SIZE", (64, 64), "SOLVER.IMS_PER_BATCH", 2, "SEED", 3, "OUTPUT_DIR", output]
+    small = ["INPUT.SIZE", (64, 64), "SOLVER.IMS_PER_BATCH", 2, "SEED", 3, "OUTPUT_DIR", output]
     small += ["SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", 100, "DATALOADER.NUM_WORKERS", 0]
     small += ["DATASETS.TRAIN", ("resume_train",), "DATASETS.VALIDATION", ("resume_val",), "DATASETS.TEST", ()]
     small += ["TEST.EVAL_PERIOD", 2, "SOLVER.EARLY_STOPPING.PATIENCE", 9, "SOLVER.WARMUP_ITERS", 4]
-    small += ["MODEL.KEYPOINT_GRAPH.WIDTHS", [8, 8, 8, 8], "MODEL.KEYPOINT_GRAPH.C0_CHANNELS", 8]
-    small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.KEYPOINT_GRAPH.BOX_JITTER", 0.2]
-    cfg.merge_from_list([str(value) if isinstance(value, Path) else value for value in (*small, *options)])
-    return cfg
+    small += ["MODEL.CELLS.WIDTHS", [8, 8, 8, 8], "MODEL.CELLS.C0_CHANNELS", 8]
+    small += ["MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.CELLS.BOX_JITTER", 0.2]
+    return load_config(model, *small, *options)
 
 
 class Interruption(HookBase):
@@ -76,7 +69,7 @@ class Interruption(HookBase):
 
 def train(cfg: CfgNode, *, resume: bool = False, interruption: Interruption | None = None) -> None:
     seed_all_rng(None if resume else cfg.SEED)  # what is resumed owes nothing to the seeds of its process
-    trainer = train_net.Trainer(cfg)
+    trainer = Trainer(cfg)
     if interruption:
         trainer.register_hooks([interruption])
         trainer._hooks.insert(0, trainer._hooks.pop())
@@ -126,21 +119,19 @@ def interrupt_everything() -> None:
     time.sleep(0.2)
 
 
-@pytest.mark.parametrize(
-    "model, workers", [("kg_synthetic", 0), ("kg_synthetic", 1), ("kg_synthetic", 2), ("mask_rcnn_synthetic", 2)]
-)
+@pytest.mark.parametrize("model, workers", [(KG, 0), (KG, 1), (KG, 2), (MASK_RCNN, 2)])
 def test_stopped_by_a_signal_and_resumed_is_the_whole_run(uninterrupted, tmp_path, model, workers):
     """Weights, optimiser, schedule, early stopping and place in the data: on any number of workers, where the whole
     run had none, and with another SEED in the config of the second part."""
     cfg = config(model, tmp_path, "DATALOADER.NUM_WORKERS", workers)
     stop = (lambda: signal.raise_signal(signal.SIGINT)) if workers == 0 else interrupt_everything
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
+    handler = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs the tests in the background
     with pytest.raises(SystemExit) as exit:
         train(cfg, interruption=Interruption(2, stop))
     assert exit.value.code == (130 if workers == 0 else 143)
     assert checkpoint(tmp_path, "model_stopped")["iteration"] == 2
     assert not (tmp_path / "model_final.pth").exists()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is handler
     cfg.SEED = 4
     train(cfg, resume=True)
     whole, resumed = checkpoint(uninterrupted[model]), checkpoint(tmp_path)
@@ -150,8 +141,8 @@ def test_stopped_by_a_signal_and_resumed_is_the_whole_run(uninterrupted, tmp_pat
 
 
 def test_same_twice_with_or_without_validation_and_workers(uninterrupted, tmp_path):
-    train(config("kg_synthetic", tmp_path, "DATASETS.VALIDATION", (), "DATALOADER.NUM_WORKERS", 1))
-    one, other = checkpoint(uninterrupted["kg_synthetic"]), checkpoint(tmp_path)
+    train(config(KG, tmp_path, "DATASETS.VALIDATION", (), "DATALOADER.NUM_WORKERS", 1))
+    one, other = checkpoint(uninterrupted[KG]), checkpoint(tmp_path)
     assert_same(one["model"], other["model"])
     assert_same(one["trainer"]["_trainer"]["optimizer"], other["trainer"]["_trainer"]["optimizer"])
 
@@ -160,32 +151,33 @@ def test_after_an_error_the_lost_stretch_is_done_again_and_logged_once(uninterru
     def fail() -> None:
         raise RuntimeError("something broke")
 
-    cfg = config("kg_synthetic", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2)
+    cfg = config(KG, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 2)
     with pytest.raises(RuntimeError, match="something broke"):
         train(cfg, interruption=Interruption(4, fail))
     assert iterations(tmp_path) == [4]
     train(cfg, resume=True)
     assert iterations(tmp_path) == [5]
-    assert_same(checkpoint(uninterrupted["kg_synthetic"]), checkpoint(tmp_path))
+    assert_same(checkpoint(uninterrupted[KG]), checkpoint(tmp_path))
 
 
 def test_killed_and_resumed_is_the_whole_run(uninterrupted, tmp_path):
-    cfg = config("kg_synthetic", tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
+    cfg = config(KG, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_resume as t;"
-        "t.register_cells('resume_train', *sys.argv[2:4]); t.register_cells('resume_val', *sys.argv[4:6]);"
-        "t.train(t.config('kg_synthetic', sys.argv[6], 'SOLVER.CHECKPOINT_PERIOD', 1))"
+        "import sys; import test_resume as t;"
+        "t.register_cells('resume_train', *sys.argv[1:3]); t.register_cells('resume_val', *sys.argv[3:5]);"
+        "t.train(t.config(t.KG, sys.argv[5], 'SOLVER.CHECKPOINT_PERIOD', 1))"
     )
     data = [MetadataCatalog.get(f"resume_{split}").get(key) for split in ("train", "val") for key in DATA_KEYS]
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), *data, cfg.OUTPUT_DIR]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *data, cfg.OUTPUT_DIR]
+    folders = [ROOT, *(ROOT / name for name in ("tests/d2", "tests", "tools", "datasets"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not Path(cfg.OUTPUT_DIR, "model_0000002.pth").exists():
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     train(cfg, resume=True)
-    assert_same(checkpoint(uninterrupted["kg_synthetic"]), checkpoint(tmp_path))
+    assert_same(checkpoint(uninterrupted[KG]), checkpoint(tmp_path))
 
 
 def test_a_new_run_in_the_folder_of_another_is_not_mixed_with_it(tmp_path):
@@ -196,17 +188,17 @@ def test_a_new_run_in_the_folder_of_another_is_not_mixed_with_it(tmp_path):
         raise RuntimeError("before the first checkpoint")
 
     with pytest.raises(RuntimeError, match="before the first"):
-        train(config("kg_synthetic", tmp_path), interruption=Interruption(0, end))
+        train(config(KG, tmp_path), interruption=Interruption(0, end))
     assert not (tmp_path / "last_checkpoint").exists()
     assert iterations(tmp_path) == [0]
 
 
 def test_a_run_without_a_seed_keeps_the_one_it_drew(tmp_path):
-    cfg = config("kg_synthetic", tmp_path, "SEED", -1)
+    cfg = config(KG, tmp_path, "SEED", -1)
     drawn = {train_net.run_seed(cfg, resume=False) for _ in range(3)}
     assert len(drawn) == 3 and min(drawn) >= 0
     cfg.SEED = drawn.pop()
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    resumed = config("kg_synthetic", tmp_path, "SEED", -1)
+    resumed = config(KG, tmp_path, "SEED", -1)
     assert train_net.run_seed(resumed, resume=True) == cfg.SEED
-    assert train_net.run_seed(config("kg_synthetic", tmp_path, "SEED", 7), resume=True) == 7
+    assert train_net.run_seed(config(KG, tmp_path, "SEED", 7), resume=True) == 7

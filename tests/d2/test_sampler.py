@@ -71,6 +71,6 @@ def test_iterations_and_processes_have_random_numbers_of_their_own():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
-    found = [draws(*place) for place in places]
-    assert all(len(set(column)) == len(places) for column in zip(*found, strict=True))
-    assert [draws(*place) for place in places] == found
+    drawn = [draws(*place) for place in places]
+    assert all(len(set(column)) == len(places) for column in zip(*drawn, strict=True))
+    assert [draws(*place) for place in places] == drawn

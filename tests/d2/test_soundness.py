@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from kg_detectron.d2 import register_cells
 from kg_detectron.d2.training_check import check_datasets
 from kg_detectron.io.coco import coco_annotation
+from kg_detectron.io.normalisation import Normalisation
 
 NAME = "/cells/of_the_soundness_tests.json"  # datasets may be named by a file
 SIDE = 32
@@ -34,7 +35,7 @@ def content(tmp_path) -> dict:
         cv2.imwrite(str(tmp_path / "images" / f"{image_id}.png"), rng.integers(0, 255, (SIDE, SIDE), dtype=np.uint8))
         images.append({"id": image_id, "file_name": f"{image_id}.png", "height": SIDE, "width": SIDE})
         for index in range(3):
-            number = 3 * image_id + index
+            number = 3 * image_id + index + 1
             annotations.append(coco_annotation(cell(index), image_id=image_id, annotation_id=number, category_id=7))
     return {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "nucleus"}]}
 
@@ -71,7 +72,7 @@ def test_all_faults_are_named_at_once(content, register, tmp_path, caplog):
     for kind in ("unreadable file (1)", "missing image (1)", "box without area (1)", "mask misses its box (1)"):
         assert kind in str(error.value)
     named = "\n".join(record.getMessage() for record in caplog.records)
-    for what in ("0.png: ", "1.png: ", "2.png: ", "annotation 9: ", "annotation 12: ", "annotation 13: ", "99: "):
+    for what in ("0.png: ", "1.png: ", "2.png: ", "annotation 10: ", "annotation 13: ", "annotation 14: ", "99: "):
         assert what in named
     assert "(32, 32)" in named  # the size of 1.png, as it is
     assert not (tmp_path / "sound").exists()
@@ -83,18 +84,18 @@ def test_going_on_without_what_is_bad(content, register, tmp_path, caplog):
     register(content)
     with caplog.at_level(logging.WARNING):
         check_datasets([NAME, NAME], skip_bad=True, folder=tmp_path / "sound")
-    assert "without 3 of 5 images and 13 of 16 cells" in caplog.text
+    assert "without 3 of 5 images and 14 of 16 cells" in caplog.text
     records = DatasetCatalog.get(NAME)
     assert [Path(record["file_name"]).name for record in records] == ["3.png", "4.png"]
     assert [[c["bbox"] for c in record["annotations"]] for record in records] == [
         [[4, 11, 8, 8], [4, 20, 8, 8]],
-        [[4, 20, 8, 8]],
+        [],
     ]
     # What the COCO evaluator will read is the same set.
     assert MetadataCatalog.get(NAME).json_file == str(tmp_path / "sound" / "_cells_of_the_soundness_tests.json")
     truth = COCO(MetadataCatalog.get(NAME).json_file)
-    assert truth.getImgIds() == [3, 4] and truth.getCatIds() == [7]
-    assert sorted((a["image_id"], a["iscrowd"]) for a in truth.anns.values()) == [(3, 0), (3, 0), (4, 1)]
+    assert sorted(truth.getImgIds()) == [3, 4] and truth.getCatIds() == [7]
+    assert sorted((a["image_id"], a["iscrowd"]) for a in truth.anns.values()) == [(3, 0), (3, 0)]
     assert Path(MetadataCatalog.get(NAME).image_root) == tmp_path / "images"
 
 
@@ -107,6 +108,54 @@ def test_what_is_only_odd_does_not_stop_a_training(content, register, tmp_path, 
         check_datasets([NAME], skip_bad=False, folder=tmp_path / "sound")
     assert "0.png" in caplog.text and "2.png" in caplog.text
     assert MetadataCatalog.get(NAME).json_file == str(tmp_path / "cells.json")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_what_can_be_mended_is_mended_in_a_copy(content, register, tmp_path, caplog, skip_bad):
+    """Annotation ids from 0, which COCO's evaluation takes for missed cells, and a category that nothing uses."""
+    for annotation in content["annotations"]:
+        annotation["id"] -= 1
+    del content["annotations"][3]["area"]
+    content["categories"].insert(0, {"id": 0, "name": "cells"})
+    register(content)
+    with caplog.at_level(logging.WARNING):
+        check_datasets([NAME], skip_bad=skip_bad, folder=tmp_path / "sound")
+    assert "the id 0" in caplog.text and "no annotation is of the category cells" in caplog.text
+    truth = COCO(MetadataCatalog.get(NAME).json_file)
+    assert truth.getCatIds() == [7] and sorted(truth.getAnnIds()) == list(range(1, 16))
+    assert {cell["category_id"] for record in DatasetCatalog.get(NAME) for cell in record["annotations"]} == {0}
+
+
+def test_crowds_stop_a_training(content, register, tmp_path, caplog):
+    for annotation in content["annotations"][:6]:
+        annotation["iscrowd"] = 1
+    register(content)
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"crowd annotations \(1\).*--skip-bad"):
+        check_datasets([NAME], skip_bad=False, folder=tmp_path / "sound")
+    assert "6 of 15 annotations are crowds, which training leaves out; CVAT writes brush masks so" in caplog.text
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_several_categories_stop_a_training(content, register, tmp_path, caplog, skip_bad):
+    content["categories"].append({"id": 9, "name": "mitosis"})
+    content["annotations"][4]["category_id"] = 9
+    register(content)
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"several categories \(1\)"):
+        check_datasets([NAME], skip_bad=skip_bad, folder=tmp_path / "sound")
+    assert "2 categories, nucleus (14), mitosis (1)" in caplog.text and "--merge-categories" in caplog.text
+
+
+def test_images_that_the_normalisation_cannot_take(content, register, tmp_path, caplog):
+    image = np.random.default_rng(1).integers(0, 4000, (SIDE, SIDE)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "images" / "2.png"), image)
+    register(content)
+    check_datasets([NAME], skip_bad=False, folder=tmp_path / "sound")  # the normalisation is not known
+    check_datasets([NAME], False, tmp_path / "sound", Normalisation("percentile"))
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"no fixed white level \(1\)"):
+        check_datasets([NAME], False, tmp_path / "sound", Normalisation("fixed"))
+    assert "2.png: " in caplog.text and "INPUT.NORMALISATION percentile" in caplog.text
+    check_datasets([NAME], True, tmp_path / "sound", Normalisation("fixed"))
+    assert len(DatasetCatalog.get(NAME)) == 4
 
 
 def test_nothing_sound(content, register, tmp_path):

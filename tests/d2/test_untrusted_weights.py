@@ -3,25 +3,22 @@
 import contextlib
 import os
 import pickle
-import sys
 from pathlib import Path
 
+import compare
 import numpy as np
 import pytest
 import torch
+import train_net
+from builders import CONFIGS
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from kg_detectron.d2 import trainer
 from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.config import merge_config
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compare  # noqa: E402
-import train_net  # noqa: E402
-from detectron2.utils.file_io import PathManager  # noqa: E402
-
-CONFIG = str(ROOT / "configs" / "kg_synthetic.yaml")
+CONFIG = str(CONFIGS / "kg_r18_synthetic_cpu.yaml")
 
 
 class Code:
@@ -81,11 +78,11 @@ def test_train_net_hands_its_weights_to_that_checkpointer(tmp_path: Path, marker
     path = malicious(tmp_path / "weights.pkl", marker)
     (tmp_path / "last_checkpoint").write_text("weights.pkl")
     monkeypatch.setattr(train_net, "check_datasets", lambda *_: None)
-    monkeypatch.setattr(train_net.Trainer, "build_model", classmethod(lambda cls, cfg: nn.Linear(2, 2)))
-    monkeypatch.setattr(train_net, "Seeding", lambda *_: None)
+    monkeypatch.setattr(trainer.Trainer, "build_model", classmethod(lambda cls, cfg: nn.Linear(2, 2)))
+    monkeypatch.setattr(trainer, "Seeding", lambda *_: None)
     monkeypatch.setattr(train_net, "default_setup", lambda *_: None)
     monkeypatch.setattr(train_net, "setup_logger", lambda *_, **__: None)
-    monkeypatch.setattr(train_net.Trainer, "build_train_loader", classmethod(lambda cls, cfg: FakeLoader()))
+    monkeypatch.setattr(trainer.Trainer, "build_train_loader", classmethod(lambda cls, cfg: FakeLoader()))
     options = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", path, "SOLVER.OPTIMIZER", "SGD"]
     with pytest.raises(ValueError, match="weights.pkl was refused.*--trust-pickle"):
         train_net.main(arguments(*mode, *options))

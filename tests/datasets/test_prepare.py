@@ -1,6 +1,5 @@
 """The scripts of datasets/: raw files to COCO JSON."""
 
-import importlib.util
 import json
 import shutil
 import struct
@@ -8,25 +7,18 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import cv2
+import make_synthetic as synthetic
 import numpy as np
+import prepare_dsb2018 as dsb2018
+import prepare_neural as neural
+import prepare_usiigaci as usiigaci
 import pytest
 
 from kg_detectron.io.coco import decode_mask, load_coco
 
 DATASETS = Path(__file__).parents[2] / "datasets"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, DATASETS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-dsb2018, neural, synthetic = map(script, ("prepare_dsb2018", "prepare_neural", "make_synthetic"))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -42,12 +34,12 @@ def refused(main, *arguments: object) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["prepare_dsb2018", "prepare_neural", "make_synthetic"])
+@pytest.mark.parametrize("name", ["prepare_dsb2018", "prepare_neural", "make_synthetic", "prepare_usiigaci"])
 def test_scripts_run(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(DATASETS.parent))
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     done = subprocess.run([sys.executable, DATASETS / f"{name}.py"], capture_output=True, text=True, cwd="/")
-    needed = "--output" if name == "make_synthetic" else "source, --output"
+    needed = "--output" if name == "make_synthetic" else "--output, source"
     assert done.returncode == 2
     assert f"the following arguments are required: {needed}" in done.stderr
 
@@ -324,6 +316,63 @@ def copy_as_png(raw: Path) -> None:
 def test_neural_refuses(tmp_path: Path, coloured: Path, fault, message: str):
     fault(coloured)
     assert message.format(raw=coloured) in refused(neural.main, coloured, "--output", tmp_path / "out")
+
+
+# prepare_usiigaci.py
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    """Five sets as in the original, of 16 bits, set N with N cells."""
+    folder = tmp_path / "Mask R-CNN" / "train"
+    for number in (1, 2, 3, 10, 44):
+        (folder / f"set{number}").mkdir(parents=True)
+        image = np.random.default_rng(number).integers(5000, 65535, (30, 200)).astype(np.uint16)
+        cv2.imwrite(str(folder / f"set{number}" / "raw.tif"), image)
+        cv2.imwrite(str(folder / f"set{number}" / "instances_ids.png"), id_image(number))
+        (folder / f"set{number}" / "phase.png").write_bytes(b"not read")
+    return tmp_path
+
+
+def id_image(number: int) -> np.ndarray:
+    ids = np.zeros((30, 200), np.uint8)
+    for cell in range(1, number + 1):
+        ids[3:20, 4 * cell : 4 * cell + 3] = cell
+    return ids
+
+
+def test_usiigaci(tmp_path: Path, sets: Path, capsys: pytest.CaptureFixture):
+    splits = lists(tmp_path / "lists", train="set44 set01 set10", val="set02", test="set03")
+    usiigaci.main([str(sets), "--output", str(tmp_path / "out"), "--splits", str(splits)])
+    assert "train: 3 images, 55 cells" in capsys.readouterr().out
+    folder = tmp_path / "out" / "usiigaci"
+    records = load_coco(folder / "instances_train.json", folder / "train").records
+    for record, number in zip(records, (44, 1, 10), strict=True):
+        assert Path(record["file_name"]).name == f"set{number:02}.png"
+        image = cv2.imread(record["file_name"], cv2.IMREAD_UNCHANGED)
+        source = sets / "Mask R-CNN" / "train" / f"set{number}"
+        np.testing.assert_array_equal(image, cv2.imread(str(source / "raw.tif"), cv2.IMREAD_UNCHANGED))
+        masks = [decode_mask(cell["segmentation"], 30, 200) for cell in record["annotations"]]
+        np.testing.assert_array_equal(sum(i * mask for i, mask in enumerate(masks, start=1)), id_image(number))
+    usiigaci.main([str(sets), "--output", str(tmp_path / "drawn"), "--seed", "3"])
+    assert {path.name for path in (tmp_path / "drawn" / "usiigaci").iterdir()} == {
+        *("train", "val", "test", "instances_train.json", "instances_val.json", "instances_test.json")
+    }
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda train: (train / "set3" / "instances_ids.png").unlink(), "instances_ids.png are missing"),
+        (lambda train: cv2.imwrite(str(train / "set3" / "instances_ids.png"), id_image(3)[1:]), "it is (29, 200), its"),
+        (lambda train: (train / "set3" / "raw.tif").write_bytes(b"x"), "set3/raw.tif: cannot be read as an image"),
+        (lambda train: shutil.copytree(train / "set3", train / "set03"), "set03 is called set03 too"),
+        (lambda train: shutil.rmtree(train), "there are no files setN/raw.tif"),
+    ],
+)
+def test_usiigaci_refuses(tmp_path: Path, sets: Path, fault, message: str):
+    fault(sets / "Mask R-CNN" / "train")
+    assert message in refused(usiigaci.main, sets, "--output", tmp_path / "out")
 
 
 # make_synthetic.py

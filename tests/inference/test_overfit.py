@@ -31,7 +31,7 @@ def test_overfits_four_images(shared):
     # The channels of configs/Base-KG-tiny.yaml.
     model = tiny_network(**TRAINABLE | {"c0_channels": 16, "widths": (16, 32, 48, 64), "size": SIZE})
     examples = cycle([coco_example(record, SIZE) for record in suitable])
-    train(model, lambda: next(examples), steps=150, rate=2e-3, batch_size=4)
+    train(model, lambda: next(examples), steps=150, rate=2e-3, batch_size=4, decay=True)
 
     metrics = PaperMetrics()
     for record in suitable:

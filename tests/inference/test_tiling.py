@@ -27,6 +27,7 @@ VARIANTS = {
     "margin": {"mask_margin": 2.5, "box_jitter": 0.2, "blur_weight": 1.0},
     "percentile": {"normalisation": "percentile", "percentiles": (1.0, 99.8)},
 }
+pytestmark = pytest.mark.timeout(900)
 # Larger than any image here.
 WHOLE = 2**14
 
@@ -70,10 +71,10 @@ def assert_same(tiled: Cells, whole: Cells, only: Tensor | slice = slice(None), 
     torch.testing.assert_close(tiled.scores, expected.scores, rtol=0, atol=1e-6)
     assert torch.equal(tiled.labels, expected.labels)
     assert torch.equal(tiled.masks.windows, expected.masks.windows)
+    threshold = expected.masks.threshold
     for tiled_crop, crop in zip(tiled.masks.crops, expected.masks.crops, strict=True):
-        crop = crop if crop.dtype == torch.bool else crop >= expected.masks.threshold
-        assert tiled_crop.dtype == torch.bool
-        assert (tiled_crop & crop).sum() >= least_overlap * (tiled_crop | crop).sum()
+        one, other = (mask if mask.dtype == torch.bool else mask >= threshold for mask in (tiled_crop, crop))
+        assert (one & other).sum() >= least_overlap * (one | other).sum()
 
 
 class Slices:

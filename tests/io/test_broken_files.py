@@ -6,7 +6,6 @@ The corpus is made here, and broken by hypothesis: bytes changed, cut, repeated;
 import copy
 import io
 import json
-import sys
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -15,9 +14,11 @@ from typing import Any
 
 import cv2
 import numpy as np
+import prepare_dsb2018
 import pytest
 import tifffile
 import torch
+from builders import tiny_network
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,14 +31,8 @@ from kg_detectron.io.coco import coco_annotation, load_coco, read_coco
 from kg_detectron.io.images import read_pages
 from kg_detectron.io.labels import read_label_image
 from kg_detectron.io.safe_load import read_checkpoint
-from kg_detectron.modeling import KeypointGraphNet
-
-sys.path.append(str(Path(__file__).parents[2] / "datasets"))
-
-import prepare_dsb2018  # noqa: E402
 
 MASK = np.pad(np.ones((4, 5), bool), 2)
-TINY = {"depth": 18, "c0_channels": 2, "widths": (2, 2, 2, 2), "head_kernel": 1, "segmentation": "s1"}
 MAX_PIXELS = 10**6  # what a broken header may claim, so that the test stays small
 broken = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -50,7 +45,7 @@ def read_zip(path: Path) -> None:
 
 def read_weights(path: Path) -> None:
     """As every tool does that copies them."""
-    for value in read_checkpoint(path)["model"].values():
+    for value in read_checkpoint(path).get("model", {}).values():
         value.clone()
 
 
@@ -77,6 +72,12 @@ def corpus() -> dict[str, tuple[bytes, Callable[[Path], Any]]]:
         "stack.tif": tiff(np.stack([grey] * 3), imagej=True, metadata={"axes": "ZYX"}),
         "stack.ome.tif": tiff(np.stack([grey] * 3), ome=True, metadata={"axes": "ZYX"}),
         "tiles.tif": tiff(grey, tile=(16, 16), compression="lzma"),
+        "lzw.tif": tiff(colour, photometric="rgb", compression="lzw", predictor=True),
+        "zstd.tif": tiff(grey, compression="zstd"),
+        "png.tif": tiff(colour, photometric="rgb", compression="png"),
+        "jpeg.tif": tiff(colour, photometric="rgb", compression="jpeg"),
+        "jpeg2000.tif": tiff(grey, compression="jpeg2000"),
+        "jpegxl.tif": tiff(colour, photometric="rgb", compression="jpegxl"),
     }
     made = {name: (data, pages) for name, data in image_files.items()}
     made |= {
@@ -138,11 +139,10 @@ def test_broken_files(tmp_path: Path, name: str, data: st.DataObject):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("models")
-    found = {}
+    model = tiny_network(c0_channels=2, widths=(2, 2, 2, 2), head_kernel=1, cut_from="s1")
     for name in ("model.pth", "model.safetensors"):
-        save_model(KeypointGraphNet(**TINY), folder / name)
-        found[name] = (folder / name).read_bytes()
-    return found
+        save_model(model, folder / name)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from pycocotools import mask as coco_mask
 
 from kg_detectron.io.coco import (
     checked_relative_path,
@@ -19,9 +20,12 @@ from kg_detectron.io.coco import (
     decode_runs,
     encode_mask,
     load_coco,
+    read_coco,
+    rewrite,
     write_coco,
     write_split,
 )
+from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
 
 MASKS = npst.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -170,6 +174,10 @@ def load(folder: Path, data: dict):
     return load_coco(folder / "instances_train.json", folder / "train")
 
 
+def cell_of(annotation: dict, **fields: object) -> dict:
+    return {"id": annotation["id"], "segmentation": annotation["segmentation"], "iscrowd": 0, **fields}
+
+
 def test_load(tmp_path: Path, dataset: dict):
     dataset["categories"] = [{"id": 7, "name": "neuron"}, {"id": 1, "name": "cell"}]
     dataset["annotations"][1]["category_id"] = 7
@@ -184,8 +192,8 @@ def test_load(tmp_path: Path, dataset: dict):
             "height": 20,
             "width": 30,
             "annotations": [
-                {"bbox": [3, 2, 6, 4], "segmentation": first["segmentation"], "category_id": 0, "iscrowd": 0},
-                {"bbox": [25, 10, 5, 10], "segmentation": second["segmentation"], "category_id": 1, "iscrowd": 0},
+                cell_of(first, bbox=[3, 2, 6, 4], category_id=0),
+                cell_of(second, bbox=[25, 10, 5, 10], category_id=1),
             ],
         },
         {
@@ -235,8 +243,8 @@ EMPTY = encode_mask(np.zeros((20, 30), bool))
         (spoil(*FIRST, "id", drop=True), r"annotations\[0\]: expected an object with an integer 'id'"),
         (spoil("images", 1, "id", value="2"), r"images\[1\]: expected an object with an integer 'id'"),
         (spoil("images", 0, "file_name", drop=True), r"images\[0\] of id 1: missing key 'file_name'"),
-        (spoil(*FIRST, "segmentation", drop=True), r"annotations\[0\] of id 1: missing key 'segmentation'"),
-        (spoil(*FIRST, "area", drop=True), r"annotations\[0\] of id 1: missing key 'area'"),
+        (spoil(*FIRST, "segmentation", drop=True), "annotation 1: missing key 'segmentation'"),
+        (spoil(*FIRST, "area", drop=True), "annotation 1: missing key 'area'"),
         (spoil("categories", 0, "name", drop=True), r"categories\[0\] of id 1: missing key 'name'"),
         (spoil("images", 1, "id", value=1), r"images\[1\]: duplicate id 1"),
         (spoil("annotations", 1, "id", value=1), r"annotations\[1\]: duplicate id 1"),
@@ -257,8 +265,18 @@ EMPTY = encode_mask(np.zeros((20, 30), bool))
         (spoil(*FIRST, "segmentation", value=EMPTY), "annotation 1: its mask is empty"),
         (spoil(*FIRST, "segmentation", value=[[3, 2, 9, 2]]), "annotation 1: a polygon must be"),
         (spoil(*FIRST, "segmentation", value=[3, 2, 9, 2, 9, 6]), "annotation 1: a polygon must be"),
-        (spoil(*FIRST, "segmentation", value=[[3, 2, 31, 2, 9, 6]]), "annotation 1: its polygon is outside its image"),
-        (spoil(*FIRST, "segmentation", value=[[3, 2, 9, 2, 9, -1]]), "annotation 1: its polygon is outside its image"),
+        (
+            spoil(*FIRST, "segmentation", value=[[3, 2, 151, 2, 9, 6]]),
+            "annotation 1: its polygon reaches 121 pixels outs",
+        ),
+        (
+            spoil(*FIRST, "segmentation", value=[[3, 2, 9, 2, 9, -81]]),
+            "annotation 1: its polygon reaches 81 pixels outs",
+        ),
+        (
+            spoil(*FIRST, "segmentation", value=[[33, 2, 39, 2, 39, 6]]),
+            "annotation 1: its mask is empty, or lies outside",
+        ),
         (spoil(*FIRST, "bbox", value=[3, 2, 6]), r"annotation 1: bbox must be \[x, y, width, height\]"),
         (spoil(*FIRST, "bbox", value=[3, 2, 0, 4]), "annotation 1: bbox must be .* got"),
         (spoil(*FIRST, "bbox", value=[3, 2, float("nan"), 4]), "annotation 1: bbox must be .* nan"),
@@ -274,6 +292,62 @@ def test_load_refuses(tmp_path: Path, dataset: dict, fault, message: str):
     fault(spoilt)
     with pytest.raises(ValueError, match=r"instances_train\.json: " + message):
         load(tmp_path, spoilt)
+
+
+def test_polygons_are_cut_at_the_image_as_pycocotools_does(tmp_path: Path, dataset: dict):
+    """Whether the box is that of the whole polygon or of what is left of it."""
+    polygon = [-4.0, 2, 9, 2, 9, 26.5, -4, 26.5]
+    for box in ([-4.0, 2, 13, 24.5], [0, 2, 9, 18]):
+        dataset["annotations"][0] |= {"segmentation": [polygon], "bbox": box}
+        cell = load(tmp_path, dataset).records[0]["annotations"][0]
+        expected = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([polygon], 20, 30)))
+        np.testing.assert_array_equal(decode_mask(cell["segmentation"], 20, 30), expected)
+        assert cell["bbox"] == [0, 2, 9, 18] and expected.sum() == 9 * 18
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_files_of_windows(tmp_path: Path, dataset: dict, encoding: str):
+    (tmp_path / "train" / "plate 1").mkdir()
+    (tmp_path / "train" / "a.png").rename(tmp_path / "train" / "plate 1" / "ä.png")
+    dataset["images"][0]["file_name"] = "plate 1\\ä.png"
+    (tmp_path / "windows.json").write_text(json.dumps(dataset, ensure_ascii=False), encoding=encoding)
+    records = load_coco(tmp_path / "windows.json", tmp_path / "train").records
+    assert records[0]["file_name"] == str(tmp_path / "train" / "plate 1" / "ä.png")
+
+
+def test_names_that_differ_in_case_only_are_named(tmp_path: Path, dataset: dict):
+    dataset["images"][0]["file_name"] = "A.PNG"
+    (tmp_path / "set.json").write_text(json.dumps(dataset))
+    _, (fault,) = read_coco(tmp_path / "set.json", tmp_path / "train")
+    assert str(fault).endswith(
+        "A.PNG: there is no such file, but a.png, whose name differs in upper and lower case only; rename one of them"
+    )
+
+
+def test_what_a_file_lacks_is_derived(tmp_path: Path, dataset: dict):
+    expected = load(tmp_path, dataset).records
+    for annotation in dataset["annotations"]:
+        del annotation["area"], annotation["iscrowd"], annotation["bbox"], annotation["id"]
+    (tmp_path / "set.json").write_text(json.dumps(dataset))
+    loaded, faults = read_coco(tmp_path / "set.json", tmp_path / "train")
+    assert {fault.severity for fault in faults} == {Severity.HARMLESS}
+    assert rewrite(loaded, tmp_path / "train" / "new.json", tmp_path / "train", "mended") == (2, 2)
+    assert load_coco(tmp_path / "train" / "new.json", tmp_path / "train").records == expected
+
+
+def test_rewriting_numbers_annotations_and_drops_what_is_not_used(tmp_path: Path, dataset: dict):
+    dataset["categories"] = [{"id": 0, "name": "cells"}, {"id": 5, "name": "cell"}]
+    crowd = copy.deepcopy(dataset["annotations"][0]) | {"iscrowd": 1}
+    for annotation in dataset["annotations"]:
+        annotation |= {"id": 0, "category_id": 5}
+    dataset["annotations"].append(crowd | {"category_id": 0})
+    (tmp_path / "set.json").write_text(json.dumps(dataset))
+    loaded, faults = read_coco(tmp_path / "set.json", tmp_path / "train")
+    assert [str(fault) for fault in faults] == ["annotations[1]: duplicate id 0; kg-detectron convert renumbers"]
+    rewrite(loaded, tmp_path / "train" / "new.json", tmp_path / "train", "mended")
+    written = json.loads((tmp_path / "train" / "new.json").read_text())
+    assert written["categories"] == [{"id": 5, "name": "cell"}]
+    assert [(one["id"], one["category_id"]) for one in written["annotations"]] == [(1, 5), (2, 5)]
 
 
 @pytest.mark.parametrize("content", [b'{"images": [', b"", b"[]", b"\xff\xfe{}"])

@@ -8,13 +8,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
+from PIL import Image
+from scipy import ndimage
 
 from kg_detectron.cli.main import main
 from kg_detectron.io import fault
 from kg_detectron.io.coco import decode_mask, load_coco
-from kg_detectron.io.convert import convert
-from kg_detectron.io.dataset_check import check_coco, check_masks
+from kg_detectron.io.convert import convert, convert_coco
+from kg_detectron.io.dataset_check import Choice, check_coco, check_masks
+from kg_detectron.io.fault import Severity
+from kg_detectron.io.images import read_image
 from kg_detectron.io.labels import write_label_image
+from kg_detectron.io.normalisation import Normalisation
 
 SIZE = 24, 32
 
@@ -29,10 +35,10 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def labels() -> np.ndarray:
-    """Three cells, one of them joined at a corner only, with gaps between their numbers."""
+    """Three cells with gaps between their numbers."""
     pixels = np.zeros(SIZE, np.uint16)
     pixels[2:6, 3:9] = 1
-    pixels[10:12, 20:22] = pixels[12:14, 22:24] = 300
+    pixels[10:14, 20:24] = 300
     pixels[23, 31] = 5
     return pixels
 
@@ -65,7 +71,7 @@ def test_sound_data_has_no_fault(label_set, cell_set, capsys):
     assert check_masks(label_set / "images", label_set / "masks") == ([], 3)
     assert check_masks(cell_set / "raw", cell_set / "raw") == ([], 2)
     assert main(["check-data", str(label_set / "images"), str(label_set / "masks")]) == 0
-    assert capsys.readouterr().out == "3 images looked at: nothing found\n"
+    assert capsys.readouterr().out == "3 images looked at: no faults\n"
 
 
 def spoil_labels(folder: Path) -> dict[str, str]:
@@ -156,7 +162,7 @@ def test_two_masks_for_an_image_are_a_fault(label_set):
 def test_bad_arguments_are_named(label_set, capsys):
     for command, message in (
         (["nowhere", str(label_set)], "nowhere: no such folder"),
-        ([str(label_set / "images")], "expected IMAGES MASKS"),
+        ([str(label_set / "images")], "expected a second folder, of the masks"),
         ([str(label_set / "images"), str(label_set / "images"), "--layout", "labels"], "another folder"),
         (["x.json", str(label_set)], "MASKS and --layout"),
         (["x.json"], "x.json"),
@@ -210,8 +216,9 @@ def test_every_fault_of_a_coco_file_is_named_at_once(coco, capsys):
             (fault.UNKNOWN_ID, "annotation 4"),
             (fault.MASK, "annotation 5"),
             (fault.UNKNOWN_ID, "annotation 6"),
-            (fault.ENTRY, "annotations[8] of id 9"),
+            (fault.INCOMPLETE, "annotation 9"),
             (fault.DUPLICATE_ID, "annotations[10]"),
+            (fault.DUPLICATE_CELL, "c.png"),
             (fault.DUPLICATE_CELL, "c.png"),
             (fault.MISSING_IMAGE, "gone.png"),
             (fault.FILE_NAME, "image 21"),
@@ -301,3 +308,227 @@ def test_conversion_of_images_outside_the_folder_of_the_file(label_set, tmp_path
 def test_the_data_science_bowl(shared):
     folder = shared / "dsb2018" / "stage1_train_sample"
     assert check_masks(folder, folder) == ([], 12)
+
+
+# What people really have
+
+
+def kinds(faults: list[fault.Fault], severity: Severity = Severity.NOTE) -> list[str]:
+    return sorted(one.kind for one in faults if one.severity >= severity)
+
+
+def write_cell_files(folder: Path, picture, ending: str = "png") -> list[int]:
+    """images/a.png and masks/a/*.png, every cell drawn by `picture` -> the areas of the cells."""
+    big = np.kron(labels(), np.ones((5, 5), np.uint16))
+    write_image(folder / "images" / "a.png", image(3, big.shape))
+    (folder / "masks" / "a").mkdir(parents=True)
+    for number in np.unique(big)[1:]:
+        Image.fromarray(picture(big == number)).save(folder / "masks" / "a" / f"{number}.{ending}")
+    return sorted(np.unique(big, return_counts=True)[1][1:].tolist())
+
+
+def soft(cell: np.ndarray, sigma: float = 1.0) -> np.ndarray:
+    return (ndimage.gaussian_filter(cell.astype(float), sigma) * 255).astype(np.uint8)
+
+
+def opacity(cell: np.ndarray) -> np.ndarray:
+    return np.dstack([np.full((*cell.shape, 3), 255, np.uint8), cell.astype(np.uint8) * 255])
+
+
+@pytest.mark.parametrize(
+    ("picture", "ending", "expected"),
+    [
+        (lambda cell: cell.astype(np.uint8), "png", []),
+        (lambda cell: cell.astype(np.uint8) * 255, "png", []),
+        (lambda cell: cell.astype(np.uint16) * 65535, "png", []),
+        (soft, "png", [fault.GREY] * 3),
+        (lambda cell: cell.astype(np.uint8) * 255, "jpg", [fault.GREY] * 3),
+        (opacity, "png", []),
+        (opacity, "tif", []),
+    ],
+)
+def test_cell_files_of_other_kinds_keep_their_cells(tmp_path, picture, ending, expected):
+    areas = write_cell_files(tmp_path, picture, ending)
+    assert kinds(check_masks(tmp_path / "images", tmp_path / "masks")[0]) == expected
+    convert(tmp_path / "images", tmp_path / "masks", tmp_path / "x.json")
+    converted = sorted(one["area"] for one in json.loads((tmp_path / "x.json").read_text())["annotations"])
+    assert np.allclose(converted, areas, rtol=0.1, atol=6)
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind"),
+    [
+        (lambda cell: (~cell).astype(np.uint8) * 255, fault.INVERTED),
+        (lambda cell: soft(~cell), fault.INVERTED),
+        (lambda cell: np.full(cell.shape, 255, np.uint8), fault.INVERTED),
+        (lambda cell: image(1, cell.shape), fault.NO_MASK),
+        (lambda cell: np.linspace(0, 255, cell.size).reshape(cell.shape).astype(np.uint8), fault.NO_MASK),
+        (lambda cell: np.kron(np.arange(768).reshape(24, 32) // 200, np.ones((5, 5))).astype(np.uint8), fault.NO_MASK),
+    ],
+)
+def test_cell_files_in_doubt_are_refused(tmp_path, picture, kind):
+    write_cell_files(tmp_path, picture)
+    assert set(kinds(check_masks(tmp_path / "images", tmp_path / "masks")[0])) == {kind}
+    with pytest.raises(ValueError, match="3 faults"):
+        convert(tmp_path / "images", tmp_path / "masks", tmp_path / "x.json")
+
+
+def write_labels(folder: Path, pixels: np.ndarray) -> tuple[Path, Path]:
+    write_image(folder / "images" / "a.png", image(7))
+    (folder / "masks").mkdir()
+    write_label_image(folder / "masks" / "a.tif", pixels)
+    return folder / "images", folder / "masks"
+
+
+@pytest.mark.parametrize("background", [1, 9, 65535])
+def test_a_background_that_is_not_0_is_named_and_mended(tmp_path, background):
+    pixels = labels() + np.uint16(background < 9)
+    pixels[labels() == 0] = background
+    pixels[-1, -1] = background  # all corners
+    folders = write_labels(tmp_path, pixels)
+    faults, _ = check_masks(*folders)
+    assert kinds(faults) == [fault.BACKGROUND]
+    assert f"no pixel is 0; label {background} covers 9" in str(faults[0]) and "all corners" in str(faults[0])
+    convert(*folders, tmp_path / "x.json")
+    areas = sorted(one["area"] for one in json.loads((tmp_path / "x.json").read_text())["annotations"])
+    assert areas == [16, 24]
+
+
+def test_a_background_in_doubt_is_chosen(tmp_path):
+    """A cell in a corner, and lines of 0 between cells."""
+    pixels = np.where(labels() == 0, 1, labels() + 1).astype(np.uint16)
+    pixels[0] = 0
+    pixels[1:, 0] = 1
+    pixels[0, 0] = pixels[0, 31] = 1
+    folders = write_labels(tmp_path, pixels)
+    faults, _ = check_masks(*folders)
+    assert kinds(faults, Severity.FATAL) == [fault.BACKGROUND] and "3 corners" in str(faults[0])
+    command = ["convert", *map(str, folders), "-o", str(tmp_path / "x.json")]
+    assert main(command) == 2 and main([*command, "--background", "1"]) == 0
+    assert check_masks(*folders, choice=Choice(background=1)) == ([], 1)
+
+
+def test_dense_tissue_without_background_is_a_note(tmp_path):
+    pixels = (np.arange(24)[:, None] // 6 * 8 + np.arange(32) // 4 + 1).astype(np.uint16)
+    folders = write_labels(tmp_path, pixels)
+    faults, _ = check_masks(*folders)
+    assert kinds(faults) == [fault.FULL] and kinds(faults, Severity.HARMLESS) == []
+    assert main(["check-data", *map(str, folders)]) == 0
+
+
+def test_pieces_are_those_that_predict_leaves(tmp_path):
+    """Pixels that meet at a corner are two pieces, which is worth a note and no more."""
+    pixels = labels()
+    pixels[14:16, 24:26] = 300
+    faults, _ = check_masks(*write_labels(tmp_path, pixels))
+    assert kinds(faults) == [fault.CORNERS] and "300 (2 pieces)" in str(faults[0])
+    assert kinds(faults, Severity.HARMLESS) == []
+
+
+def test_swapped_folders_are_named(label_set, cell_set, tmp_path):
+    faults, _ = check_masks(label_set / "masks", label_set / "images")
+    assert faults[0].kind == fault.SWAPPED and "they seem to be swapped" in str(faults[0])
+    with pytest.raises(ValueError, match="they seem to be swapped"):
+        convert(label_set / "masks", label_set / "images", label_set / "x.json")
+    write_cell_files(tmp_path / "files", lambda cell: cell.astype(np.uint8) * 255)
+    faults, _ = check_masks(tmp_path / "files" / "masks", tmp_path / "files" / "images")
+    assert faults[0].kind == fault.SWAPPED
+
+
+@pytest.mark.parametrize("kind", ["12 bits", "float"])
+def test_levels_that_the_normalisation_cannot_take(tmp_path, kind):
+    folders = write_labels(tmp_path, labels())
+    levels = image(0).astype(np.uint16) * 16 + 3 if kind == "12 bits" else image(0).astype(np.float32)
+    (tmp_path / "images" / "a.png").unlink()
+    tifffile.imwrite(tmp_path / "images" / "a.tif", levels)
+    assert kinds(check_masks(*folders)[0], Severity.HARMLESS) == [fault.LEVELS]
+    assert check_masks(*folders, normalisation=Normalisation("percentile")) == ([], 1)
+    assert kinds(check_masks(*folders, normalisation=Normalisation("fixed"))[0], Severity.FATAL) == [fault.LEVELS]
+    assert main(["check-data", *map(str, folders), "--normalise", "percentile"]) == 0
+    convert(*folders, tmp_path / "x.json")
+    assert kinds(check_coco(tmp_path / "x.json")[0]) == [fault.LEVELS]
+
+
+def test_orientation_is_named(tmp_path):
+    folders = write_labels(tmp_path, labels())
+    exif = Image.Exif()
+    exif[274] = 3
+    (tmp_path / "images" / "a.png").unlink()
+    Image.fromarray(image(0)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    (note,) = check_masks(*folders)[0]
+    assert note.kind == fault.ORIENTATION and "EXIF" in note.text and "orientation 3" in note.text
+
+
+def test_channels_are_chosen_and_written_as_plain_images(tmp_path, capsys):
+    folders = write_labels(tmp_path, labels())
+    (tmp_path / "images" / "a.png").unlink()
+    planes = np.stack([image(1).astype(np.uint16) * 200, image(2).astype(np.uint16) * 200])
+    tifffile.imwrite(tmp_path / "images" / "a.tif", planes, imagej=True, metadata={"axes": "CYX"})
+    faults, _ = check_masks(*folders)
+    assert kinds(faults) == [fault.CHANNELS] and "--channels" in str(faults[0])
+    command = ["convert", *map(str, folders), "-o", str(tmp_path / "x.json")]
+    assert main(command) == 2 and main([*command, "--channels", "2"]) == 0
+    (record,) = load_coco(tmp_path / "x.json", tmp_path).records
+    assert Path(record["file_name"]) == tmp_path / "x_images" / "a.tif"
+    np.testing.assert_array_equal(read_image(record["file_name"])[..., 0], planes[1])
+    assert main(["check-data", *map(str, folders), "--channels", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    "names", [("{}_img.png", "{}_masks.tif"), ("{}.png", "{}_cp_masks.tif"), ("{}.png", "{}_masks.tif")]
+)
+def test_folders_of_cellpose(tmp_path, names):
+    for seed, name in enumerate(("x", "y/z")):
+        write_image(tmp_path / "all" / names[0].format(name), image(seed))
+        write_label_image(tmp_path / "all" / names[1].format(name), labels())
+        write_image(tmp_path / "all" / f"{name}_flows.tif", image(9))
+    assert check_masks(tmp_path / "all", None) == check_masks(tmp_path / "all", tmp_path / "all") == ([], 2)
+    assert convert(tmp_path / "all", None, tmp_path / "x.json")[:2] == (2, 6)
+    write_image(tmp_path / "all" / names[0].format("lonely"), image(5))
+    assert kinds(check_masks(tmp_path / "all", None)[0]) == [fault.NO_PARTNER]
+
+
+def test_folders_of_stardist(tmp_path):
+    for seed, name in enumerate("xy"):
+        write_image(tmp_path / "train" / "images" / f"{name}.tif", image(seed))
+        (tmp_path / "train" / "masks").mkdir(exist_ok=True)
+        write_label_image(tmp_path / "train" / "masks" / f"{name}.tif", labels())
+    assert main(["check-data", str(tmp_path / "train")]) == 0
+    assert convert(tmp_path / "train", None, tmp_path / "x.json")[:2] == (2, 6)
+    assert len(load_coco(tmp_path / "x.json", tmp_path).records) == 2
+
+
+def test_coco_files_that_train_something_else_are_named_and_mended(coco, capsys):
+    path, data = coco
+    cells = data["annotations"]
+    for number, cell in enumerate(cells):
+        cell["id"] = number
+    cells[1]["iscrowd"] = cells[2]["iscrowd"] = 1
+    cells[3]["category_id"] = 5
+    data["categories"] += [{"id": 5, "name": "mitosis"}, {"id": 6, "name": "debris"}]
+    path.write_text(json.dumps(data))
+    faults, _ = check_coco(path)
+    assert kinds(faults) == sorted([fault.ID_ZERO, fault.CATEGORIES, fault.CROWD])
+    text = "\n".join(map(str, faults))
+    assert "2 of 9 annotations are crowds, which training leaves out; CVAT writes brush masks so" in text
+    assert "2 categories, cell (8), mitosis (1)" in text
+    command = ["convert", str(path), "-o", str(path.parent / "new.json")]
+    assert main(command) == main([*command, "--crowds", "cells"]) == main([*command, "--merge-categories"]) == 2
+    for option, count in (("cells", 9), ("leave-out", 7)):
+        assert main([*command, "--crowds", option, "--merge-categories"]) == 0
+        assert check_coco(path.parent / "new.json") == ([], 3)
+        mended = json.loads((path.parent / "new.json").read_text())
+        assert mended["categories"] == [{"id": 1, "name": "cell"}] and len(mended["annotations"]) == count
+        assert [one["id"] for one in mended["annotations"]] == list(range(1, count + 1))
+
+
+def test_a_coco_file_of_windows_whose_polygons_reach_outside_is_mended(coco):
+    path, data = coco
+    for one in data["images"]:
+        one["file_name"] = one["file_name"].replace("/", "\\")
+    data["annotations"][0] |= {"segmentation": [[-3, 2, 9, 2, 9, 6, -3, 6]], "bbox": [-3, 2, 12, 4]}
+    path.write_text(json.dumps(data), encoding="utf-8-sig")
+    assert check_coco(path) == ([], 3)
+    convert_coco(path, path.parent / "new.json")
+    (first, *_), *_ = (record["annotations"] for record in load_coco(path.parent / "new.json", path.parent).records)
+    assert first["bbox"] == [0, 2, 9, 4]

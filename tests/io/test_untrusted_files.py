@@ -5,15 +5,18 @@ import json
 import os
 import pickle
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
 
+import convert_torchvision_weights
 import numpy as np
+import prepare_dsb2018
+import prepare_neural
 import pytest
 import tifffile
 import torch
+from builders import tiny_network
 from PIL import Image
 
 from kg_detectron import load_model
@@ -24,18 +27,10 @@ from kg_detectron.io.coco import coco_annotation, load_coco
 from kg_detectron.io.images import MAX_PIXELS, read_image, read_pages, write_png
 from kg_detectron.io.labels import read_label_image, write_label_image
 from kg_detectron.io.safe_load import read_checkpoint
-from kg_detectron.modeling import KeypointGraphNet
 from kg_detectron.report import report_dataset
 
 ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "tools"), str(ROOT / "datasets")]
-
-import convert_torchvision_weights  # noqa: E402
-import prepare_dsb2018  # noqa: E402
-import prepare_neural  # noqa: E402
-
-TINY = {"depth": 18, "c0_channels": 4, "widths": (4, 6, 8, 8), "head_kernel": 3, "segmentation": "s1"}
-TINY |= {"radius": 2.0, "peak_threshold": 0.0, "input_size": (32, 32)}
+SMALL = {"cut_from": "s1", "radius": 2.0, "size": (32, 32)}
 MASK = np.pad(np.ones((6, 8), bool), 10)
 
 
@@ -68,8 +63,7 @@ def work(tmp_path: Path) -> Path:
         annotations.append(coco_annotation(MASK, image_id=id, annotation_id=id))
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
     (folder / "truth.json").write_text(json.dumps(content))
-    torch.manual_seed(0)
-    save_model(KeypointGraphNet(**TINY), folder / "model.pth")
+    save_model(tiny_network(**SMALL), folder / "model.pth")
     return folder
 
 
@@ -294,20 +288,26 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"c0_channels": 10**9}, "do not fit"),
-        ({"widths": (10**6,) * 4}, "do not fit"),
-        ({"input_size": (10**6, 10**6)}, "1000000 x 1000000 pixels, more than the limit of 1000000000"),
-        ({"input_size": (0, 32)}, "0 x 32 pixels"),
-        ({"weights": "IMAGENET1K_V1"}, "names weights to download"),
-        ({"depth": "18; import os"}, "depth"),
-        ({"pixel_mean": "evil"}, "do not fit"),
-        ({"normalisation": "rm -rf"}, "do not fit"),
+        ({"backbone": {"c0_channels": 10**9}}, "do not fit"),
+        ({"trunk": {"widths": (10**6,) * 4}}, "do not fit"),
+        (
+            {"preprocessing": {"size": (10**6, 10**6)}},
+            "1000000 x 1000000 pixels, more than the limit of 1000000000",
+        ),
+        ({"preprocessing": {"size": (0, 32)}}, "size: expected a positive height and width"),
+        ({"backbone": {"backbone_weights": "IMAGENET1K_V1"}}, "names weights to download"),
+        ({"backbone": {"backbone": "18; import os"}}, "backbone"),
+        ({"preprocessing": {"pixel_mean": "evil"}}, "do not fit"),
+        ({"preprocessing": {"normalisation": "rm -rf"}}, "do not fit"),
     ],
 )
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 def test_a_description_that_asks_for_too_much_is_refused(tmp_path: Path, change: dict, message: str, ending: str):
-    model = KeypointGraphNet(**TINY)
-    model.arguments |= change
+    model = tiny_network(**SMALL)
+    description = model.description()
+    for part, values in change.items():
+        description["settings"][part] |= values
+    model.description = lambda: description
     save_model(model, tmp_path / f"bad{ending}")
     with pytest.raises(ValueError, match=rf"bad\{ending}.*{message}"):
         load_model(tmp_path / f"bad{ending}")

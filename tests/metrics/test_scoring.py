@@ -1,6 +1,8 @@
 """``kg-detectron evaluate`` and the function behind it, from files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,8 +227,8 @@ def test_images_without_prediction_count_and_are_said(truth, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda found: found[0].update(image_id=9), r"results\[0\]: the ground truth has no image of id 9"),
-        (lambda found: found[1].update(bbox=[1, 2, 3]), r"results\[1\]: bbox must be 4 finite numbers"),
+        (lambda found: found[0].update(image_id=9), "the ground truth lacks 1 of its images, by id: 9 .*--only-common"),
+        (lambda found: found[1].update(bbox=[1, 2, 3]), r"results\[1\]: bbox must be .* 4 finite numbers"),
         (lambda found: found[1].update(bbox=[1, 2, -3, 4]), r"results\[1\]: bbox"),
         (lambda found: found[1].update(segmentation={"size": [40, 51], "counts": "0"}), r"results\[1\]: its mask has"),
         (lambda found: found[1].pop("segmentation"), r"results\[1\]: it has no mask"),
@@ -246,7 +248,7 @@ def test_bad_results_are_named(truth, tmp_path, spoil, message):
 
 def test_bad_input_is_named(truth, tmp_path, capsys):
     unknown = write_labels(tmp_path / "unknown", {"z": TRUTH["a"]})
-    with pytest.raises(ValueError, match="no image called z"):
+    with pytest.raises(ValueError, match="lacks 1 of its images, by name: z .*--only-common"):
         evaluate(truth, unknown)
     small = tmp_path / "small"
     small.mkdir()
@@ -257,7 +259,7 @@ def test_bad_input_is_named(truth, tmp_path, capsys):
         evaluate(write_labels(tmp_path / "gt", TRUTH), write_json(tmp_path / "r.json", results(FOUND, SCORES)))
     crowd = dataset(TRUTH)
     crowd["annotations"][1]["iscrowd"] = 1
-    with pytest.raises(ValueError, match=r"crowd\.json: annotations\[1\] is a crowd"):
+    with pytest.raises(ValueError, match=r"crowd\.json: annotation 2 is a crowd"):
         evaluate(write_json(tmp_path / "crowd.json", crowd), truth)
     (tmp_path / "empty").mkdir()
     assert main(["evaluate", str(truth), str(tmp_path / "empty")]) == 2
@@ -300,3 +302,67 @@ def test_real_ground_truth_agrees_with_itself(shared, tmp_path):
     assert report["images"] == 20 and report["cells"] == report["detections"] > 500
     assert report["dsb"]["score"] == report["matching"]["0.7"]["pq"] == report["aji"] == report["foreground_dice"] == 1
     assert report["coco"]["mask"]["ap"] == pytest.approx(1) and report["coco"]["box"]["ap"] == pytest.approx(1)
+
+
+# What people really have
+
+
+def test_arrays_give_the_figures_of_files(tmp_path):
+    one = write_labels(tmp_path / "gt", TRUTH), write_labels(tmp_path / "found", FOUND)
+    arrays = [[tifffile.imread(folder / f"{name}.tif") for name in TRUTH] for folder in one]
+    assert figures_only(evaluate(*arrays)) == figures_only(evaluate(*one))
+    assert evaluate(arrays[0][0], arrays[0][0])["matching"]["0.7"]["f1"] == 1
+    with pytest.raises(ValueError, match="ground_truth: expected a label image or a list of them"):
+        evaluate(one[0], arrays[1])
+    with pytest.raises(ValueError, match="predictions: expected label images of the sizes"):
+        evaluate(arrays[0], arrays[1][:2])
+
+
+def test_a_foreground_mask_is_refused(truth, tmp_path):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    foreground = sum(TRUTH["a"]).astype(np.uint8) * 255
+    write_label_image(folder / "a.tif", foreground)
+    for arguments in ((truth, folder), (folder, folder)):
+        with pytest.raises(ValueError, match=r"a\.tif: its only label, 255, has 3 pieces: a foreground mask"):
+            evaluate(*arguments)
+    with pytest.raises(ValueError, match="ground_truth: its only label, 255"):
+        evaluate(foreground, foreground)
+    speck = TRUTH["b"][0].astype(np.uint8)
+    speck[0, 0] = 1  # of one cell
+    assert evaluate(speck, speck)["matching"]["0.5"]["tp"] == 1
+
+
+def test_evaluating_the_images_that_both_have(truth, tmp_path, capsys):
+    folder = write_labels(tmp_path / "found", {"a": FOUND["a"], "z": TRUTH["a"], "y": TRUTH["b"]})
+    with pytest.raises(ValueError, match=r"lacks 2 of its images, by name: y, z \(--only-common"):
+        evaluate(truth, folder)
+    figures = evaluate(truth, folder, only_common=True)
+    assert figures["images"] == 1
+    assert figures["images_left_out"] == {"ground_truth": ["b", "c"], "predictions": ["y", "z"]}
+    assert main(["evaluate", str(truth), str(folder), "--only-common"]) == 0
+    shown = capsys.readouterr().out
+    assert "only in the ground truth: b, c" in shown and "only in the predictions: y, z" in shown
+    with pytest.raises(ValueError, match="none of its images is in the ground truth"):
+        evaluate(truth, write_labels(tmp_path / "other", {"z": TRUTH["a"]}), only_common=True)
+
+
+def test_figures_of_every_image(truth, tmp_path):
+    found = write_json(tmp_path / "found.json", results(FOUND, SCORES)[:-1])
+    report = evaluate(truth, found, min_score=0.75)
+    a, b, c = report["per_image"]
+    assert (a["name"], a["has_prediction"], a["cells"], a["detections"]) == ("a", True, 3, 2)
+    assert (b["name"], b["has_prediction"], b["cells"], b["detections"]) == ("b", False, 1, 0)
+    assert a["matching"]["0.5"] == {"tp": 2, "fp": 0, "fn": 1, "f1": 0.8}
+    assert c["matching"]["0.5"]["f1"] is c["aji"] is c["foreground_dice"] is None and b["aji"] == 0
+    for key in ("tp", "fp", "fn"):
+        assert report["matching"]["0.7"][key] == sum(one["matching"]["0.7"][key] for one in report["per_image"])
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(truth, tmp_path):
+    code = "import sys; from kg_detectron.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "evaluate", str(truth), str(truth)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

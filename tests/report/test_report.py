@@ -281,7 +281,7 @@ def test_command(made: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--details", "-1"], "details: expected at least 0, got -1"),
         (["--names", "a", "b"], "expected 1 different names"),
         (["--iou", "2"], "got"),
-        (["--explain", "x.png"], "--explain and --model belong together"),
+        (["-m", "x.pth"], "--model: needed with --explain only"),
     ],
 )
 def test_command_names_what_is_wrong(made: dict, tmp_path: Path, capsys, extra: list[str], message: str) -> None:

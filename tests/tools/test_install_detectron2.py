@@ -1,12 +1,7 @@
 """Where Detectron2 is looked for, in which order, and what is said: with a pretended pip and git."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
+import install_detectron2 as installer
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 class Machine:
@@ -36,14 +31,6 @@ class Machine:
         assert "git+https" in line, line
         self.installed = "git" if self.builds else None
         return self.builds
-
-
-@pytest.fixture
-def installer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("install_detectron2", ROOT / "tools" / "install_detectron2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def installs(machine: Machine) -> list[str]:
@@ -84,7 +71,6 @@ def installs(machine: Machine) -> list[str]:
     ],
 )
 def test_sources_in_order(
-    installer: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     machine: Machine,
@@ -103,9 +89,7 @@ def test_sources_in_order(
         assert "--no-index" in command or command.endswith(f"git+{installer.REPOSITORY}@{installer.COMMIT}")
 
 
-def test_without_uninstalls(
-    installer: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_uninstalls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     machine = Machine(wheel=True, network=True, imports=("own",))
     machine.installed = "own"
     monkeypatch.setattr(installer, "run", machine.run)
@@ -114,9 +98,9 @@ def test_without_uninstalls(
     assert "uninstalled, as asked" in capsys.readouterr().out
 
 
-def test_unreachable_network_does_not_hang(installer: ModuleType) -> None:
+def test_unreachable_network_does_not_hang() -> None:
     assert not installer.run(["sleep", "30"], seconds=0.2)
 
 
-def test_missing_program_is_a_failure_not_a_crash(installer: ModuleType) -> None:
+def test_missing_program_is_a_failure_not_a_crash() -> None:
     assert not installer.run(["no-such-program-of-kg-detectron"], seconds=5)

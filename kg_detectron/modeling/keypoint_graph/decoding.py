@@ -17,6 +17,7 @@ from kg_detectron.layers import (
     nms,
     smooth_votes,
 )
+from kg_detectron.modeling.keypoint_graph.completion import complete_graphs, completed_boxes
 from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
 from kg_detectron.modeling.settings import require
 
@@ -38,6 +39,7 @@ class Candidates(NamedTuple):
 
     graphs: Tensor  # [G,5,3] x, y, score (0 = missing) in pixels of the scale
     group: Tensor  # [G] image + N * index of the scale
+    opener: Tensor  # [G] the keypoint that opened the graph
     boxes: Tensor  # [R,4] xyxy continuous input pixels, clipped to the image
     scores: Tensor  # [R]
     graph: Tensor  # [R] the graph that each box comes from, ascending
@@ -58,6 +60,10 @@ class DecodingSettings:
         peak_threshold: smoothed votes above which a local maximum is a peak.
         hops: grouping: 1 looks for partners from the first keypoint only, 2 from the joined ones too.
         corner_and_centre: retrieval: let one corner and the centre give a box too.
+        missing_factor: our own retrieval by completion, see `complete_graphs`, in place of grouping, ``hops`` and
+            ``corner_and_centre``: every peak gives a box, and each of its keypoints without a peak multiplies the score
+            by this factor, 0..1; 0 is off.
+        min_candidate_score: boxes of a lower score are dropped before NMS, 0..1.
         nms_threshold: intersection over union above which the lower-scoring of two boxes is dropped, over all scales.
 
     Raises:
@@ -70,12 +76,16 @@ class DecodingSettings:
     peak_threshold: float = 0.004
     hops: int = 1
     corner_and_centre: bool = False
+    missing_factor: float = 0.0
+    min_candidate_score: float = 0.0
     nms_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         require(self.smooth_sigma >= 0, "smooth_sigma", "0 or more pixels", self.smooth_sigma)
         require(self.peak_threshold >= 0, "peak_threshold", "0 or more", self.peak_threshold)
         require(self.hops in (1, 2), "hops", "1 or 2", self.hops)
+        for name in ("missing_factor", "min_candidate_score"):
+            require(0 <= getattr(self, name) <= 1, name, "a number of 0..1", getattr(self, name))
         require(0 <= self.nms_threshold <= 1, "nms_threshold", "a fraction of 0..1", self.nms_threshold)
 
 
@@ -153,15 +163,25 @@ class KeypointDecoder(nn.Module):
     @torch.no_grad()
     def retrieve(self, peaks: Peaks, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
         """Group the peaks and retrieve the boxes; for the arguments see `assemble`."""
-        graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.settings.hops)
-        corners, scores, graph = graphs_to_boxes(graphs, self.settings.corner_and_centre)
+        if self.settings.missing_factor:
+            graphs = complete_graphs(*peaks, self.radius + 1)
+            group, opener = peaks.peaks[:, 0], peaks.peaks[:, 1]
+            corners, scores = completed_boxes(graphs, self.settings.missing_factor)
+            graph = torch.arange(len(graphs), device=graphs.device)
+        else:
+            graphs, group = group_peaks(*peaks, self.radius + 1, 2 * self.radius, hops=self.settings.hops)
+            opener = graphs[..., 2].argmax(1)
+            corners, scores, graph = graphs_to_boxes(graphs, self.settings.corner_and_centre)
+        if self.settings.min_candidate_score:
+            kept = scores >= self.settings.min_candidate_score
+            corners, scores, graph = corners[kept], scores[kept], graph[kept]
         of_box = group[graph]
         # What depends on the group travels to the device as one table.
         table = torch.tensor([[stride, w, h, w, h] for stride in strides for h, w in sizes], dtype=corners.dtype)
         stride, limit = table.to(corners.device, non_blocking=True)[of_box].split((1, 4), dim=1)
         first, last = ((corners + 0.5) * stride - 0.5).split(2, dim=1)
         boxes = torch.cat((first, last + 1), dim=1).clamp(min=0).minimum(limit)
-        return Candidates(graphs, group, boxes, scores, graph, of_box % len(sizes))
+        return Candidates(graphs, group, opener, boxes, scores, graph, of_box % len(sizes))
 
     @torch.no_grad()
     def suppress(self, candidates: Candidates, image: int) -> Tensor:
