@@ -44,7 +44,7 @@ def register_all_cells(root: str | None = None) -> None:
     DETECTRON2_DATASETS, or ``datasets``. Names that are registered already stay.
     """
     root = root or os.environ.get("DETECTRON2_DATASETS", "datasets")
-    splits = {"neural": ("train", "val", "test"), "dsb2018": ("train", "val", "test")}
+    splits: dict[str, tuple[str, ...]] = {"neural": ("train", "val", "test"), "dsb2018": ("train", "val", "test")}
     splits |= {"usiigaci": ("train", "val"), "synthetic": ("train", "val")}
     for dataset, parts in splits.items():
         for split in parts:
