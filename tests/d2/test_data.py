@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from kg_detectron.cells.run_lengths import decode_runs, foreground
 from kg_detectron.d2.augmentation import (
     ExactResize,
     RandomBrightness,
@@ -31,7 +32,7 @@ from kg_detectron.d2.augmentation import (
 from kg_detectron.d2.config import add_kg_config
 from kg_detectron.d2.datasets import register_all_cells, register_cells
 from kg_detectron.d2.loaders import build_test_loader, build_train_loader, build_validation_loader
-from kg_detectron.d2.mapper import CellMapper, _label_layers, _rle_pixels
+from kg_detectron.d2.mapper import CellMapper, _label_layers
 from kg_detectron.io.coco import coco_annotation, encode_mask, write_coco
 
 HEIGHT, WIDTH = 60, 90
@@ -140,8 +141,8 @@ def test_all_names_are_registered_once(monkeypatch, tmp_path):
 def test_pixels_of_run_lengths(height, width, seed, density):
     mask = np.random.default_rng(seed).random((height, width)) < density
     counts = encode_mask(mask)["counts"]
-    assert _rle_pixels(counts).tolist() == np.flatnonzero(mask.T.ravel()).tolist()
-    assert _rle_pixels(counts.encode()).tolist() == _rle_pixels(counts).tolist()
+    assert foreground(decode_runs(counts)).tolist() == np.flatnonzero(mask.T.ravel()).tolist()
+    assert foreground(decode_runs(counts.encode())).tolist() == foreground(decode_runs(counts)).tolist()
 
 
 def test_as_few_layers_as_needed():
