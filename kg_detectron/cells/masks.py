@@ -1,6 +1,6 @@
 """Masks of many cells, kept as crops with their places."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -42,7 +42,7 @@ class MaskCrops:
         self.threshold = threshold
 
     @classmethod
-    def from_rle(cls, rles: Sequence[dict], size: tuple[int, int] | None = None) -> "MaskCrops":
+    def from_rle(cls, rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> "MaskCrops":
         """The masks of COCO run-length encodings, each cropped to its pixels; an empty mask has a window without area.
 
         Args:
