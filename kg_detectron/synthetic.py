@@ -9,6 +9,7 @@ H, W: height and width in pixels. All lengths are in pixels; x to the right, y d
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import cv2
 import numpy as np
@@ -63,16 +64,17 @@ def nuclei_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
     """
     _check(height, width, n)
     cells = _place(rng, height, width, n, coverage=0.2, spread=0.45)
-    signal = np.zeros((height, width), np.float32)
+    signal: np.ndarray = np.zeros((height, width), np.float32)
     for cell in cells:
         thickness = _dome(cell.pixels, 0.7 * cell.radius)
-        chromatin = 1 + rng.uniform(0.1, 0.3) * _clouds(rng, *thickness.shape, max(1.5, cell.radius / 5))
+        rows, columns = thickness.shape
+        chromatin = 1 + rng.uniform(0.1, 0.3) * _clouds(rng, rows, columns, max(1.5, cell.radius / 5))
         signal[cell.window] += rng.lognormal(0, 0.35) * thickness * chromatin
     _litter(rng, signal)
 
     signal = cv2.GaussianBlur(signal, (0, 0), rng.uniform(0.6, 1.4))
     haze = cv2.GaussianBlur(signal, (0, 0), 0.03 * (height + width))
-    signal += rng.uniform(0.05, 0.3) * haze
+    signal = signal + rng.uniform(0.05, 0.3) * haze
     # Evenly in the logarithm: as in real sets, most images use a small part of the range.
     gain = np.exp(rng.uniform(np.log(30), np.log(150)))
     image = rng.uniform(4, 20) + gain * signal * _illumination(rng, height, width, 0.4)
@@ -105,12 +107,13 @@ def neural_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
         owner[body.window][body.pixels] = index + 1
     cells = [_grow_processes(rng, body, index + 1, owner) for index, body in enumerate(bodies)]
 
-    optical = np.zeros((height, width), np.float32)  # path length in matter
+    optical: np.ndarray = np.zeros((height, width), np.float32)  # path length in matter
     for body, cell in zip(bodies, cells, strict=True):
         brightness = rng.lognormal(0, 0.2)
         optical[cell.window] += 0.35 * brightness * cell.pixels
         thickness = _dome(body.pixels, body.radius)
-        granules = 1 + 0.2 * _clouds(rng, *thickness.shape, 2)
+        rows, columns = thickness.shape
+        granules = 1 + 0.2 * _clouds(rng, rows, columns, 2)
         optical[body.window] += brightness * thickness * granules
     _litter(rng, optical)
 
@@ -142,7 +145,7 @@ def _place(rng: np.random.Generator, height: int, width: int, n: int, coverage: 
     typical = rng.uniform(0.7, 1.2) * np.sqrt(coverage * height * width / (np.pi * max(n, 1)))
     typical = np.clip(typical, _MIN_RADIUS, 0.5 * largest)
     free = np.ones((height, width), bool)
-    cells = []
+    cells: list[Any] = []
     for _ in range(n):
         radius = typical * rng.lognormal(0, spread)
         for attempt in range(_TRIES):

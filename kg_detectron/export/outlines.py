@@ -5,6 +5,8 @@ through the centres, encloses exactly the cell's pixels: a cell of one pixel has
 pixel's width.
 """
 
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -62,12 +64,14 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     across = _partners(by_row)
     along = _partners(np.lexsort((down, y, x)))
 
-    rings, free = [], np.ones(len(x), bool)
+    rings: list[Any] = []
+    free = np.ones(len(x), bool)
     # The first corner, row by row, is the top left one of the outer ring. From there every ring is walked to the right
     # first, clockwise.
     for start in by_row.tolist():
         if free[start]:
-            ring, corner = [], start
+            ring: list[Any] = []
+            corner = start
             while True:
                 following = across[corner]
                 ring += (corner, following)

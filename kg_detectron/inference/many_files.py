@@ -309,11 +309,11 @@ class _Run:
                 name,
                 result.page,
                 dict(result.position),
-                page.position.get("scene"),
+                page.position.get("scene"),  # type: ignore[arg-type]
                 (height, width),
                 len(cells),
                 sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
-                tuple(float(value) for value in np.broadcast_to(cells.scale, 2)),
+                (float(cells.scale[0]), float(cells.scale[1])),
                 cells.scale_source,
             )
             record.planes.append(plane)

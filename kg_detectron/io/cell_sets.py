@@ -241,7 +241,10 @@ def _result_cells(
             cells.setdefault(id, []).append(instance(result, *images[id].size, for_evaluation=True))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    by_id = {id: _image_cells(file, images[id].name, id, images[id].size, entries) for id, entries in cells.items()}
+    by_id = {
+        id: _image_cells(file, images[id].name, id, images[id].size, entries)  # type: ignore[index]
+        for id, entries in cells.items()
+    }
     return by_id, list(unknown)
 
 

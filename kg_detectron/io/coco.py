@@ -203,7 +203,8 @@ def rewrite(
     Returns:
         The numbers of images and of annotations.
     """
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for record in dataset.records:
         file_name = Path(os.path.abspath(record["file_name"])).relative_to(os.path.abspath(folder)).as_posix()
         images.append(
@@ -385,7 +386,7 @@ def instance(entry: dict, height: int, width: int, *, for_evaluation: bool = Fal
         score = entry.get("score")
         if score is not None and not _is_finite(score):
             raise ValueError(f"score must be a finite number, got {score!r}")
-        return cell | {"given_box": _xyxy(box), "score": score}
+        return cell | {"given_box": _xyxy(box), "score": score}  # type: ignore[arg-type]
     tight = coco_mask.toBbox(rle).tolist()
     if box is not None:
         _check_box(box, tight, entry["segmentation"], height, width)

@@ -268,7 +268,7 @@ def _is_picture(labels: np.ndarray, numbers: np.ndarray, pieces: np.ndarray) -> 
     total = int(pieces.sum())
     many = total > 20 * len(numbers) and len(numbers) > 8
     tiny = total * _PICTURE > inside > 0.3 * labels.size and len(numbers) > 8
-    return many or tiny
+    return bool(many or tiny)
 
 
 def _may_be_labels(image: np.ndarray | None) -> bool:

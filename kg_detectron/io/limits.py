@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -63,13 +64,13 @@ def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries
     if claimed > limit:
         raise ValueError(f"its header says {claimed} bytes, more than the limit of {limit} (--max-pixels)")
     for series in packed:
-        page = series.keyframe
+        page: Any = series.keyframe
         if page.compression in _STREAMS:
             _check_streams(tiff, series)
         if page.compression not in _JPEG | _OTHER_IMAGES:
             continue
         rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        for piece in filter(None, series.pages):
+        for piece in _pieces(series):
             for offset, length in zip(piece.dataoffsets, piece.databytecounts, strict=True):
                 if not length:
                     continue
@@ -83,10 +84,16 @@ def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries
                     )
 
 
+def _pieces(series: tifffile.TiffPageSeries) -> list[Any]:
+    """The pages of a series that are there."""
+    return list(filter(None, series.pages))
+
+
 def _check_streams(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
-    decompressor, ratio = _STREAMS[series.keyframe.compression]
+    stream: Any = _STREAMS[series.keyframe.compression]
+    decompressor, ratio = stream
     allowed = int(np.prod(series.keyframe.chunks)) * series.dtype.itemsize
-    for page in filter(None, series.pages):
+    for page in _pieces(series):
         for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
             if length * ratio > max(allowed, _HARMLESS_BYTES):
                 tiff.filehandle.seek(offset)

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -122,7 +123,7 @@ def _read_scene(
     map_from: int,
     as_stored: bool,
 ) -> Scene:
-    page = series.keyframe
+    page: Any = series.keyframe
     if page.photometric in _OTHER_COLOURS and not as_stored:
         raise ValueError(f"its colours are {_OTHER_COLOURS[page.photometric]}, expected grey, RGB or a palette")
     order = _axis_order(series, axes)

@@ -102,7 +102,8 @@ def evaluate(
 
 def _pair_arrays(ground_truth: object, predictions: object) -> Pairing:
     """Label images that are in memory, in the order given."""
-    sides = []
+    sides: list[list[Any]] = []
+    arrays: Any
     for side, arrays in (("ground_truth", ground_truth), ("predictions", predictions)):
         if isinstance(arrays, (str, Path)):
             raise ValueError(
