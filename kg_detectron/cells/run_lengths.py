@@ -3,8 +3,8 @@
 A mask is counted down the columns: background pixels, foreground pixels, background pixels, and so on.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> RLE:
     return as_text(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
-def as_text(rle: dict) -> RLE:
+def as_text(rle: Mapping[str, Any]) -> RLE:
     """A compressed encoding whose ``counts`` are bytes, as pycocotools returns it, or str -> the same with str."""
     height, width = map(int, rle["size"])
     counts = rle["counts"]

@@ -14,8 +14,20 @@ from kg_detectron.inference.run_settings import Settings, check_device, check_ou
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
 
-_SETTINGS = ("stack", "axes", "scene", "scale", "diameter", "pixel_size", "normalise", "tile", "overlap", "min_score")
-_SETTINGS += ("keep_overlaps", "max_pixels")
+_SETTINGS = (
+    "stack",
+    "axes",
+    "scene",
+    "scale",
+    "diameter",
+    "pixel_size",
+    "normalise",
+    "tile",
+    "overlap",
+    "min_score",
+    "keep_overlaps",
+    "max_pixels",
+)
 MODEL_HELP = f"model file, checkpoint of tools/train_net.py, or name of a kept model (default: {DEFAULT_MODEL})"
 
 
@@ -136,9 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_device(arguments.device)
     check_output(arguments.output)
     model_path(arguments.model)
-    for given in inputs:
-        if not _is_input(given):
-            raise FileNotFoundError(f"{given}: there is no such file or folder")
+    for name in inputs:
+        if not _is_input(name):
+            raise FileNotFoundError(f"{name}: there is no such file or folder")
 
     from kg_detectron.io.finding import find_images
 

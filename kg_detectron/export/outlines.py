@@ -62,12 +62,14 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     across = _partners(by_row)
     along = _partners(np.lexsort((down, y, x)))
 
-    rings, free = [], np.ones(len(x), bool)
+    rings: list[np.ndarray] = []
+    free = np.ones(len(x), bool)
     # The first corner, row by row, is the top left one of the outer ring. From there every ring is walked to the right
     # first, clockwise.
     for start in by_row.tolist():
         if free[start]:
-            ring, corner = [], start
+            ring: list[int] = []
+            corner = start
             while True:
                 following = across[corner]
                 ring += (corner, following)

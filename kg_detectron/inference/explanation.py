@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from kg_detectron.graph import KEYPOINTS
-from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.keypoint_graph.decoding import Candidates
 from kg_detectron.modeling.precision import autocast
 from kg_detectron.modeling.preprocessing import as_tensor
@@ -96,7 +96,7 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(model: KeypointGraphNet, image: np.ndarray) -> Explanation:
+def explain(model: InstanceNet, image: np.ndarray) -> Explanation:
     """The stages of a prediction, and what lies between them.
 
     Args:

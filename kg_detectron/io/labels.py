@@ -1,6 +1,7 @@
 """Label images: a whole number a pixel, 0 background, 1..N the cells."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -20,7 +21,7 @@ def write_label_image(path: str | Path, labels: np.ndarray) -> None:
         path: the file; an existing one is replaced.
         labels: (H,W) integers, or a memory-mapped array of them, which is written piece by piece.
     """
-    options = {"tile": (512, 512), "bigtiff": True} if labels.size > _LARGE else {}
+    options: dict[str, Any] = {"tile": (512, 512), "bigtiff": True} if labels.size > _LARGE else {}
     with replacing(path) as unfinished:
         tifffile.imwrite(
             unfinished, labels, photometric="minisblack", compression="zlib", metadata=None, software=False, **options
@@ -47,11 +48,12 @@ def read_label_image(path: str | Path) -> np.ndarray:
     expected = f"{path}: expected one whole number a pixel"
     if pages != 1:
         raise ValueError(f"{expected} in one image, got {pages} pages of {scene.pixels.shape[-3:-1]}")
+    channels = scene.pixels.shape[-1]
     labels = scene.pixels.reshape(scene.pixels.shape[-3:])
     if scene.is_lossy:
         raise ValueError(f"{expected}, got a JPEG, which does not keep numbers: save label images as TIFF or PNG")
-    if labels.shape[2] > 1 and any((labels[..., 0] != labels[..., c]).any() for c in range(1, labels.shape[2])):
-        what = "colours" if scene.is_colour else f"{labels.shape[2]} channels"
+    if channels > 1 and any((labels[..., 0] != labels[..., c]).any() for c in range(1, channels)):
+        what = "colours" if scene.is_colour else f"{channels} channels"
         raise ValueError(f"{expected}, got {what}: save the numbers of the cells as a grey image of 16 bits")
     labels = labels[..., 0]
     if labels.dtype == bool:

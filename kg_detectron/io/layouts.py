@@ -38,7 +38,7 @@ def find_training_pairs(
         return find_pairs(images, images, layout)
     if is_one and (images / "images").is_dir() and (images / "masks").is_dir():
         return find_pairs(images / "images", images / "masks", layout)
-    if not is_one:
+    if masks is not None and not is_one:
         pairs, faults, found_layout = find_pairs(images, masks, layout)
         if pairs or found_layout == "cells":
             return pairs, faults, found_layout

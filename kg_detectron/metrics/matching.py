@@ -115,7 +115,7 @@ class MatchingMetrics:
                 "accuracy": _ratio(tp, tp + fp + fn),
                 "sq": _ratio(overlap, tp),
                 "pq": _ratio(overlap, tp + fp / 2 + fn / 2),
-                "dsb_score": _ratio((pairs[union > 0] / union[union > 0]).sum(), np.count_nonzero(union)),
+                "dsb_score": _ratio((pairs[union > 0] / union[union > 0]).sum(), int(np.count_nonzero(union))),
             }
         return figures
 

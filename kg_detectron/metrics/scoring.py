@@ -100,9 +100,9 @@ def evaluate(
     return figures
 
 
-def _pair_arrays(ground_truth: object, predictions: object) -> Pairing:
+def _pair_arrays(ground_truth: Any, predictions: Any) -> Pairing:
     """Label images that are in memory, in the order given."""
-    sides = []
+    sides: list[list[ImageCells]] = []
     for side, arrays in (("ground_truth", ground_truth), ("predictions", predictions)):
         if isinstance(arrays, (str, Path)):
             raise ValueError(

@@ -1,6 +1,7 @@
 """The picture of an explanation: heatmaps, votes and peaks, groups, boxes at every scale (paper, figure 4)."""
 
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ from kg_detectron.inference.explanation import (
 # The paper's red, blue, pink, green and yellow, in tones that the colour-blind tell apart; the signs differ as well.
 _COLOURS = ("#d55e00", "#0072b2", "#cc79a7", "#009e73", "#f0e442")
 _SIGNS = ("^", ">", "<", "v", "o")
-_BOXES = {BOX: ("#56b4e9", "-"), SUPPRESSED: ("#f0e442", ":"), NO_AREA: ("#ff7f2a", "--")}
+_BOXES: dict[str, tuple[str, Any]] = {BOX: ("#56b4e9", "-"), SUPPRESSED: ("#f0e442", ":"), NO_AREA: ("#ff7f2a", "--")}
 _CROSSES = {NO_COMBINATION: "+", TOO_FEW: "x"}
 _REJECTED = "#c8c8c8"
 _PANEL = 3.3  # inches
@@ -104,7 +105,8 @@ def _blend(maps: np.ndarray, highest: float) -> np.ndarray:
 def _draw_points(axes: Axes, keypoint: np.ndarray, places: np.ndarray) -> None:
     for k, (colour, sign) in enumerate(zip(_COLOURS, _SIGNS, strict=True)):
         of = keypoint == k
-        axes.scatter(*places[of].T, s=11, c=colour, marker=sign, edgecolors="black", linewidths=0.4)
+        x, y = places[of].T
+        axes.scatter(x, y, s=11, c=colour, marker=sign, edgecolors="black", linewidths=0.4)
 
 
 def _draw_links(axes: Axes, groups: list[ExplainedGroup]) -> None:
@@ -124,7 +126,13 @@ def _draw_links(axes: Axes, groups: list[ExplainedGroup]) -> None:
             arrows = [(group.keypoints[group.opener, :2], group.expected[k]) for group in own if k != group.opener]
             if arrows:
                 start, end = np.array(arrows).transpose(1, 0, 2)
-                options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0035, "headwidth": 5}
+                options: dict[str, Any] = {
+                    "angles": "xy",
+                    "scale_units": "xy",
+                    "scale": 1,
+                    "width": 0.0035,
+                    "headwidth": 5,
+                }
                 axes.quiver(*start.T, *(end - start).T, color=_COLOURS[k], alpha=0.9 if kept else 0.45, **options)
         points = [(k, *point[:2]) for group in own for k, point in enumerate(group.keypoints) if point[2] > 0]
         if points:
@@ -144,13 +152,13 @@ def _draw_boxes(axes: Axes, groups: list[ExplainedGroup]) -> None:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linestyle=style, linewidth=1.2))
         if group.number is not None and numbered:
             high = group.fate == BOX
-            align = {"ha": "left", "va": "top"} if high else {"ha": "right", "va": "bottom"}
+            align: dict[str, Any] = {"ha": "left", "va": "top"} if high else {"ha": "right", "va": "bottom"}
             at = (x1, y1) if high else (x2, y2)
             axes.text(*at, str(group.number + 1), color=colour, fontsize=6, clip_on=True, **align)
 
 
 def _legend(groups: list[ExplainedGroup]) -> list[Line2D]:
-    edge = {"markeredgecolor": "black", "markeredgewidth": 0.4, "linestyle": ""}
+    edge: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.4, "linestyle": ""}
     handles = [
         Line2D([], [], color=colour, marker=sign, label=name, **edge)
         for name, colour, sign in zip(KEYPOINTS, _COLOURS, _SIGNS, strict=True)

@@ -121,7 +121,7 @@ def _charts(comparison: Comparison) -> list[charts.Chart]:
     pooled, iou, threshold, scores = comparison.pooled, comparison.iou, comparison.threshold, comparison.scores
     areas = np.array([coco_mask.area(m) for judged in comparison.images for m in judged.truth.masks], np.float64)
     found = [np.concatenate([~of.verdicts[m].missed for of in comparison.images]) for m in range(len(pooled))]
-    made = [precision_recall_chart(pooled, threshold, iou, scores), ap_chart(pooled)]
+    made: list[charts.Chart | None] = [precision_recall_chart(pooled, threshold, iou, scores), ap_chart(pooled)]
     if len(areas):
         made.append(size_chart(comparison.models, areas, found, iou))
     made += [score_chart(of, threshold, iou, score) for of, score in zip(pooled, scores, strict=True)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _table(title: str, columns: Mapping[str, tuple[str, ...]], figures: Mapping[
     for name, of in figures.items():
         values = []
         for path in columns.values():
-            value = of
+            value: Any = of
             for key in path:
                 value = value[key]
             values.append("n/a" if value is None else f"{100 * value:.2f}")

@@ -4,6 +4,7 @@ oneDNN takes three times as long for the weight gradient of a 7x7 kernel as for 
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,12 @@ _SOURCE = Path(__file__).parents[1] / "layers" / "csrc" / "cpu" / "depthwise_wei
 
 class _DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return torch.conv2d(x, weight, None, 1, weight.shape[2] // 2, 1, len(weight))
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         pad = weight.shape[2] // 2
         of_input, _, _ = torch.ops.aten.convolution_backward(
@@ -53,7 +54,9 @@ def use_fast_gradients(model: nn.Module) -> bool:
         except (OSError, RuntimeError):
             return False
     for layer in model.modules():
-        kernel = layer.kernel_size[0] if type(layer) is nn.Conv2d else 0
+        if type(layer) is not nn.Conv2d:
+            continue
+        kernel = layer.kernel_size[0]
         if (
             kernel in (5, 7)
             and layer.kernel_size == (kernel, kernel)

@@ -70,8 +70,10 @@ def group_peaks(
     graphs: list[Tensor] = []
     graph_image: list[int] = []
     for i in image.unique().tolist():
-        tables = (table[image == i] for table in (keypoint, place, score, displacement))
-        graphs_of_image = _group_one_image(*tables, match_radius, reject_radius, hops)
+        of = image == i
+        graphs_of_image = _group_one_image(
+            keypoint[of], place[of], score[of], displacement[of], match_radius, reject_radius, hops
+        )
         graphs += graphs_of_image
         graph_image += [i] * len(graphs_of_image)
     if not graphs:
