@@ -72,7 +72,7 @@ def nuclei_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
 
     signal = cv2.GaussianBlur(signal, (0, 0), rng.uniform(0.6, 1.4))
     haze = cv2.GaussianBlur(signal, (0, 0), 0.03 * (height + width))
-    signal += rng.uniform(0.05, 0.3) * haze
+    signal = signal + rng.uniform(0.05, 0.3) * haze
     # Evenly in the logarithm: as in real sets, most images use a small part of the range.
     gain = np.exp(rng.uniform(np.log(30), np.log(150)))
     image = rng.uniform(4, 20) + gain * signal * _illumination(rng, height, width, 0.4)

@@ -76,7 +76,7 @@ class Cells:
         """
         y, x = scale
         # Where the image ends inside a pixel of the network's input, its frame goes on a little further.
-        whole = tuple(max(round(side / s), limit) for side, s, limit in zip(self.size, scale, size, strict=True))
+        whole = max(round(self.size[0] / y), size[0]), max(round(self.size[1] / x), size[1])
         boxes = clip_boxes_to_image(self.boxes / self.boxes.new_tensor([x, y, x, y]), size)
         cells = dataclasses.replace(self, boxes=boxes, masks=self.masks.resized(whole), scale=scale)
         if whole != tuple(size):

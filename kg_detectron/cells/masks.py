@@ -1,6 +1,7 @@
 """Masks of many cells, kept as crops with their places."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class MaskCrops:
         self.threshold = threshold
 
     @classmethod
-    def from_rle(cls, rles: Sequence[dict], size: tuple[int, int] | None = None) -> "MaskCrops":
+    def from_rle(cls, rles: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None) -> "MaskCrops":
         """The masks of COCO run-length encodings, each cropped to its pixels; an empty mask has a window without area.
 
         Args:
@@ -98,6 +99,12 @@ class MaskCrops:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
+    @overload
+    def __getitem__(self, item: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, item: "slice | Tensor | list[int]") -> "MaskCrops": ...
+
     def __getitem__(self, item: "int | slice | Tensor | list[int]") -> "Tensor | MaskCrops":
         """One dense mask (H,W), bool, for an int; a container of several for a slice, index list or bool tensor."""
         if isinstance(item, int):
@@ -132,7 +139,7 @@ class MaskCrops:
         for i, window in enumerate(self.windows.tolist()):
             yield self._binary(i).numpy(force=True), tuple(window)
 
-    def to(self, *args: object, **kwargs: object) -> "MaskCrops":
+    def to(self, *args: Any, **kwargs: Any) -> "MaskCrops":
         """The crops moved as by `Tensor.to`; the places stay on the CPU."""
         return MaskCrops([c.to(*args, **kwargs) for c in self.crops], self.windows, self.size, self.threshold)
 

@@ -41,8 +41,8 @@ def separate_cells(cells: Cells, scratch: np.ndarray | None = None) -> Cells:
             crops.append(torch.from_numpy(crop))
             places.append([x1 + left, y1 + top, x1 + right, y1 + bottom])
     rows = order[kept]
-    left = MaskCrops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 4), masks.size)
-    return dataclasses.replace(cells[rows.to(cells.scores.device)], masks=left)
+    separate = MaskCrops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 4), masks.size)
+    return dataclasses.replace(cells[rows.to(cells.scores.device)], masks=separate)
 
 
 def connected_pieces(mask: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

@@ -96,7 +96,7 @@ class WholeCheckpointer(DetectionCheckpointer):
             finally:
                 os.close(folder)
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of an OSError that it meets
-            cause = error
+            cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             if cause is None:

@@ -38,14 +38,14 @@ def register_cells(name: str, json_file: str, image_root: str) -> None:
 
 
 def register_all_cells(root: str | None = None) -> None:
-    """Register neural_ and dsb2018_{train,val,test}, usiigaci_ and synthetic_{train,val}.
+    """Register neural_, dsb2018_ and usiigaci_{train,val,test}, and synthetic_{train,val}.
 
     The layout is ROOT/NAME/SPLIT/*.png with ROOT/NAME/instances_SPLIT.json; ``root`` is by default the environment's
     DETECTRON2_DATASETS, or ``datasets``. Names that are registered already stay.
     """
     root = root or os.environ.get("DETECTRON2_DATASETS", "datasets")
-    splits = {"neural": ("train", "val", "test"), "dsb2018": ("train", "val", "test")}
-    splits |= {"usiigaci": ("train", "val"), "synthetic": ("train", "val")}
+    splits = dict.fromkeys(("neural", "dsb2018", "usiigaci"), ["train", "val", "test"])
+    splits["synthetic"] = ["train", "val"]
     for dataset, parts in splits.items():
         for split in parts:
             name = f"{dataset}_{split}"

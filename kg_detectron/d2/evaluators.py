@@ -76,7 +76,7 @@ class PaperEvaluator(DatasetEvaluator):
             predictions = {image_id: prediction for part in gathered for image_id, prediction in part.items()}
 
         metrics = PaperMetrics(self._ious)
-        nothing = (np.zeros((0, 4)), np.zeros(0), [])
+        nothing: tuple[np.ndarray, np.ndarray, list[RLE]] = (np.zeros((0, 4)), np.zeros(0), [])
         # In the order of the dataset, not of arrival: equal scores then rank alike on any number of processes.
         for image_id, (boxes, masks) in self._ground_truth.items():
             if img_ids is None or image_id in img_ids:
@@ -123,7 +123,7 @@ class CellEvaluators(DatasetEvaluators):
     """Several evaluators as one, whose `evaluate` takes ``img_ids``; Detectron2's own takes the whole dataset."""
 
     def evaluate(self, img_ids: Sequence[int] | None = None) -> OrderedDict:
-        results = OrderedDict()
+        results: OrderedDict = OrderedDict()
         for evaluator in self._evaluators:
             results.update(evaluator.evaluate(img_ids=img_ids) or {})
         return results

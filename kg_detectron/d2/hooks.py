@@ -83,7 +83,8 @@ class FiniteLosses(HookBase):
         self._handle = self.trainer.model.register_forward_hook(self._check)
 
     def after_step(self) -> None:
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def after_train(self) -> None:
         if self._handle is not None:  # of an iteration that did not come to its end
@@ -221,7 +222,7 @@ class EarlyStopping(HookBase):
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.best = state["best"]
         self.reference = state["reference"]
-        self.bad_evaluations = state["bad_evaluations"]
+        self.bad_evaluations = int(state["bad_evaluations"])
 
     def after_step(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self.metric, (None, None))

@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
 class _SteadyLoader(DataLoader):
     """A loader whose workers are born with SIGTERM blocked, in all their threads, those of libraries too."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -159,6 +159,7 @@ class CellMapper:
 
     def _window(self, record: dict[str, Any]) -> dict[str, Any]:
         """A window whose scale follows the size of the cells; in evaluation the whole image at that scale."""
+        assert self.windows is not None
         image, target = self.windows(image_of_record(record, self.preprocessing))
         instances = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]))
         instances.gt_classes = torch.zeros(len(target["boxes"]), dtype=torch.int64)

@@ -69,7 +69,7 @@ class CellInstanceSegmentation(nn.Module):
         for inputs in batched_inputs:
             image = raw_image(inputs["image"])
             cells = self.network.predict_whole(image)
-            size = inputs.get("height", image.shape[0]), inputs.get("width", image.shape[1])
+            size: tuple[int, int] = (inputs.get("height") or image.shape[0], inputs.get("width") or image.shape[1])
             if size != cells.size:
                 ratio = size[0] / cells.size[0], size[1] / cells.size[1]
                 cells = cells.in_frame(size, (1 / ratio[0], 1 / ratio[1]))

@@ -55,7 +55,7 @@ class CellBackbone(Backbone):
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
-        self.core = core
+        self.core: Any = core
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> {"c0": ..., ..., "c4": ...}."""
@@ -120,6 +120,7 @@ class KeypointGraph(nn.Module):
             with full_precision(images.tensor.device):
                 detections = self.decoder(maps, images.image_sizes)
             return [_proposals(size, *d) for size, d in zip(images.image_sizes, detections, strict=True)], {}
+        assert gt_instances is not None, "training needs ground truth"
         boxes = [g.gt_boxes.tensor for g in gt_instances]
         losses = keypoint_losses(maps, boxes, images.tensor.shape[2:], self.targets)
         return [_proposals(g.image_size, b) for g, b in zip(gt_instances, boxes, strict=True)], losses
@@ -204,6 +205,7 @@ class KGROIHeads(nn.Module):
         """In training the mask loss; in testing ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``."""
         branch, maps = self.mask_head.core, self.mask_head.maps(features)
         if self.training:
+            assert targets is not None, "training needs ground truth"
             boxes = [t.gt_boxes.tensor for t in targets]
             return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets])
         boxes = [p.proposal_boxes.tensor for p in proposals]

@@ -65,7 +65,7 @@ class ExplainedGroup:
     @property
     def reason(self) -> str:
         """The fate in full."""
-        if self.fate == SUPPRESSED:
+        if self.fate == SUPPRESSED and self.number is not None:
             return f"suppressed by box {self.number + 1}"
         if self.fate in (TOO_FEW, NO_COMBINATION):
             names = [name for name, point in zip(KEYPOINTS, self.keypoints, strict=True) if point[2] > 0]

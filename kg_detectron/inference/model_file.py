@@ -153,7 +153,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
 def _described(description: Mapping[str, Any], weights: dict[str, Tensor]) -> InstanceNet:
     """The network of a description that came with its weights."""
     method = method_class(description["method"])
-    settings = from_plain(method.Settings, description["settings"])
+    settings: Any = from_plain(method.Settings, description["settings"])
     height, width = settings.preprocessing.size
     if height * width > MAX_PIXELS:
         raise ValueError(f"size is {height} x {width} pixels, more than the limit of {MAX_PIXELS}")

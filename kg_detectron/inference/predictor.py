@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.inference.tiling import check_tile, detect_tiled
-from kg_detectron.modeling import InstanceNet
+from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
 
 
@@ -78,7 +79,7 @@ def _detect(
         (cells,) = model.detect([as_tensor(seen[:, :], model.place)])
         progress(1, 1)
         return cells
-    cells = detect_tiled(model, seen, tile=tile, overlap=overlap, progress=progress)
+    cells = detect_tiled(cast(KeypointGraphNet, model), seen, tile=tile, overlap=overlap, progress=progress)
     return dataclasses.replace(cells, scores=model.scores(cells.scores))
 
 

@@ -8,9 +8,9 @@ the cells of all tiles are ranked together.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def detect_tiled(
         )
         boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
 
-    crops: list[Tensor | None] = [None] * len(boxes)
+    crops: list[Any] = [None] * len(boxes)
     places = torch.zeros(len(boxes), 4, dtype=torch.long)
     blur = torch.zeros_like(scores)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
@@ -223,8 +223,9 @@ class _LocalNetwork:
             blurs.append(self.model.ranking.blur(masks))
         return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold), torch.cat(blurs)
 
-    def _features(self, places: list[Window | None]) -> list[Tensor | None]:
-        """c0..c4, each on a window of its own, if any; that of c4 holds the others."""
+    def _features(self, places: Sequence[Window | None]) -> list[Any]:
+        """c0..c4, each on a window of its own, or None; that of c4 holds the others."""
+        assert places[-1] is not None
         radii = self.model.backbone.receptive_radius
         outer = places[-1].grown(max(radii), self.whole)
         pixels = self.model.preprocessing.batch([self.pixels(outer)], self.model.divisor)

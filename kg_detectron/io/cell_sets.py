@@ -70,7 +70,7 @@ class Pairing(NamedTuple):
     """
 
     truths: list[ImageCells]
-    predictions: Sequence[ImageCells | None]
+    predictions: list[ImageCells | None]
     only_truth: list[str]
     only_predicted: list[str]
 

@@ -116,7 +116,7 @@ def _pair_arrays(ground_truth: Any, predictions: Any) -> Pairing:
     sizes = [[image.size for image in side] for side in sides]
     if sizes[0] != sizes[1]:
         raise ValueError(f"predictions: expected label images of the sizes {sizes[0]}, got {sizes[1]}")
-    return Pairing(sides[0], sides[1], [], [])
+    return Pairing(sides[0], [*sides[1]], [], [])
 
 
 def evaluate_cells(

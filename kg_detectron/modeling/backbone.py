@@ -105,16 +105,17 @@ def build_backbone(settings: BackboneSettings) -> nn.Module:
 
 def image_convolutions(channels: int) -> nn.Sequential:
     """The two convolutions on the image itself that give c0: conv3x3, ReLU, conv3x3, ReLU."""
-    layers = nn.Sequential(
-        nn.Conv2d(3, channels, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1),
-        nn.ReLU(inplace=True),
-    )
-    for layer in layers[::2]:
+    first, second = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+    for layer in (first, second):
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        zero_bias(layer)
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True))
+
+
+def zero_bias(layer: nn.Conv2d) -> None:
+    """Set the bias of a convolution that has one to zeros (in place)."""
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-    return layers
 
 
 class ResNetC4(nn.Module):
@@ -160,7 +161,7 @@ class ResNetC4(nn.Module):
 
     @property
     def receptive_radius(self) -> tuple[int, ...]:
-        radii = [sum(layer.kernel_size[0] // 2 for layer in self.c0_conv[::2])]
+        radii = [receptive_radius(self.c0_conv)]
         radius, stride = 0, 1
         for stage in ([self.conv1], [self.maxpool, self.layer1], [self.layer2], [self.layer3]):
             for name, layer in nn.ModuleList(stage).named_modules():

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from kg_detectron.modeling.backbone import BackboneSettings, image_convolutions, register_backbone
+from kg_detectron.modeling.backbone import (
+    BackboneSettings,
+    image_convolutions,
+    receptive_radius,
+    register_backbone,
+)
 from kg_detectron.modeling.settings import require
 
 # The stages: expansion, kernel size, stride, output channels, number of blocks.
@@ -130,13 +135,14 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         self.c0_conv = image_convolutions(c0_channels)
         self.stem = ConvNorm(3, _STEM_CHANNELS, kernel=3, stride=2)
-        blocks, width = [], _STEM_CHANNELS
+        width = _STEM_CHANNELS
+        blocks: list[MBConv] = []
         for expansion, kernel, stride, outputs, count in _STAGES:
             for i in range(count):
                 blocks.append(MBConv(width, outputs, expansion, kernel, stride if i == 0 else 1))
                 width = outputs
         self.blocks = nn.ModuleList(blocks)
-        widths = [self.blocks[i].project.conv.out_channels for i in _TAPS]
+        widths = [blocks[i].project.conv.out_channels for i in _TAPS]
         self.channels = (c0_channels, *widths[:3], widths[3] + widths[4])
         if pretrained:
             self.load_imagenet_weights(read_imagenet_weights())
@@ -157,7 +163,7 @@ class EfficientNetLite0(nn.Module):
 
         Pixel i of a map of stride s depends on the input pixels from i s - radius to i s + radius.
         """
-        radii = [sum(layer.kernel_size[0] // 2 for layer in self.c0_conv[::2])]
+        radii = [receptive_radius(self.c0_conv)]
         before = after = 0
         stride = 1
         of_block = []

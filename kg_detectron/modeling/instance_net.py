@@ -40,6 +40,7 @@ class InstanceNet(nn.Module, ABC):
     tiled: ClassVar[bool] = False
     # Sides of the network's input are multiples of it.
     divisor: int = 16
+    place: Tensor
 
     def __init__(self, settings: Any) -> None:
         super().__init__()
@@ -109,7 +110,8 @@ class InstanceNet(nn.Module, ABC):
             ValueError: another precision.
         """
         self.precision = check_precision(precision)
-        self.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=layout)  # type: ignore[call-overload]  # PyTorch's overloads lack it
         if compiled:
             for module in self.dense_modules():
                 module.compile()
@@ -198,12 +200,14 @@ def _as_array(image: Tensor | np.ndarray) -> np.ndarray:
 def _checked_images(images: Sequence[Tensor | np.ndarray]) -> list[Tensor]:
     if not len(images):
         raise ValueError("images: expected at least one image, got an empty list")
+    checked = []
     for i, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ValueError(
                 f"images[{i}]: expected a tensor (3, H, W), got {type(image).__name__} {tuple(image.shape)}"
             )
-    return [image if image.is_floating_point() else image.float() for image in images]
+        checked.append(image if image.is_floating_point() else image.float())
+    return checked
 
 
 def _checked_targets(

@@ -8,7 +8,7 @@ Letters: N images, L maps, R boxes, C channels, P pixels.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class PackedGrid(NamedTuple):
     deep_pixels: int  # pixels of the rows that hold crops with deeper levels; the other crops lie in the rows below
 
 
-def crop_windows(boxes: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+def crop_windows(boxes: Tensor, shapes: Sequence[Sequence[int]]) -> Tensor:
     """Places of the crops of boxes in maps at strides 1, 2, 4, ...
 
     Args:
@@ -69,7 +69,8 @@ def packed_logits(
         return features[0].new_zeros(0), windows[0]
     rows = [_pixel_rows(f) for f in features]
     # The nine matrices of each 3x3 kernel after resizing, [9*C',C].
-    matrices = [step.up[0].weight.permute(2, 3, 0, 1).flatten(0, 2) for step in branch.steps]
+    steps: Any = branch.steps
+    matrices = [step.up[0].weight.permute(2, 3, 0, 1).flatten(0, 2) for step in steps]
     shapes = [f.shape[2:] for f in features]
     sizes = window_sizes(windows)
     depth = (sizes >= 2).all(2).cumprod(0).sum(0).clamp(min=1)
@@ -106,7 +107,7 @@ def _chunks(branch: "SegmentationBranch", sizes: Tensor, depth: Tensor) -> list[
 def _segment(
     branch: "SegmentationBranch",
     rows: list[Tensor],
-    shapes: list[tuple[int, int]],
+    shapes: Sequence[Sequence[int]],
     matrices: list[Tensor],
     image: Tensor,
     windows: Tensor,
@@ -160,7 +161,7 @@ def _predict(branch: "SegmentationBranch", pixels: Tensor, shape: tuple[int, int
     planes = (branch.predict.weight[0].flatten(1).T @ pixels.T).view(3, 3, *shape)
     planes = pad(planes, (1, 1, 1, 1))
     shifted = [planes[y, x, y : y + shape[0], x : x + shape[1]] for y in range(3) for x in range(3)]
-    return sum(shifted) + branch.predict.bias
+    return sum(shifted[1:], shifted[0]) + branch.predict.get_parameter("bias")
 
 
 def _upsample(
@@ -178,12 +179,14 @@ def _upsample(
     """
     products = linear(pixels, matrices).view(len(pixels), 9, -1)
     deep = convolve_resized(products, sizes[level + 1], sizes[level], places, count)
-    return deep.add_(branch.steps[level].up[0].bias).relu_()
+    step: Any = branch.steps[level]
+    return deep.add_(step.up[0].bias).relu_()
 
 
 def _concatenate(branch: "SegmentationBranch", level: int, deep: Tensor, shallow: Tensor) -> Tensor:
     """Concatenation, conv1x1, ReLU of pixels [P,C] and [P,c]."""
-    layer = branch.steps[level].combine[0]
+    step: Any = branch.steps[level]
+    layer = step.combine[0]
     of_deep, of_shallow = layer.weight[:, :, 0, 0].split((deep.shape[1], shallow.shape[1]), dim=1)
     return torch.addmm(linear(deep, of_deep, layer.bias), shallow, of_shallow.T).relu_()
 
@@ -192,7 +195,8 @@ def _project(branch: "SegmentationBranch", level: int, pixels: Tensor) -> Tensor
     """Pixels [P,C] of crops whose deepest level this is."""
     if level == len(branch.project) or isinstance(branch.project[level], nn.Identity):
         return pixels
-    layer = branch.project[level][0]
+    project: Any = branch.project[level]
+    layer = project[0]
     return linear(pixels, layer.weight[:, :, 0, 0], layer.bias).relu_()
 
 

@@ -29,7 +29,7 @@ RESIZE = ("isotropic", "squeeze")
 class Scale(NamedTuple):
     """How much an image is resized: pixels of the network's input for one of the image, or a size (h, w)."""
 
-    value: float | tuple[int, ...]
+    value: float | tuple[int, int]
     source: str
 
 
@@ -69,7 +69,7 @@ class Preprocessing:
     pixel_std: tuple[float, float, float] = field(default=(255.0, 255.0, 255.0), metadata={"key": "MODEL.PIXEL_STD"})
 
     def __post_init__(self) -> None:
-        Normalisation(self.normalisation, tuple(self.percentiles))  # checks both
+        self.levels_rule()  # checks both
         require(self.resize in RESIZE, "resize", f"one of {', '.join(RESIZE)}", self.resize)
         require(len(self.size) == 2 and min(self.size) >= 1, "size", "a positive height and width", self.size)
         require(0 < self.diameter < float("inf"), "diameter", "pixels above 0", self.diameter)
@@ -89,8 +89,8 @@ class Preprocessing:
         Raises:
             ValueError: more than one is given, one is not above 0, or the model does not know its own pixel size.
         """
-        given = {"scale": scale, "diameter": diameter, "pixel_size": pixel_size}
-        given = {name: value for name, value in given.items() if value is not None}
+        named = {"scale": scale, "diameter": diameter, "pixel_size": pixel_size}
+        given = {name: value for name, value in named.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"{', '.join(given)}: expected one of these at most, for each sets the scale")
         for name, value in given.items():
@@ -113,7 +113,7 @@ class Preprocessing:
             return None
         if any(side > 2 * limit for side, limit in zip(size, self.size, strict=True)):
             return Scale(1.0, "own pixels, for the image is more than twice as large as the training size")
-        return Scale(tuple(self.size), "training size")
+        return Scale((self.size[0], self.size[1]), "training size")
 
     def levels(self, image: np.ndarray) -> Levels:
         """The levels of an image (H, W, 3) of any type that become 0 and 255.
@@ -121,7 +121,11 @@ class Preprocessing:
         Raises:
             ValueError: a type whose white the "fixed" normalisation cannot know; see `Normalisation.levels`.
         """
-        return Normalisation(self.normalisation, tuple(self.percentiles)).levels(image)
+        return self.levels_rule().levels(image)
+
+    def levels_rule(self) -> Normalisation:
+        """How grey levels become 0..255."""
+        return Normalisation(self.normalisation, tuple(self.percentiles))  # type: ignore[arg-type]  # which counts them
 
     def batch(self, images: Sequence[Tensor], divisor: int) -> Tensor:
         """The network's input (N, 3, h, w) of images (3, H, W) of 0..255, sides multiples of ``divisor``.
@@ -194,7 +198,7 @@ class NetworkImage:
         # Beyond the image its last pixels go on, so that all blocks are whole.
         missing = [(b - a) * self._block - side for a, b, side in zip(first, last, part.shape[:2], strict=True)]
         part = cv2.copyMakeBorder(part, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
-        part = resize_image(part, tuple((b - a) * BLOCK for a, b in zip(first, last, strict=True)))
+        part = resize_image(part, ((last[0] - first[0]) * BLOCK, (last[1] - first[1]) * BLOCK))
         y, x = first[0] * BLOCK, first[1] * BLOCK
         return part[y1 - y : y2 - y, x1 - x : x2 - x]
 

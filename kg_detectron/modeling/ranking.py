@@ -107,8 +107,8 @@ def soft_suppression(boxes: Tensor, scores: Tensor, overlap_sigma: float, part_s
     Returns:
         (R,) scores, in the order of the boxes.
     """
-    pairs, factors = _suppression_factors(boxes, overlap_sigma, part_sigma)
-    given, factors = scores.double().tolist(), factors.tolist()
+    pairs, lowering = _suppression_factors(boxes, overlap_sigma, part_sigma)
+    given, factors = scores.double().tolist(), lowering.tolist()
     best, others = pairs.tolist()
     first = torch.searchsorted(pairs[0].contiguous(), torch.arange(len(boxes) + 1)).tolist()
     lowered, taken = given.copy(), [False] * len(given)

@@ -14,6 +14,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.layers import crop_pixels
+from kg_detectron.modeling.backbone import zero_bias
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
 from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import UpCombine, convolution
@@ -102,7 +103,7 @@ class SegmentationBranch(nn.Module):
         self.hidden = nn.Sequential(convolution(widths[0], widths[0], 3), nn.ReLU(inplace=True))
         self.predict = nn.Conv2d(widths[0], 1, 3, padding=1)
         nn.init.normal_(self.predict.weight, std=0.01)
-        nn.init.zeros_(self.predict.bias)
+        zero_bias(self.predict)
 
     @property
     def chunk_pixels(self) -> int:
@@ -182,7 +183,7 @@ class SegmentationBranch(nn.Module):
             boxes = [b[index] for b, index in zip(boxes, drawn, strict=True)]
             masks = [m[index.to(m.device)] for m, index in zip(masks, drawn, strict=True)]
         if amount := self.settings.box_jitter:
-            boxes = [jittered_boxes(b, tuple(m.shape[1:]), amount) for b, m in zip(boxes, masks, strict=True)]
+            boxes = [jittered_boxes(b, (m.shape[1], m.shape[2]), amount) for b, m in zip(boxes, masks, strict=True)]
         return {"loss_mask": self.settings.mask_weight * self.loss(maps, boxes, masks)}
 
     def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from kg_detectron.modeling.backbone import NORMS, receptive_radius
+from kg_detectron.modeling.backbone import NORMS, receptive_radius, zero_bias
 from kg_detectron.modeling.settings import require
 
 SCALES = (1, 2, 3, 4)
@@ -48,7 +48,7 @@ def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     """Convolution that keeps the size, initialised for a ReLU behind it."""
     layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)
+    zero_bias(layer)
     return layer
 
 
@@ -77,7 +77,7 @@ class LargeKernelBlock(nn.Module):
         self.narrow = nn.Conv2d(2 * width, width, 1)
         nn.init.kaiming_normal_(self.widen.weight, nonlinearity="relu")
         nn.init.zeros_(self.narrow.weight)  # the block starts as the identity
-        nn.init.zeros_(self.narrow.bias)
+        zero_bias(self.narrow)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, h, w) -> the same shape."""

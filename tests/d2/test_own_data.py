@@ -52,7 +52,8 @@ def test_convert_train_export_predict_evaluate(mine, tmp_path, capsys):
     names = {"TRAIN": "train", "VALIDATION": "val", "TEST": "val"}
     datasets = [part for key, split in names.items() for part in (f"DATASETS.{key}", f"('mine/{split}.json',)")]
     command = [sys.executable, str(ROOT / "tools" / "train_net.py"), "--config-file"]
-    command += [str(ROOT / "configs" / "kg_synthetic.yaml"), *SMALL, *datasets, "OUTPUT_DIR", str(tmp_path / "run")]
+    config = ROOT / "configs" / "kg_r18_synthetic_cpu.yaml"
+    command += [str(config), *SMALL, *datasets, "OUTPUT_DIR", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=mine.parent)
     assert done.returncode == 0, done.stderr[-3000:]

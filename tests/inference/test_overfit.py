@@ -28,7 +28,7 @@ def test_overfits_four_images(shared):
         and 8 <= len(record["annotations"]) <= 30
         and min(min(a["bbox"][2:]) for a in record["annotations"]) >= SMALLEST_SIDE
     ][:4]
-    # The channels of configs/Base-KG-tiny.yaml.
+    # The channels of configs/parts/method/kg_r18.yaml.
     model = tiny_network(**TRAINABLE | {"c0_channels": 16, "widths": (16, 32, 48, 64), "size": SIZE})
     examples = cycle([coco_example(record, SIZE) for record in suitable])
     train(model, lambda: next(examples), steps=150, rate=2e-3, batch_size=4, decay=True)

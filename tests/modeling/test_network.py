@@ -33,7 +33,7 @@ def test_papers_network_has_the_papers_size():
 
 
 def lite(**changes) -> KeypointGraphNet:
-    """The network of configs/Base-KG-lite.yaml."""
+    """The network of configs/parts/method/kg_lite.yaml."""
     values = {"backbone": "resnet18", "trunk": "lite", "heads": "lite", "c0_channels": 16, "scales": (2, 3, 4)}
     values |= {"widths": (16, 48, 64, 96)}
     return KeypointGraphNet.build(keypoint_graph_settings(**values | changes))

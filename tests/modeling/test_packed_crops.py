@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from benchmark.measure import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measure import peak_bytes
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 

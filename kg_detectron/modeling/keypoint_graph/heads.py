@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from kg_detectron.graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
-from kg_detectron.modeling.backbone import NORMS, receptive_radius
+from kg_detectron.modeling.backbone import NORMS, receptive_radius, zero_bias
 from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import SCALES, LargeKernelBlock, Trunk, convolution
 
@@ -64,13 +64,13 @@ class KeypointHeads(nn.Module):
         self.heatmap = self._head(width, HEATMAP_CHANNELS, kernel)
         self.single_offset = self._head(width, SINGLE_OFFSET_CHANNELS, kernel)
         self.group_offset = self._head(width, GROUP_OFFSET_CHANNELS, kernel)
-        nn.init.constant_(self.heatmap[-1].bias, HEATMAP_PRIOR)
+        nn.init.constant_(self.heatmap[-1].get_parameter("bias"), HEATMAP_PRIOR)
 
     @staticmethod
     def _head(width: int, channels: int, kernel: int) -> nn.Sequential:
         last = nn.Conv2d(width, channels, kernel, padding=kernel // 2)
         nn.init.normal_(last.weight, std=0.1 / kernel / width**0.5)
-        nn.init.zeros_(last.bias)
+        zero_bias(last)
         return nn.Sequential(convolution(width, width, kernel), nn.ReLU(inplace=True), last)
 
     @property
@@ -93,8 +93,8 @@ class LiteHeads(nn.Module):
         self.channels = (HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS, GROUP_OFFSET_CHANNELS)
         self.predict = nn.Conv2d(width, sum(self.channels), 1)
         nn.init.normal_(self.predict.weight, std=0.1 / width**0.5)
-        nn.init.zeros_(self.predict.bias)
-        nn.init.constant_(self.predict.bias[:HEATMAP_CHANNELS], HEATMAP_PRIOR)
+        zero_bias(self.predict)
+        nn.init.constant_(self.predict.get_parameter("bias")[:HEATMAP_CHANNELS], HEATMAP_PRIOR)
 
     @property
     def receptive_radius(self) -> int:
@@ -139,7 +139,7 @@ class KeypointBranch(nn.Module):
         """Scales with heads, ascending."""
         return [int(name[1:]) for name in self.heads]
 
-    def head(self, scale: int) -> nn.Module:
+    def head(self, scale: int) -> Any:
         """The heads of a scale."""
         return self.heads[f"s{scale}"]
 

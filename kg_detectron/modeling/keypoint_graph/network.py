@@ -1,7 +1,7 @@
 """The keypoint graph: keypoints to boxes, and a mask in each box (paper, figure 1)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ class KeypointGraphNet(InstanceNet):
         self,
         settings: KeypointGraphSettings,
         *,
-        backbone: nn.Module,
+        backbone: Any,
         keypoint_branch: KeypointBranch,
         decoder: KeypointDecoder,
         segmentation: SegmentationBranch,
@@ -47,7 +47,7 @@ class KeypointGraphNet(InstanceNet):
     ) -> None:
         super().__init__(settings)
         self.backbone = backbone
-        self.divisor = backbone.divisor
+        self.divisor = self.backbone.divisor
         self.keypoint_branch = keypoint_branch
         self.decoder = decoder
         self.segmentation = segmentation
@@ -57,7 +57,7 @@ class KeypointGraphNet(InstanceNet):
     def build(cls, settings: KeypointGraphSettings | None = None) -> "KeypointGraphNet":
         """The network of settings (the paper's by default)."""
         settings = settings or KeypointGraphSettings()
-        backbone = build_backbone(settings.backbone)
+        backbone: Any = build_backbone(settings.backbone)
         norm, lowest = settings.backbone.norm, min(settings.heads.scales)
         trunk = build_trunk(settings.trunk, backbone.channels, norm, lowest)
         return cls(
@@ -76,7 +76,7 @@ class KeypointGraphNet(InstanceNet):
 
     def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
         maps, crop_maps = self.maps(batch)
-        losses = keypoint_losses(maps, boxes, batch.shape[2:], self.settings.targets)
+        losses = keypoint_losses(maps, boxes, (batch.shape[2], batch.shape[3]), self.settings.targets)
         return losses | self.segmentation.losses(crop_maps, boxes, masks)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
