@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -190,7 +191,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         losses = self.losses(images, targets)
-        total = sum(losses.values())
+        total = cast(Tensor, sum(losses.values()))
         if not total.isfinite():
             raise FloatingPointError(f"iteration {self.iteration}: the loss is {float(total.detach())}")
         self.optimizer.zero_grad(set_to_none=True)

@@ -71,8 +71,6 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Trainer, "step", stopping)
     stopped = train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
     assert stopped is None
-        train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append) is None
-    )
     monkeypatch.setattr(Trainer, "step", step)
     train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
     for name, value in weights(tmp_path / "whole").items():
