@@ -62,7 +62,9 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         # Cells of a part stand for those of the whole image.
         covered = math.prod(part.stop - part.start for part in window) / math.prod(seen.shape[:2])
         values.append(found / seen.scale[0])
-        weights.append(cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2) / covered)
+        trust = cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2)
+        # The root lets a cell outvote the fragments that a finer scale finds in it.
+        weights.append(trust * np.sqrt(found) / covered)
     diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
         return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
