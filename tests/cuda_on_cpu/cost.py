@@ -2,7 +2,8 @@
 
     PYTHONPATH=.:tools python tests/cuda_on_cpu/cost.py --cells 0 30 300
 
-PyTorch's own kernels (sorting, concatenation, zeros) are not among them.
+Bytes are those of all loads and stores, most of which the caches serve. PyTorch's own kernels (sorting, concatenation,
+zeros) are not among them.
 """
 
 import argparse
@@ -13,19 +14,14 @@ from stand_in import Count, StandIn
 
 from kg_detectron import layers
 
-HBM = 3.3e12  # bytes a second, of an H100
-
 
 def print_counts(title: str, counts: dict[str, Count], inputs: int) -> None:
     """A table of Markdown; ``inputs``: bytes of the maps that go in or come out."""
-    print(f"\n{title}\n\n| kernel | launches | MB read | MB written | atomics | most on one address | bound, us |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print(f"\n{title}\n\n| kernel | launches | MB read | MB written | atomics |")
+    print("|---|--:|--:|--:|--:|")
     for name, count in counts.items():
-        total = count.read + count.written
-        print(
-            f"| `{name}` | {count.launches} | {count.read / 1e6:.2f} | {count.written / 1e6:.2f} | {count.atomics} "
-            f"| {count.most_atomics} | {total / HBM * 1e6:.1f} |"
-        )
+        megabytes = f"{count.read / 1e6:.2f} | {count.written / 1e6:.2f}"
+        print(f"| `{name}` | {count.launches} | {megabytes} | {count.atomics} |")
     total = sum(count.read + count.written for count in counts.values())
     print(f"\nAll: {total / 1e6:.1f} MB, maps: {inputs / 1e6:.1f} MB, ratio {total / inputs:.2f}")
 

@@ -378,10 +378,15 @@ class Machine {
         faults_.push_back(text.str());
     }
 
-    // The running thread's stack, or that of the host, where the arguments of the kernel lie.
+    // The running thread's stack, that of the host, where the arguments of the kernel lie, and the machine's own data:
+    // the indices of the thread, and what the lanes of a warp exchanged.
     bool is_private(uintptr_t address) const {
         const auto stack = reinterpret_cast<uintptr_t>(current_->context.stack);
-        return (address >= stack && address < stack + kStack) || (address >= host_low_ && address < host_high());
+        const auto threads = reinterpret_cast<uintptr_t>(threads_.data());
+        const auto index = [&](const Index& part) { return address == reinterpret_cast<uintptr_t>(&part); };
+        return (address >= stack && address < stack + kStack) || (address >= host_low_ && address < host_high()) ||
+               (address >= threads && address < threads + threads_.size() * sizeof(Thread)) || index(thread_index) ||
+               index(block_index) || index(block_size) || index(grid_size);
     }
 
     static uintptr_t host_high() {
