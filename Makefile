@@ -19,7 +19,7 @@ $(error DETECTRON2 is yes or no, not "$(DETECTRON2)")
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize lint clean
+.PHONY: help setup demo test sanitize gpu lint clean
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
@@ -40,6 +40,9 @@ test: $(ready)  ## run the tests; PYTEST_ARGS goes to pytest, for example PYTEST
 
 sanitize: $(ready)  ## run the tests of the C++ operators with the address and undefined-behaviour sanitizers
 	$(python) tools/sanitize.py
+
+gpu: $(ready)  ## on a machine with a GPU: build, test, sanitize, measure, train; results go to results/gpu
+	$(python) tools/gpu.py
 
 lint: $(installed)  ## check style, layout and types of the code
 	$(python) -m ruff check .

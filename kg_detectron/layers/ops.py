@@ -29,7 +29,6 @@ from ..graph import DIRECTED_EDGES, NUM_KEYPOINTS, SINGLE_OFFSET_CHANNELS
 from . import reference
 from .checks import check_positions
 
-# Those with a CUDA kernel, and those without.
 OPERATORS = (
     "hough_vote",
     "smooth_votes",
@@ -38,8 +37,9 @@ OPERATORS = (
     "group_peaks",
     "graphs_to_boxes",
     "render_targets",
+    "convolve_resized",
+    "convolve_resized_backward",
 )
-CPU_OPERATORS = ("convolve_resized", "convolve_resized_backward")
 
 _BUILD = "run `make setup`, or `pip install --no-build-isolation .`, in a checkout of kg_detectron"
 
@@ -462,6 +462,6 @@ def _is_compiled(name: str, key: DispatchKey) -> bool:
 # The types of device that the operators were compiled for.
 COMPILED_FOR = frozenset(
     key.name.lower()
-    for key, names in ((DispatchKey.CPU, OPERATORS + CPU_OPERATORS), (DispatchKey.CUDA, OPERATORS))
-    if all(_is_compiled(name, key) for name in names)
+    for key in (DispatchKey.CPU, DispatchKey.CUDA)
+    if all(_is_compiled(name, key) for name in OPERATORS)
 )

@@ -11,6 +11,7 @@ from kg_detectron import layers
 from kg_detectron.layers import ops, reference
 
 both = pytest.mark.parametrize("ops", [layers, reference], ids=["layers", "reference"])
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
@@ -30,18 +31,19 @@ def tables(before: list, after: list, margin: int = 0) -> tuple[Tensor, Tensor, 
 
 
 @both
+@devices
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_equals_resizing_and_convolving_each_crop(ops, data):
+def test_equals_resizing_and_convolving_each_crop(device, ops, data):
     before = data.draw(st.lists(sides, min_size=1, max_size=4))
     after = data.draw(st.lists(sides, min_size=len(before), max_size=len(before)))
     channels = data.draw(st.sampled_from((1, 3, 16, 21)))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     crops = [torch.randn(4, h, w, dtype=torch.float64) for h, w in before]
     kernel = torch.randn(channels, 4, 3, 3, dtype=torch.float64)
-    taken = products(crops, kernel).requires_grad_()
+    taken = products(crops, kernel).to(device).requires_grad_()
     *sizes, places, pixels = tables(before, after, margin=data.draw(st.integers(0, 2)))
-    found = ops.convolve_resized(taken, *sizes, places, pixels)
+    found = ops.convolve_resized(taken, *sizes, places, pixels).cpu()
     covered = torch.zeros(pixels, dtype=torch.bool)
     for crop, size, (first, stride) in zip(crops, after, places.tolist(), strict=True):
         resized = interpolate(crop[None], size, mode="bilinear", align_corners=False)
@@ -52,20 +54,22 @@ def test_equals_resizing_and_convolving_each_crop(ops, data):
     assert not found[~covered].any()
     # It is linear, so its gradient is its transpose: <f(p), g> = <p, f'(g)>.
     weight = torch.randn_like(found)
-    (gradient,) = torch.autograd.grad(found, taken, weight)
+    gradient = torch.autograd.grad(found, taken, weight)[0].cpu()
+    taken = taken.cpu()
     torch.testing.assert_close((found * weight).sum(), (taken * gradient).sum())
     backward = reference.convolve_resized_backward(weight, len(taken), *sizes, places)
     torch.testing.assert_close(gradient, backward)
     other = torch.randn_like(taken)
-    through = ops.convolve_resized(other, *sizes, places, pixels)
+    through = ops.convolve_resized(other.to(device), *sizes, places, pixels).cpu()
     torch.testing.assert_close((through * weight).sum(), (other * gradient).sum())
 
 
+@devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_precisions_and_layouts(dtype):
+def test_precisions_and_layouts(device, dtype):
     *sizes, places, pixels = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)])
     taken = torch.randn(9, 26, 7).transpose(0, 1).to(dtype)
-    found = layers.convolve_resized(taken, *sizes, places, pixels)
+    found = layers.convolve_resized(taken.to(device), *sizes, places, pixels).cpu()
     assert found.dtype == dtype
     expected = reference.convolve_resized(taken.double(), *sizes, places, pixels)
     precision = 1e-5 if dtype == torch.float32 else 0.05
@@ -101,11 +105,6 @@ def test_input_that_does_not_fit_is_named(ops, change, named):
 
 @pytest.mark.skipif("cpu" not in ops.COMPILED_FOR, reason="the operators were not compiled; `make setup` says why")
 class TestCompiled:
-    def test_opcheck(self):
-        *sizes, places, pixels = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)], margin=1)
-        arguments = (torch.randn(26, 9, 3, requires_grad=True), *sizes, places, pixels)
-        torch.library.opcheck(torch.ops.kg_detectron.convolve_resized.default, arguments)
-
     @pytest.mark.parametrize("wrong", ["before", "huge", "after", "places", "far", "pixels", "products"])
     def test_a_call_past_the_wrapper_stays_inside_its_memory(self, wrong):
         before, after, places, pixels = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)])

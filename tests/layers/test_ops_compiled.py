@@ -291,6 +291,8 @@ def arguments(device: str) -> dict[str, tuple]:
     peaks, scores = layers.find_peaks(heatmap, 0.8)
     graphs, _ = layers.group_keypoints(peaks, scores, group)
     boxes = torch.tensor([[2.0, 3, 20, 18], [1, 1, 30, 19]], device=device)
+    before, after, places = (torch.tensor(rows) for rows in ([[2, 3], [5, 4]], [[4, 5], [9, 9]], [[1, 9], [37, 10]]))
+    products, gradient = torch.randn(26, 9, 3, device=device), torch.randn(130, 3, device=device)
     return {
         "hough_vote": (heatmap, single, 5.0),
         "smooth_votes": (heatmap, 2.0),
@@ -299,6 +301,8 @@ def arguments(device: str) -> dict[str, tuple]:
         "group_peaks": (peaks, scores, layers.gather_displacements(peaks, [group]), 6.0, 10.0, 2),
         "graphs_to_boxes": (graphs, True),
         "render_targets": (boxes, torch.tensor([0, 1], device=device), 2, 21, 37, 1.0, 2.0, 3.5, EDGES),
+        "convolve_resized": (products.requires_grad_(), before, after, places, 130),
+        "convolve_resized_backward": (gradient, 26, before, after, places),
     }
 
 
@@ -410,6 +414,12 @@ def test_peaks_outside_the_maps_are_named(device):
         ("render_targets", {5: 0.0}),
         ("render_targets", {6: math.inf}),
         ("render_targets", {8: [2, 2]}),
+        ("convolve_resized", {0: torch.zeros(26, 8, 3)}),
+        ("convolve_resized", {0: torch.zeros(25, 9, 3)}),
+        ("convolve_resized", {1: torch.tensor([[2, 3], [5, 0]])}),
+        ("convolve_resized", {3: torch.tensor([[1, 4], [37, 10]])}),
+        ("convolve_resized_backward", {0: torch.zeros(125, 3)}),
+        ("convolve_resized_backward", {1: 27}),
     ],
 )
 def test_operators_called_past_their_wrappers_do_not_crash(device, name, changed):
@@ -451,17 +461,11 @@ def test_reference_as_the_kernel_where_nothing_was_compiled(device, tmp_path):
 import warnings
 import torch
 from kg_detectron.layers import ops
-from test_convolve_resized import tables
 from test_ops_compiled import arguments
 warnings.simplefilter("ignore")
 assert not ops.COMPILED_FOR
-device = {device!r}
-calls = arguments(device)
-sizes = tables([(2, 3), (5, 4)], [(4, 5), (9, 9)], margin=1)
-calls["convolve_resized"] = torch.randn(26, 9, 3, requires_grad=True, device=device), *sizes
-calls["convolve_resized_backward"] = torch.randn(sizes[-1], 3, device=device), 26, *sizes[:-1]
-for name in ops.OPERATORS + ops.CPU_OPERATORS:
-    torch.library.opcheck(getattr(torch.ops.kg_detectron, name).default, calls[name])
+for name, call in arguments({device!r}).items():
+    torch.library.opcheck(getattr(torch.ops.kg_detectron, name).default, call)
 """
     environment = os.environ | {
         "KG_DETECTRON_LIBRARY": str(tmp_path / "none.so"),

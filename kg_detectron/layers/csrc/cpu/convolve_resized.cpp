@@ -7,28 +7,20 @@
 #include <numeric>
 #include <vector>
 
-#include "../checks.h"
+#include "../resizing.h"
 #include "tasks.h"
 #include "vectorize.h"
 
 namespace kg {
 namespace {
 
-// Where a pixel of a resized line comes from: two pixels of the line before, and their weights (align_corners False).
-template <typename T>
-struct Source {
-    int64_t low, high;
-    T weights[2];
-};
-
+// Of every place of a resized line.
 template <typename T>
 std::vector<Source<T>> sources(int64_t before, int64_t after) {
-    std::vector<Source<T>> line(after);
-    const T scale = static_cast<T>(before) / static_cast<T>(after);
+    std::vector<Source<T>> line;
+    line.reserve(after);
     for (int64_t i = 0; i < after; ++i) {
-        const T at = std::min(std::max((i + T(0.5)) * scale - T(0.5), T(0)), static_cast<T>(before - 1));
-        const int64_t low = static_cast<int64_t>(at);
-        line[i] = {low, std::min(low + 1, before - 1), {1 - (at - low), at - low}};
+        line.emplace_back(i, before, after);
     }
     return line;
 }
@@ -151,50 +143,6 @@ KG_VECTORIZE void propagate(const Crop<double>& crop, double* products, const do
     crop.propagate(products, out, stride, line);
 }
 
-// The tables of all crops, and where each crop begins among the products. `check_crops` makes them.
-struct Crops {
-    at::Tensor before, after, places;  // [R,2] int64
-    std::vector<int64_t> first;
-    int64_t resized = 0;  // pixels of all crops in the result
-};
-
-// All crops lie within the products and the result, whatever the tables say.
-Crops check_crops(int64_t products, const at::Tensor& before, const at::Tensor& after, const at::Tensor& places,
-                  int64_t pixels) {
-    TORCH_CHECK_VALUE(products >= 0 && pixels >= 0, "products and pixels: expected no negative ones, got ", products,
-                      " and ", pixels);
-    const int64_t crops = before.dim() > 0 ? before.size(0) : 0;
-    for (const at::Tensor* table : {&before, &after, &places}) {
-        TORCH_CHECK_VALUE(table->dim() == 2 && table->size(0) == crops && table->size(1) == 2 &&
-                              table->scalar_type() == at::kLong && table->device().is_cpu(),
-                          "before, after and places: expected int64 (R,2) on the CPU, got ", before.sizes(), ", ",
-                          after.sizes(), " and ", places.sizes());
-    }
-    Crops checked{before.contiguous(), after.contiguous(), places.contiguous(), {}};
-    const auto *from = checked.before.const_data_ptr<int64_t>(), *to = checked.after.const_data_ptr<int64_t>(),
-               *place = checked.places.const_data_ptr<int64_t>();
-    int64_t used = 0;
-    for (int64_t r = 0; r < crops; ++r, from += 2, to += 2, place += 2) {
-        for (int side = 0; side < 2; ++side) {
-            TORCH_CHECK_VALUE(from[side] > 0 && from[side] <= products && to[side] > 0 && to[side] <= pixels,
-                              "before and after: expected sides from 1 to ", products, " and ", pixels, ", got ",
-                              from[side], " and ", to[side]);
-        }
-        TORCH_CHECK_VALUE(place[0] >= 0 && place[0] < pixels && place[1] >= to[1] && place[1] <= pixels,
-                          "places: expected crops within ", pixels, " pixels, got ", place[0], " with ", place[1],
-                          " pixels a row");
-        const int64_t last = place[0] + (to[0] - 1) * place[1] + to[1] - 1;
-        TORCH_CHECK_VALUE(last < pixels, "places: expected crops within ", pixels, " pixels, got ", place[0], " with ",
-                          place[1], " pixels a row for ", to[0], " x ", to[1]);
-        checked.first.push_back(used);
-        checked.resized += to[0] * to[1];
-        used += from[0] * from[1];
-        TORCH_CHECK_VALUE(used <= products, "products: expected ", used, " pixels or more, got ", products);
-    }
-    TORCH_CHECK_VALUE(used == products, "products: expected ", used, " pixels, got ", products);
-    return checked;
-}
-
 // Calls run(crop, its products, its place in the result, pixels from row to row there, a line to work in) for each
 // crop, larger ones first: the last thread to finish should have little left to do.
 template <typename T, typename Products, typename Resized, typename Run>
@@ -216,9 +164,7 @@ void each_crop(const Crops& crops, int64_t channels, Products products, Resized 
 
 at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before, const at::Tensor& after,
                             const at::Tensor& places, int64_t pixels) {
-    TORCH_CHECK_VALUE(products.dim() == 3 && products.size(1) == 9 && products.is_floating_point(),
-                      "products: expected a floating-point tensor (P,9,C), got ", products.scalar_type(), " of shape ",
-                      products.sizes());
+    check_products(products);
     const Crops crops = check_crops(products.size(0), before, after, places, pixels);
     const at::Tensor in = products.to(c10::promoteTypes(products.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(2);
@@ -233,9 +179,7 @@ at::Tensor convolve_resized(const at::Tensor& products, const at::Tensor& before
 
 at::Tensor convolve_resized_backward(const at::Tensor& gradient, int64_t products, const at::Tensor& before,
                                      const at::Tensor& after, const at::Tensor& places) {
-    TORCH_CHECK_VALUE(gradient.dim() == 2 && gradient.is_floating_point(),
-                      "gradient: expected a floating-point tensor (pixels,C), got ", gradient.scalar_type(),
-                      " of shape ", gradient.sizes());
+    check_gradient(gradient);
     const Crops crops = check_crops(products, before, after, places, gradient.size(0));
     const at::Tensor in = gradient.to(c10::promoteTypes(gradient.scalar_type(), at::kFloat)).contiguous();
     const int64_t channels = in.size(1);

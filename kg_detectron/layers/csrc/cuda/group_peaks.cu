@@ -30,7 +30,7 @@ constexpr int64_t kImpossible = int64_t{1} << 32;
 
 // Group and bucket of each peak; group -1 and one behind the last bucket for a peak at an impossible position.
 __global__ void place_kernel(const int64_t* peaks, int64_t count, const Bins bins, int64_t* group, int64_t* bucket,
-                             int64_t* impossible) {
+                             unsigned long long* impossible) {
     for (int64_t p = first_item(); p < count; p += item_step()) {
         const int64_t *peak = peaks + 4 * p, i = peak[0], k = peak[1], y = peak[2], x = peak[3];
         const bool possible =
@@ -38,7 +38,7 @@ __global__ void place_kernel(const int64_t* peaks, int64_t count, const Bins bin
         group[p] = possible ? i : -1;
         bucket[p] = possible ? bins.bucket(i, k, bins.index(y), bins.index(x)) : static_cast<int64_t>(bins.buckets);
         if (!possible) {
-            *impossible = kImpossible;
+            atomicMax(impossible, static_cast<unsigned long long>(kImpossible));
         }
     }
 }
@@ -240,9 +240,9 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
     // 1 at each place of the queue that has a graph; behind them kImpossible where a peak is at such a position.
     const at::Tensor report = at::zeros({count + 1}, whole);
     int64_t* opened = report.mutable_data_ptr<int64_t>();
-    place_kernel<<<blocks_for(count), kThreads, 0, stream>>>(rows.const_data_ptr<int64_t>(), count, bins,
-                                                             groups.mutable_data_ptr<int64_t>(),
-                                                             buckets.mutable_data_ptr<int64_t>(), opened + count);
+    place_kernel<<<blocks_for(count), kThreads, 0, stream>>>(
+        rows.const_data_ptr<int64_t>(), count, bins, groups.mutable_data_ptr<int64_t>(),
+        buckets.mutable_data_ptr<int64_t>(), reinterpret_cast<unsigned long long*>(opened + count));
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     at::Tensor group, queue, bucket, binned;
     std::tie(group, queue) = at::sort(groups, /*stable=*/true, /*dim=*/0, /*descending=*/false);

@@ -3,6 +3,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "../checks.h"
@@ -91,8 +93,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> render_targets(const at::Tensor& 
     at::Tensor group = at::zeros({images, 2 * edges.count, height, width}, boxes.options());
     const at::Tensor all_boxes = boxes.contiguous(), images_of_boxes = image.contiguous();
     const at::Tensor owner = at::full({images, kKeypoints, height, width}, -1, image.options());
-    const int64_t side = 2 * static_cast<int64_t>(ceil(radius)) + 2,
-                  count = all_boxes.size(0) * kKeypoints * side * side;
+    // No disc is wider than the map, whatever its radius.
+    const double widest = static_cast<double>(std::max(height, width));
+    const int64_t side = static_cast<int64_t>(std::min(2 * std::ceil(radius) + 2, widest));
+    const int64_t count = all_boxes.size(0) * kKeypoints * side * side;
     const float* from = all_boxes.const_data_ptr<float>();
     const int64_t* in = images_of_boxes.const_data_ptr<int64_t>();
     Key* key = reinterpret_cast<Key*>(owner.mutable_data_ptr<int64_t>());
