@@ -9,7 +9,6 @@ H, W: height and width in pixels. All lengths are in pixels; x to the right, y d
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import cv2
 import numpy as np
@@ -67,8 +66,7 @@ def nuclei_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
     signal: np.ndarray = np.zeros((height, width), np.float32)
     for cell in cells:
         thickness = _dome(cell.pixels, 0.7 * cell.radius)
-        rows, columns = thickness.shape
-        chromatin = 1 + rng.uniform(0.1, 0.3) * _clouds(rng, rows, columns, max(1.5, cell.radius / 5))
+        chromatin = 1 + rng.uniform(0.1, 0.3) * _clouds(rng, thickness.shape, max(1.5, cell.radius / 5))
         signal[cell.window] += rng.lognormal(0, 0.35) * thickness * chromatin
     _litter(rng, signal)
 
@@ -112,12 +110,11 @@ def neural_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
         brightness = rng.lognormal(0, 0.2)
         optical[cell.window] += 0.35 * brightness * cell.pixels
         thickness = _dome(body.pixels, body.radius)
-        rows, columns = thickness.shape
-        granules = 1 + 0.2 * _clouds(rng, rows, columns, 2)
+        granules = 1 + 0.2 * _clouds(rng, thickness.shape, 2)
         optical[body.window] += brightness * thickness * granules
     _litter(rng, optical)
 
-    optical += 0.06 * _clouds(rng, height, width, 12)
+    optical += 0.06 * _clouds(rng, (height, width), 12)
     optical = cv2.GaussianBlur(optical, (0, 0), rng.uniform(0.6, 1.2))
     # Phase contrast passes edges and suppresses what is flat: a dark halo around bright matter.
     halo = cv2.GaussianBlur(optical, (0, 0), rng.uniform(4, 8))
@@ -145,7 +142,7 @@ def _place(rng: np.random.Generator, height: int, width: int, n: int, coverage: 
     typical = rng.uniform(0.7, 1.2) * np.sqrt(coverage * height * width / (np.pi * max(n, 1)))
     typical = np.clip(typical, _MIN_RADIUS, 0.5 * largest)
     free = np.ones((height, width), bool)
-    cells: list[Any] = []
+    cells: list[_Cell] = []
     for _ in range(n):
         radius = typical * rng.lognormal(0, spread)
         for attempt in range(_TRIES):
@@ -283,8 +280,9 @@ def _dome(pixels: np.ndarray, radius: float) -> np.ndarray:
     return np.sqrt(np.minimum(depth / radius, 1))
 
 
-def _clouds(rng: np.random.Generator, height: int, width: int, size: float) -> np.ndarray:
-    """Smooth random texture (height, width) float32 around 0, whose lumps are about ``size`` pixels."""
+def _clouds(rng: np.random.Generator, shape: tuple[int, ...], size: float) -> np.ndarray:
+    """Smooth random texture of shape (height, width), float32 around 0, whose lumps are about ``size`` pixels."""
+    height, width = shape
     coarse = rng.standard_normal((int(height / size) + 2, int(width / size) + 2), np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 

@@ -132,7 +132,8 @@ def _requirements() -> Iterator[Finding]:
     except PackageNotFoundError:
         yield Finding(NOTE, "installation", "kg_detectron runs from its folder, not installed", "pip install -e .")
         return
-    names = [found[0] for line in lines if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
+    matches = [re.match(r"[\w.-]+", line) for line in lines if "extra ==" not in line]
+    names = [match.group() for match in matches if match is not None]
     absent = [name for name in names if _version(name) is None]
     if absent:
         yield Finding(FAULT, "requirements", f"{', '.join(absent)} not installed", f"pip install {' '.join(absent)}")

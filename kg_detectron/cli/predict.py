@@ -14,7 +14,7 @@ from kg_detectron.inference.run_settings import Settings, check_device, check_ou
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
 
-_SETTINGS: tuple[str, ...] = (
+_SETTINGS = (
     "stack",
     "axes",
     "scene",
@@ -25,8 +25,9 @@ _SETTINGS: tuple[str, ...] = (
     "tile",
     "overlap",
     "min_score",
+    "keep_overlaps",
+    "max_pixels",
 )
-_SETTINGS += ("keep_overlaps", "max_pixels")
 MODEL_HELP = f"model file, checkpoint of tools/train_net.py, or name of a kept model (default: {DEFAULT_MODEL})"
 
 

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         ious=arguments.iou,
         score=arguments.score,
         details=arguments.details,
-        explanations=[explain_image(model, image) for image in arguments.explain if model is not None],
+        explanations=[] if model is None else [explain_image(model, image) for image in arguments.explain],
         progress=sys.stderr.isatty(),
     )
     print(f"wrote {arguments.output}")

@@ -5,8 +5,6 @@ through the centres, encloses exactly the cell's pixels: a cell of one pixel has
 pixel's width.
 """
 
-from typing import Any
-
 import cv2
 import numpy as np
 
@@ -64,13 +62,13 @@ def outline(mask: np.ndarray) -> list[np.ndarray]:
     across = _partners(by_row)
     along = _partners(np.lexsort((down, y, x)))
 
-    rings: list[Any] = []
+    rings: list[np.ndarray] = []
     free = np.ones(len(x), bool)
     # The first corner, row by row, is the top left one of the outer ring. From there every ring is walked to the right
     # first, clockwise.
     for start in by_row.tolist():
         if free[start]:
-            ring: list[Any] = []
+            ring: list[int] = []
             corner = start
             while True:
                 following = across[corner]

@@ -305,15 +305,17 @@ class _Run:
                 record.outputs += [path.relative_to(self.output).as_posix() for path in saved.values()]
             stack.add(result)
             height, width = cells.size
+            scene = page.position.get("scene")
+            scale_y, scale_x = np.broadcast_to(cells.scale, 2)
             plane = PlaneRecord(
                 name,
                 result.page,
                 dict(result.position),
-                page.position.get("scene"),  # type: ignore[arg-type]
+                None if scene is None else str(scene),
                 (height, width),
                 len(cells),
                 sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
-                (float(cells.scale[0]), float(cells.scale[1])),
+                (float(scale_y), float(scale_x)),
                 cells.scale_source,
             )
             record.planes.append(plane)

@@ -227,7 +227,7 @@ def _result_cells(
     images = {image.image_id: image for image in ground_truth if image.image_id is not None}
     if not images:
         raise ValueError(f"{file}: results name images by their ids in a COCO dataset, but the ground truth is none")
-    cells: dict[int | str | None, list[dict[str, Any]]] = {}
+    cells: dict[int | str, list[dict[str, Any]]] = {}
     unknown: dict[str, None] = {}
     for index, result in enumerate(results):
         where = f"{file}: results[{index}]"
@@ -241,10 +241,9 @@ def _result_cells(
             cells.setdefault(id, []).append(instance(result, *images[id].size, for_evaluation=True))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-    by_id = {
-        id: _image_cells(file, images[id].name, id, images[id].size, entries)  # type: ignore[index]
-        for id, entries in cells.items()
-    }
+    by_id: dict[int | str | None, ImageCells] = {}
+    for id, entries in cells.items():
+        by_id[id] = _image_cells(file, images[id].name, id, images[id].size, entries)
     return by_id, list(unknown)
 
 

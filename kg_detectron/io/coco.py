@@ -203,8 +203,8 @@ def rewrite(
     Returns:
         The numbers of images and of annotations.
     """
-    images: list[dict] = []
-    annotations: list[dict] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for record in dataset.records:
         file_name = Path(os.path.abspath(record["file_name"])).relative_to(os.path.abspath(folder)).as_posix()
         images.append(
@@ -386,7 +386,8 @@ def instance(entry: dict, height: int, width: int, *, for_evaluation: bool = Fal
         score = entry.get("score")
         if score is not None and not _is_finite(score):
             raise ValueError(f"score must be a finite number, got {score!r}")
-        return cell | {"given_box": _xyxy(box), "score": score}  # type: ignore[arg-type]
+        assert box is not None  # an evaluation needs one
+        return cell | {"given_box": _xyxy(box), "score": score}
     tight = coco_mask.toBbox(rle).tolist()
     if box is not None:
         _check_box(box, tight, entry["segmentation"], height, width)

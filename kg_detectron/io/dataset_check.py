@@ -264,11 +264,11 @@ def _label_image_cells(file: Path, image: np.ndarray | None, choice: Choice, cel
 
 def _is_picture(labels: np.ndarray, numbers: np.ndarray, pieces: np.ndarray) -> bool:
     """Whether the levels of an image (H, W) are those of a picture: far more pieces than numbers, or tiny pieces."""
-    inside = np.count_nonzero(labels)
+    inside = int(np.count_nonzero(labels))
     total = int(pieces.sum())
     many = total > 20 * len(numbers) and len(numbers) > 8
     tiny = total * _PICTURE > inside > 0.3 * labels.size and len(numbers) > 8
-    return bool(many or tiny)
+    return many or tiny
 
 
 def _may_be_labels(image: np.ndarray | None) -> bool:

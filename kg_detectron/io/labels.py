@@ -48,11 +48,12 @@ def read_label_image(path: str | Path) -> np.ndarray:
     expected = f"{path}: expected one whole number a pixel"
     if pages != 1:
         raise ValueError(f"{expected} in one image, got {pages} pages of {scene.pixels.shape[-3:-1]}")
-    labels: np.ndarray = scene.pixels.reshape(scene.pixels.shape[-3:])
+    channels = scene.pixels.shape[-1]
+    labels = scene.pixels.reshape(scene.pixels.shape[-3:])
     if scene.is_lossy:
         raise ValueError(f"{expected}, got a JPEG, which does not keep numbers: save label images as TIFF or PNG")
-    if labels.shape[2] > 1 and any((labels[..., 0] != labels[..., c]).any() for c in range(1, labels.shape[2])):
-        what = "colours" if scene.is_colour else f"{labels.shape[2]} channels"
+    if channels > 1 and any((labels[..., 0] != labels[..., c]).any() for c in range(1, channels)):
+        what = "colours" if scene.is_colour else f"{channels} channels"
         raise ValueError(f"{expected}, got {what}: save the numbers of the cells as a grey image of 16 bits")
     labels = labels[..., 0]
     if labels.dtype == bool:

@@ -6,7 +6,7 @@ H, W: height and width in pixels.
 import lzma
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,11 @@ _HARMLESS = 2**22  # pixels that a strip or tile may unpack to, whatever the TIF
 # Compressions of TIFF: those of a stream that can be far longer than it should, with the largest ratio; and those of
 # images with a header of their own.
 _JPEG = {6, 7, 33007, 34892}
-_STREAMS = {8: (zlib.decompressobj, 1032), 32946: (zlib.decompressobj, 1032), 34925: (lzma.LZMADecompressor, 10000)}
+_STREAMS: dict[int, tuple[Callable[[], Any], int]] = {
+    8: (zlib.decompressobj, 1032),
+    32946: (zlib.decompressobj, 1032),
+    34925: (lzma.LZMADecompressor, 10000),
+}
 _OTHER_IMAGES = {33003, 33004, 33005, 34712, 22610, 34887, 34933, 34934, 50001, 50002, 52546}
 
 
@@ -64,13 +68,13 @@ def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries
     if claimed > limit:
         raise ValueError(f"its header says {claimed} bytes, more than the limit of {limit} (--max-pixels)")
     for series in packed:
-        page: Any = series.keyframe
+        page = series.keyframe
         if page.compression in _STREAMS:
             _check_streams(tiff, series)
         if page.compression not in _JPEG | _OTHER_IMAGES:
             continue
         rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        for piece in _pieces(series):
+        for piece in (page for page in series.pages if page is not None):
             for offset, length in zip(piece.dataoffsets, piece.databytecounts, strict=True):
                 if not length:
                     continue
@@ -84,16 +88,10 @@ def check_tiff(tiff: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries
                     )
 
 
-def _pieces(series: tifffile.TiffPageSeries) -> list[Any]:
-    """The pages of a series that are there."""
-    return list(filter(None, series.pages))
-
-
 def _check_streams(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
-    stream: Any = _STREAMS[series.keyframe.compression]
-    decompressor, ratio = stream
+    decompressor, ratio = _STREAMS[series.keyframe.compression]
     allowed = int(np.prod(series.keyframe.chunks)) * series.dtype.itemsize
-    for page in _pieces(series):
+    for page in (page for page in series.pages if page is not None):
         for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True):
             if length * ratio > max(allowed, _HARMLESS_BYTES):
                 tiff.filehandle.seek(offset)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import tifffile
@@ -158,20 +159,20 @@ def _resolution_size(page: tifffile.TiffPage, tag: int) -> float | None:
     return size if 0.001 <= size < 10 and not (is_round and unit == _INCH) else None
 
 
-def _inverse(value: object) -> float | None:
+def _inverse(value: Any) -> float | None:
     """A resolution, as a fraction or a number -> the length of a pixel."""
     try:
-        numerator, denominator = value if isinstance(value, tuple) else (float(value), 1)  # type: ignore[arg-type]
+        numerator, denominator = value if isinstance(value, tuple) else (float(value), 1)
         return float(denominator) / float(numerator)
     except (TypeError, ValueError, ZeroDivisionError):
         return None
 
 
-def _length(value: object, unit: str) -> float | None:
+def _length(value: Any, unit: str) -> float | None:
     """A length -> micrometres above 0, or None."""
-    factor = _MICROMETRES.get(unit.strip().strip("\0").lower())
+    factor: Any = _MICROMETRES.get(unit.strip().strip("\0").lower())
     try:
-        length = float(value) * factor  # type: ignore[arg-type,operator]
+        length = float(value) * factor
     except (TypeError, ValueError):
         return None
     return length if math.isfinite(length) and length > 0 else None

@@ -4,7 +4,6 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tifffile
@@ -17,7 +16,7 @@ TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little and big end
 
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
 _COLOURS = (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.PALETTE)
-_OTHER_COLOURS = {
+_OTHER_COLOURS: dict[int, str] = {
     tifffile.PHOTOMETRIC.SEPARATED: "CMYK",
     tifffile.PHOTOMETRIC.CIELAB: "CIELAB",
     tifffile.PHOTOMETRIC.ICCLAB: "ICCLAB",
@@ -123,7 +122,7 @@ def _read_scene(
     map_from: int,
     as_stored: bool,
 ) -> Scene:
-    page: Any = series.keyframe
+    page = series.keyframe
     if page.photometric in _OTHER_COLOURS and not as_stored:
         raise ValueError(f"its colours are {_OTHER_COLOURS[page.photometric]}, expected grey, RGB or a palette")
     order = _axis_order(series, axes)

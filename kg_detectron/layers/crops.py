@@ -16,8 +16,8 @@ def crop_pixels(sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Te
     """
     areas = sizes.prod(1)
     first = (areas.cumsum(0) - areas).to(device)
-    number, total = torch.arange(len(sizes), device=device), areas.sum()
-    crop = torch.repeat_interleave(number, areas.to(device), output_size=total)  # type: ignore[call-overload]
+    crops, total = torch.arange(len(sizes), device=device), int(areas.sum())
+    crop = torch.repeat_interleave(crops, areas.to(device), output_size=total)
     place = torch.arange(len(crop), device=device) - first[crop]
     width = sizes[:, 1].to(device)[crop]
     return crop, place // width, place % width

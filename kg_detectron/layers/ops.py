@@ -339,7 +339,9 @@ def _(graphs: Tensor, corner_and_centre: bool) -> tuple[Tensor, Tensor, Tensor]:
 _define(
     "render_targets(Tensor boxes, Tensor image, SymInt images, SymInt height, SymInt width, float stride, "
     "float radius, float min_side, int[] edges) -> (Tensor heatmap, Tensor single_offset, Tensor group_offset)",
-    lambda *arguments: reference.render_targets(*arguments[:-1], _pairs(arguments[-1])),  # type: ignore[call-arg]
+    lambda boxes, image, images, height, width, stride, radius, min_side, edges: reference.render_targets(
+        boxes, image, images, height, width, stride, radius, min_side, _pairs(edges)
+    ),
 )
 
 

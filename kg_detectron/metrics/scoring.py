@@ -100,10 +100,9 @@ def evaluate(
     return figures
 
 
-def _pair_arrays(ground_truth: object, predictions: object) -> Pairing:
+def _pair_arrays(ground_truth: Any, predictions: Any) -> Pairing:
     """Label images that are in memory, in the order given."""
-    sides: list[list[Any]] = []
-    arrays: Any
+    sides: list[list[ImageCells]] = []
     for side, arrays in (("ground_truth", ground_truth), ("predictions", predictions)):
         if isinstance(arrays, (str, Path)):
             raise ValueError(
@@ -117,7 +116,7 @@ def _pair_arrays(ground_truth: object, predictions: object) -> Pairing:
     sizes = [[image.size for image in side] for side in sides]
     if sizes[0] != sizes[1]:
         raise ValueError(f"predictions: expected label images of the sizes {sizes[0]}, got {sizes[1]}")
-    return Pairing(sides[0], sides[1], [], [])
+    return Pairing(sides[0], [*sides[1]], [], [])
 
 
 def evaluate_cells(

@@ -40,8 +40,8 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
 
     The model looks for cells in a part of the image of bounded size, the one with most contrast. First at several
     scales: every cell that it takes for true votes for its diameter, with its score and the more, the closer it is to
-    the trained diameter; the weighted median decides. Then at the scale that follows, where the median of the cells
-    corrects it. Where the model finds no cell, the image keeps its pixels.
+    the trained diameter; the weighted median decides. Then at the scale that follows, where the median weighted by
+    the scores corrects it. Where the model finds no cell, the image keeps its pixels.
 
     Args:
         model: in evaluation mode.
@@ -68,10 +68,11 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
     for _ in range(2):
         seen = NetworkImage(image, levels, trained / diameter)
-        found = diameters(_cells(model, seen, _part(seen, contrast))) / seen.scale[0]
-        if len(found) < ENOUGH:
+        cells = _cells(model, seen, _part(seen, contrast))
+        if len(cells) < ENOUGH:
             break
-        previous, diameter = diameter, float(np.median(found))
+        corrected = weighted_median(diameters(cells) / seen.scale[0], cells.scores.cpu().numpy())
+        previous, diameter = diameter, corrected or diameter
         if abs(math.log2(diameter / previous)) < SETTLED:
             break
     return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")

@@ -111,7 +111,7 @@ class InstanceNet(nn.Module, ABC):
         """
         self.precision = check_precision(precision)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=layout)  # type: ignore[call-overload]
+        self.to(memory_format=layout)  # type: ignore[call-overload]  # PyTorch's overloads lack it
         if compiled:
             for module in self.dense_modules():
                 module.compile()

@@ -125,7 +125,7 @@ class Preprocessing:
 
     def levels_rule(self) -> Normalisation:
         """How grey levels become 0..255."""
-        return Normalisation(self.normalisation, tuple(self.percentiles))  # type: ignore[arg-type]
+        return Normalisation(self.normalisation, tuple(self.percentiles))  # type: ignore[arg-type]  # which counts them
 
     def batch(self, images: Sequence[Tensor], divisor: int) -> Tensor:
         """The network's input (N, 3, h, w) of images (3, H, W) of 0..255, sides multiples of ``divisor``.

@@ -44,7 +44,7 @@ def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__}: expected a mapping of settings, got {values!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     unknown = sorted(values.keys() - fields.keys())
     if unknown:
         raise ValueError(f"{kind.__name__}: unknown settings {', '.join(unknown)}")

@@ -27,8 +27,8 @@ def precision_recall_chart(
     for style, (model, score) in enumerate(zip(models, scores, strict=True)):
         if model.scores is None:
             found = int(model.hits[threshold].sum())
-            point = [found / max(model.positives, 1)], [found / max(len(model.hits[threshold]), 1)]
-            chart.add_line(f"{model.name} (no scores)", style, *point, marks=[0])
+            share, right = found / max(model.positives, 1), found / max(len(model.hits[threshold]), 1)
+            chart.add_line(f"{model.name} (no scores)", style, [share], [right], marks=[0])
             continue
         recall, precision, at = model.precision_recall(threshold)
         if not len(at):

@@ -28,7 +28,7 @@ from kg_detectron.inference.explanation import (
 # The paper's red, blue, pink, green and yellow, in tones that the colour-blind tell apart; the signs differ as well.
 _COLOURS = ("#d55e00", "#0072b2", "#cc79a7", "#009e73", "#f0e442")
 _SIGNS = ("^", ">", "<", "v", "o")
-_BOXES = {BOX: ("#56b4e9", "-"), SUPPRESSED: ("#f0e442", ":"), NO_AREA: ("#ff7f2a", "--")}
+_BOXES: dict[str, tuple[str, Any]] = {BOX: ("#56b4e9", "-"), SUPPRESSED: ("#f0e442", ":"), NO_AREA: ("#ff7f2a", "--")}
 _CROSSES = {NO_COMBINATION: "+", TOO_FEW: "x"}
 _REJECTED = "#c8c8c8"
 _PANEL = 3.3  # inches
@@ -104,7 +104,8 @@ def _blend(maps: np.ndarray, highest: float) -> np.ndarray:
 
 def _draw_points(axes: Axes, keypoint: np.ndarray, places: np.ndarray) -> None:
     for k, (colour, sign) in enumerate(zip(_COLOURS, _SIGNS, strict=True)):
-        x, y = places[keypoint == k].T
+        of = keypoint == k
+        x, y = places[of].T
         axes.scatter(x, y, s=11, c=colour, marker=sign, edgecolors="black", linewidths=0.4)
 
 
@@ -164,8 +165,7 @@ def _legend(groups: list[ExplainedGroup]) -> list[Line2D]:
     ]
     for fate in FATES:
         count = sum(group.fate == fate for group in groups)
-        line: tuple[str, Any] = _BOXES.get(fate, (_REJECTED, ""))
-        colour, style = line
+        colour, style = _BOXES.get(fate, (_REJECTED, ""))
         note = ", whose number is below it" if fate == SUPPRESSED else ""
         sign = _CROSSES.get(fate, "")
         handles.append(Line2D([], [], color=colour, linestyle=style, marker=sign, label=f"{fate}{note} ({count})"))

@@ -104,7 +104,7 @@ def random_window(
     octaves = settings.wide if generator.random() < settings.wide_share else settings.narrow
     scale = natural_scale * 2.0 ** generator.uniform(-octaves, octaves)
     scale = max(scale, min(natural_scale, settings.smallest_side / min(height, width)))
-    turn = np.pi / 2 * generator.integers(4)
+    turn: float = np.pi / 2 * generator.integers(4)
     if generator.random() < settings.rotation:
         turn = generator.uniform(0, 2 * np.pi)
     stretch, direction = 1.0, generator.uniform(0, np.pi)
@@ -210,14 +210,14 @@ def random_colours(image: np.ndarray, settings: ColourSettings, generator: np.ra
         offset = generator.uniform(-settings.brightness, settings.brightness) / 255
         image = (image - pivot) * np.float32(contrast) + np.float32(pivot + offset)
     if happens(settings.illumination):
-        ramp = np.linspace(-1, 1, image.shape[0], dtype=np.float32)
-        slope = generator.uniform(-0.4, 0.4, 2).astype(np.float32)
-        image = image * (1 + slope[0] * ramp[:, None, None] + slope[1] * ramp[None, :, None])
+        rows, columns = (np.linspace(-1, 1, side, dtype=np.float32) for side in image.shape[:2])
+        slopes = generator.uniform(-0.4, 0.4, 2).astype(np.float32)
+        image = image * (1 + slopes[0] * rows[:, None, None] + slopes[1] * columns[None, :, None])
     if happens(settings.blur):
         image = cv2.GaussianBlur(image, (0, 0), generator.uniform(0.3, 1.5))
     if happens(settings.noise):
         channels = 1 if happens(0.7) else 3
-        noise = generator.standard_normal((*image.shape[:2], channels), dtype=np.float32)
+        noise: np.ndarray = generator.standard_normal((*image.shape[:2], channels), dtype=np.float32)
         if happens(0.3):
             noise = 2 * cv2.GaussianBlur(noise, (0, 0), generator.uniform(0.5, 1.2)).reshape(noise.shape)
         image = image + noise * np.float32(generator.uniform(0, 16) / 255)

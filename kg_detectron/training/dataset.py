@@ -157,14 +157,15 @@ def kind_of_image(image: np.ndarray, diameter: float | None) -> str:
         diameter: median cell diameter, pixels.
 
     Returns:
-        "stain on white", "stained tissue", "grey bright", "fluorescence small" or "fluorescence large".
+        "stain on white", "stained tissue", "grey bright" (bright field, phase contrast), "fluorescence small" or
+        "fluorescence large".
     """
     channels = image.reshape(-1, 3).astype(np.int16)
     saturation = (channels.max(1) - channels.min(1)).mean()
     background = np.median(channels.min(1))
     if saturation > 8:
         return "stain on white" if background > 170 else "stained tissue"
-    if background > 90:
+    if background > 60:
         return "grey bright"
     return "fluorescence large" if (diameter or 0) > 22 else "fluorescence small"
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from kg_detectron.training.average import WeightAverage
 from kg_detectron.training.checkpoint import load_checkpoint, save_checkpoint
-from kg_detectron.training.dataset import TrainingSamples
 from kg_detectron.training.sampler import EndlessSampler
 from kg_detectron.training.schedule import CosineSchedule
 from kg_detectron.training.seeds import seed_iteration
@@ -64,7 +65,8 @@ class Trainer:
         model: in training mode while it trains.
         losses: of a batch.
         optimizer: its groups may hold ``base_lr``; otherwise their ``lr`` is the base learning rate.
-        samples, sampler: the training set and its order; the loop sets the start of the sampler.
+        samples: gives the image and the target of a `Sample`, such as `TrainingSamples`.
+        sampler: the order of the samples; the loop sets its start.
         folder: of the run; made if missing.
         settings: see `LoopSettings`.
         schedule: of the learning rate.
@@ -76,7 +78,7 @@ class Trainer:
         model: nn.Module,
         losses: Losses,
         optimizer: Optimizer,
-        samples: TrainingSamples,
+        samples: Dataset,
         sampler: EndlessSampler,
         folder: str | Path,
         settings: LoopSettings,
@@ -156,6 +158,7 @@ class Trainer:
         order = iter(self.sampler)
         last_save = time.monotonic()
         sums: dict[str, float] = {}
+        count = 0
         with self._signals():
             while self.progress < 1 and not self.stop_requested:
                 begin = time.monotonic()
@@ -165,9 +168,10 @@ class Trainer:
                 self.seconds += time.monotonic() - begin
                 for name, value in (values | {"data_seconds": waited}).items():
                     sums[name] = sums.get(name, 0.0) + value
+                count += 1
                 if self.iteration % self.settings.log_period == 0:
-                    self._log({name: value / self.settings.log_period for name, value in sums.items()})
-                    sums = {}
+                    self._log({name: value / count for name, value in sums.items()})
+                    sums, count = {}, 0
                 if time.monotonic() - last_save > 60 * self.settings.checkpoint_minutes:
                     self.save()
                     last_save = time.monotonic()
@@ -187,9 +191,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         losses = self.losses(images, targets)
-        total = sum(losses.values())
+        total = cast(Tensor, sum(losses.values()))
         if not total.isfinite():
-            raise FloatingPointError(f"iteration {self.iteration}: the loss is {float(total)}")
+            raise FloatingPointError(f"iteration {self.iteration}: the loss is {float(total.detach())}")
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)

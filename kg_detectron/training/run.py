@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,11 +171,11 @@ def train(
     torch.manual_seed(settings.seed)
     rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
     if hasattr(model.settings, "segmentation"):
-        bounded = dataclasses.replace(model.segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
-        model.segmentation.settings = bounded
+        segmentation: Any = model.segmentation
+        segmentation.settings = dataclasses.replace(segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
     if model.place.device.type == "cpu":
         use_matrix_products(model)
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's overloads lack it
     kinds = [image.kind for image in training]
     trainer = Trainer(
         model,

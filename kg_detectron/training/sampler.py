@@ -13,7 +13,7 @@ from kg_detectron.training.seeds import order_of_epoch, sample_seeded, weighted_
 class Sample(NamedTuple):
     """One sample of a run."""
 
-    index: int  # of the image
+    index: int  # type: ignore[assignment]  # of the image; it hides tuple.index, of which a sample has no need
     seed: int  # of the run
     position: int  # in the run, counted over all processes
 
@@ -44,7 +44,7 @@ class EndlessSampler(Sampler[Sample]):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         if size < 1:
             raise ValueError("the training set has no image")
@@ -60,7 +60,8 @@ class EndlessSampler(Sampler[Sample]):
         self.start = start
 
     def __iter__(self) -> Iterator[Sample]:
-        order, epoch_of_order = None, None
+        order: np.ndarray = np.zeros(0, np.int64)
+        epoch_of_order: int | None = None
         for position in itertools.count(self.start + self.rank, self.world_size):
             epoch, place = divmod(position, self.size)
             if epoch != epoch_of_order:

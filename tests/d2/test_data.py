@@ -232,7 +232,7 @@ def test_models_of_the_core_are_tested_on_raw_images(dataset, tmp_path, architec
     assert np.array_equal(mapped["image"].permute(1, 2, 0).numpy(), raw)
     assert (mapped["height"], mapped["width"]) == (HEIGHT, WIDTH)
     trained = CellMapper(cfg, is_train=False, with_targets=True)(deep)
-    assert trained["image"].shape == (3, 48, 64) and trained["image"].max() == 255
+    assert trained["image"].shape == (3, 48, 64) and trained["image"].max() > 200
     cfg.INPUT.FORMAT = "RGB"
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT: expected BGR"):
         CellMapper(cfg, is_train=True)

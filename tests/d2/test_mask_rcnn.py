@@ -19,7 +19,7 @@ from kg_detectron.io.coco import encode_mask
 def test_schedule_of_the_paper(name, images):
     """Adam at 1e-4, x 0.96 after each of 100 epochs."""
     cfg = load_config(name)
-    assert cfg.INPUT.SIZE == (512, 512)
+    assert cfg.INPUT.SIZE == [512, 512]
     epoch = images // cfg.SOLVER.IMS_PER_BATCH
     assert cfg.SOLVER.MAX_ITER == 100 * epoch
     optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], cfg.SOLVER.BASE_LR)

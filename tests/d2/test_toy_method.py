@@ -30,12 +30,14 @@ def run(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = folder / "toy_config.yaml"
     config.write_text(
-        f"_BASE_: {CONFIGS / 'parts' / 'schedule' / 'cpu.yaml'}\n"
+        f"_BASE_: ['{CONFIGS / 'parts' / 'shared.yaml'}', '{CONFIGS / 'parts' / 'schedule' / 'cpu.yaml'}']\n"
         "MODEL:\n  META_ARCHITECTURE: CellInstanceSegmentation\n  DEVICE: cpu\n"
-        "  CELLS: {METHOD: toy}\n  TOY: {CHANNELS: 6}\n"
+        "  CELLS: {METHOD: toy}\n  TOY: {CHANNELS: 6, PROBABILITY: 0.3}\n"
         f"DATASETS: {{TRAIN: ['{dataset}'], VALIDATION: ['{dataset}'], TEST: ['{dataset}']}}\n"
-        "INPUT: {SIZE: [64, 64]}\nDATALOADER: {NUM_WORKERS: 0}\n"
-        "SOLVER: {MAX_ITER: 40, BASE_LR: 0.02, WARMUP_ITERS: 0, IMS_PER_BATCH: 2}\nSEED: 1\n"
+        "INPUT:\n  SIZE: [64, 64]\n  NORMALISATION: percentile\n"
+        "  AUGMENTATION: {EXPAND: 1.0, CROP: 1.0, CONTRAST: [1.0, 1.0], BRIGHTNESS: 0.0}\n"
+        "DATALOADER: {NUM_WORKERS: 0}\nTEST: {EVAL_PERIOD: 40}\nSEED: 1\n"
+        "SOLVER: {MAX_ITER: 80, BASE_LR: 0.02, WARMUP_ITERS: 0, IMS_PER_BATCH: 2}\n"
     )
     command = ["--config-file", str(config), "OUTPUT_DIR", str(folder)]
     train_net.main(train_net.build_parser().parse_args(command))
@@ -44,15 +46,15 @@ def run(dataset, tmp_path_factory):
 
 def test_it_trains(run):
     lines = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
-    losses = [line["loss_foreground"] for line in lines if "loss_foreground" in line]
+    losses = [line["total_loss"] for line in lines if "total_loss" in line]
     assert losses[-1] < losses[0]
-    assert any("validation/loss_foreground" in line for line in lines) and "paper/mask_AP@0.5" in lines[-1]
+    assert any("validation/total_loss" in line for line in lines) and lines[-1]["paper/mask_AP@0.5"] > 0
 
 
 def test_its_checkpoint_describes_it(run):
     model = load_model(run / "model_final.pth")
     assert type(model) is ToyNet and model.settings.preprocessing.size == (64, 64)
-    assert model.settings.foreground == ForegroundSettings(channels=6)
+    assert model.settings.foreground == ForegroundSettings(channels=6, probability=0.3)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])

@@ -122,7 +122,7 @@ def test_equals_the_whole_image(exact, variant, size, tile, overlap):
     image, cells = nuclei_image(np.random.default_rng(7), max(height, 32), max(width, 32), height * width // 1200)
     image = image[:height, :width]
     whole = predict_whole(exact[variant], image)
-    assert len(whole) >= len(cells) / 2
+    assert len(whole) >= len(cells) / 3  # enough to compare
     steps = []
     slices = Slices(image)
     tiled = predict(

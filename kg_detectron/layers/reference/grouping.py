@@ -70,9 +70,9 @@ def group_peaks(
     graphs: list[Tensor] = []
     graph_image: list[int] = []
     for i in image.unique().tolist():
-        chosen = image == i
+        of = image == i
         graphs_of_image = _group_one_image(
-            keypoint[chosen], place[chosen], score[chosen], displacement[chosen], match_radius, reject_radius, hops
+            keypoint[of], place[of], score[of], displacement[of], match_radius, reject_radius, hops
         )
         graphs += graphs_of_image
         graph_image += [i] * len(graphs_of_image)

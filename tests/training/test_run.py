@@ -1,0 +1,137 @@
+"""A whole training with the core alone: from labelled images to a model file, resumed exactly."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_network
+from PIL import Image
+
+from kg_detectron.cli import main
+from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.modeling import InstanceNet
+from kg_detectron.synthetic import nuclei_image
+from kg_detectron.training.augmentation import GeometrySettings
+from kg_detectron.training.dataset import LabelledImage, labelled_image, read_dataset
+from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
+
+
+def labelled(model: InstanceNet, count: int, seed: int = 0) -> list[LabelledImage]:
+    images = []
+    for index in range(count):
+        image, cells = nuclei_image(np.random.default_rng(seed + index), 64, 64, 4)
+        labels = np.zeros((64, 64), np.uint16)
+        for number, cell in enumerate(cells, start=1):
+            labels[cell] = number
+        images.append(labelled_image(f"{index}", image, labels, model.preprocessing))
+    return images
+
+
+# Windows as small as the images, for speed.
+SMALL = GeometrySettings(window=64)
+
+
+def network() -> InstanceNet:
+    torch.manual_seed(0)
+    return tiny_network().with_preprocessing(resize="isotropic", diameter=14.0)
+
+
+def write_folders(folder: Path, count: int) -> tuple[Path, Path]:
+    images, masks = folder / "images", folder / "masks"
+    images.mkdir(parents=True)
+    masks.mkdir()
+    for image in labelled(network(), count):
+        Image.fromarray(image.image[:, :, ::-1]).save(images / f"{image.name}.png")
+        Image.fromarray(image.labels).save(masks / f"{image.name}.png")
+    return images, masks
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder / "model.safetensors").state_dict()
+
+
+def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = labelled(network(), 4)
+    settings = TrainSettings(minutes=None, iterations=4, batch_size=1, seed=3)
+    lines: list[str] = []
+    figures = train(network(), images[:3], images[3:], tmp_path / "whole", settings, geometry=SMALL, log=lines.append)
+    assert figures is not None and any("iteration 4" in line for line in lines)
+
+    from kg_detectron.training.loop import Trainer
+
+    step = Trainer.step
+
+    def stopping(self: Trainer, *arguments: object) -> dict[str, float]:
+        result = step(self, *arguments)
+        self.stop_requested = self.iteration == 2
+        return result
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    stopped = train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
+    assert stopped is None
+    monkeypatch.setattr(Trainer, "step", step)
+    train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "parts")[name]), name
+
+    with pytest.raises(ValueError, match="another settings"):
+        train(network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
+
+
+def test_the_command_adapts_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, masks = write_folders(tmp_path, 5)
+    start = tmp_path / "start.safetensors"
+    save_model(network(), start)
+    run = tmp_path / "run"
+    command = ["train", str(images), str(masks), "-o", str(run), "-m", str(start), "--iterations", "2"]
+    assert main([*command, "--batch-size", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "4 images with" in said and "1 images to validate on" in said
+    assert f"kg-detectron predict IMAGES -m {run}/model.safetensors" in said
+    model = load_model(run / "model.safetensors")
+    assert model.preprocessing.resize == "isotropic" and len(model.preprocessing.diameters) == 5
+    records = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [0, 1, 2]
+    assert (run / "curves.png").stat().st_size > 1000
+    predict(model, read_dataset(images, masks, model.preprocessing)[0].image)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--minutes", "1", "--iterations", "1"], "--minutes and --iterations"),
+        (["-m", "no_such_model"], "no_such_model"),
+        (["--validation", "a", "b", "c"], "--validation"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], options, message) -> None:
+    images, masks = write_folders(tmp_path, 1)
+    assert main(["train", str(images), str(masks), "-o", str(tmp_path / "run"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_images_without_cells_cannot_be_trained_on(tmp_path: Path) -> None:
+    empty = labelled_image("a", np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), network().preprocessing)
+    with pytest.raises(ValueError, match="at least one labelled cell"):
+        train(network(), [empty], [empty], tmp_path / "run")
+
+
+def test_the_split_is_random_but_always_the_same() -> None:
+    images = labelled(network(), 10)
+    training, validation = split_validation(images, seed=1)
+    assert len(training) == 8 and len(validation) == 2
+    again = split_validation(images, seed=1)
+    assert [i.name for i in validation] == [i.name for i in again[1]]
+    few = split_validation(images[:3])
+    assert len(few[0]) == len(few[1]) == 3
+
+
+def test_a_start_from_nothing_has_the_kept_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = tmp_path / "nuclei.safetensors"
+    save_model(network(), kept)
+    monkeypatch.setattr("kg_detectron.training.run.load_model", lambda *_: load_model(kept))
+    model = starting_model("nothing")
+    assert model.settings == network().settings
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), load_model(kept).parameters(), strict=True))
