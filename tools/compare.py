@@ -180,7 +180,7 @@ def count_gmacs(model: nn.Module, image: Mapping[str, Any]) -> dict[str, float]:
     """``GMACs`` of one inference, and ``dense_GMACs``, those of the modules that work on whole maps."""
     network = getattr(model, "network", None)
     if network is None:  # of Detectron2's generalised R-CNN
-        dense = [model.backbone, model.proposal_generator]
+        dense = [getattr(model, name, None) for name in ("backbone", "proposal_generator")]
     else:
         dense = network.dense_modules()
     names = {
