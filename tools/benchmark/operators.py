@@ -41,7 +41,7 @@ OPERATORS = (
 def with_reference(call: Callable[[], object]) -> None:
     """Call it with the reference in place of the compiled kernels."""
     kernels = {
-        **{name: getattr(reference, name) for name in ops.OPERATORS + ops.CPU_OPERATORS},
+        **{name: getattr(reference, name) for name in ops.OPERATORS},
         # Their operators take the edges as plain numbers.
         "gather_displacements": lambda peaks, maps, edges: reference.gather_displacements(peaks, maps),
         "render_targets": lambda *arguments: reference.render_targets(*arguments[:-1]),
