@@ -16,10 +16,8 @@ from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.cells.run_lengths import RLE
 from kg_detectron.cells.separation import connected_pieces
 from kg_detectron.io.coco import instance, read_coco, read_json
-from kg_detectron.io.labels import read_label_image
+from kg_detectron.io.labels import LABEL_SUFFIXES, read_label_image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-LABEL_SUFFIXES = (".png", ".tif", ".tiff")  # JPEG does not keep numbers
 LABELS_ENDING = "_labels"  # of the names of label images, before the suffix
 COCO_ENDING = "_coco.json"  # of the names of COCO files of one image
 _NAMED = 5  # images that a message names

@@ -20,11 +20,11 @@ from kg_detectron.io.cell_files import read_cell_mask
 from kg_detectron.io.cell_sets import ForegroundMaskError, refuse_foreground_mask
 from kg_detectron.io.coco import CocoDataset, read_coco
 from kg_detectron.io.fault import Fault, Severity
+from kg_detectron.io.finding import Pair
 from kg_detectron.io.images import no_limit_of_pillow, read_image, read_pages
 from kg_detectron.io.labels import read_label_image
 from kg_detectron.io.layouts import find_training_pairs
 from kg_detectron.io.normalisation import Normalisation
-from kg_detectron.io.pairs import Pair
 
 _CORNERS_JOIN = np.ones((3, 3), bool)
 _NAMED = 5  # labels or files that a message names

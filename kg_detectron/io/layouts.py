@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from kg_detectron.io.cell_sets import IMAGE_SUFFIXES, LABELS_ENDING
+from kg_detectron.io.cell_sets import LABELS_ENDING
 from kg_detectron.io.fault import NO_PARTNER, Fault
-from kg_detectron.io.pairs import Pair, find_pairs
+from kg_detectron.io.finding import Pair, find_pairs
+from kg_detectron.io.images import IMAGE_SUFFIXES
 
 # Of names before the suffix. Cellpose calls an image x.tif or x_img.tif and its masks x_masks.tif or x_cp_masks.tif.
 _IMAGE_ENDINGS = ("_img", "_image")

@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 
 from kg_detectron.inference import load_model
 from kg_detectron.inference.explanation import explain
-from kg_detectron.io.cell_sets import IMAGE_SUFFIXES, ImageCells, image_name, read_cells, read_predictions
-from kg_detectron.io.images import read_image
+from kg_detectron.io.cell_sets import ImageCells, image_name, read_cells, read_predictions
+from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
 from kg_detectron.metrics.scoring import evaluate_cells
 from kg_detectron.report.comparison import compare
 from kg_detectron.report.explanation_figure import draw_explanation

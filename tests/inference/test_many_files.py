@@ -107,7 +107,9 @@ def test_the_manifest_tells_what_was_done(images: Path, model: Path, tmp_path: P
         assert (record["pixel_size"], record["pixel_size_source"]) == (0.5, "given")
         assert [plane["cells"] for plane in record["planes"]] == [record["cells"]]
         assert record["planes"][0]["scale"] == pytest.approx([0.8, 0.8]) and record["planes"][0]["scale_source"]
-        assert f"{path}: 40 x 60 pixels, network saw scale 0.8 (" in printed and f"), {record['cells']} cells" in printed
+        assert (
+            f"{path}: 40 x 60 pixels, network saw scale 0.8 (" in printed and f"), {record['cells']} cells" in printed
+        )
     assert written["command"] in printed and digest in printed and torch.__version__ in printed
     total = sum(record["cells"] for record in written["files"])
     assert printed.splitlines()[-1] == f"3 files: 3 done, 0 done before, 0 failed; {total} cells"
