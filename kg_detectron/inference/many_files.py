@@ -458,6 +458,6 @@ def _line(record: FileRecord) -> str:
     source = f" ({plane.scale_source})" if plane.scale_source else ""
     size = f", pixel size {record.pixel_size:g} um ({record.pixel_size_source})" if record.pixel_size else ""
     return (
-        f"{record.input}: {pages}{height} x {width} pixels, network saw scale {values}{source}{size}, {record.cells} cells, "
-        f"{record.seconds} s"
+        f"{record.input}: {pages}{height} x {width} pixels, network saw scale {values}{source}{size}, "
+        f"{record.cells} cells, {record.seconds} s"
     )
