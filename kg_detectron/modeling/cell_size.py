@@ -26,6 +26,8 @@ SPREAD = 0.75
 SETTLED = 0.25
 # Cells that the second pass needs to correct the first.
 ENOUGH = 3
+# An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
+LARGEST = 2**24
 
 
 def diameters(cells: Cells) -> np.ndarray:
@@ -68,13 +70,15 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
         return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
+    smallest = trained / min(FIRST_SCALES[-1], max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
+    diameter = max(diameter, smallest)
     for _ in range(2):
         seen = NetworkImage(image, levels, trained / diameter)
         cells = _cells(model, seen, _part(seen, contrast))
         if len(cells) < ENOUGH:
             break
         corrected = weighted_median(diameters(cells) / seen.scale[0], cells.scores.cpu().numpy())
-        previous, diameter = diameter, corrected or diameter
+        previous, diameter = diameter, max(corrected or diameter, smallest)
         if abs(math.log2(diameter / previous)) < SETTLED:
             break
     return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")
