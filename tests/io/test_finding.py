@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from kg_detectron.io import inputs as former_inputs
-from kg_detectron.io import pairs as former_pairs
 from kg_detectron.io.finding import find_images, find_inputs, find_pairs
 
 
@@ -223,7 +221,3 @@ def test_one_folder_without_masks_says_what_to_do(tmp_path: Path):
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"none: there is no image \(\.png"):
         find_pairs(tmp_path / "none", tmp_path)
-
-
-def test_former_places_lead_here():
-    assert former_inputs.find_inputs is find_inputs and former_pairs.find_pairs is find_pairs
