@@ -9,7 +9,7 @@ zeros) are not among them.
 import argparse
 
 import torch
-from scenes import RADIUS, cells, network_maps
+from benchmark.scenes import RADIUS, cells, network_maps
 from stand_in import Count, StandIn
 
 from kg_detectron import layers
