@@ -17,6 +17,17 @@ from kg_detectron.io.images import read_image
 from kg_detectron.io.labels import read_label_image
 from kg_detectron.modeling import Preprocessing, method_class, method_names, methods
 
+# Importing it registered it; other tests must not see it, for they start processes that do not know it.
+methods._METHODS.pop("toy", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """The toy method, while the tests of this file run."""
+    methods._METHODS["toy"] = ToyNet
+    yield
+    methods._METHODS.pop("toy", None)
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):

@@ -256,8 +256,8 @@ def test_reading_label_images(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("float.tif", np.zeros((3, 4), np.float32), "float32"),
-        ("colour.tif", np.zeros((3, 4, 3), np.uint8), r"\(3, 4, 3\)"),
+        ("float.tif", np.full((3, 4), 0.5, np.float32), "float"),
+        ("colour.tif", np.arange(36, dtype=np.uint8).reshape(3, 4, 3), ""),
         ("negative.tif", np.full((3, 4), -2, np.int16), "-2"),
         ("text.png", b"no image", "cannot be read"),
         ("empty.tif", b"", "cannot be read"),
