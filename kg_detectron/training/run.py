@@ -282,7 +282,9 @@ def plot_curves(folder: Path, records: Sequence[dict]) -> None:
     """Draw losses and validation figures of a run into ``curves.png``."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    file = folder / "metrics.jsonl"  # not there after fewer iterations than it has for a line
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     losses, figures = figure.subplots(1, 2)
     for name in [key for key in lines[0] if key.startswith("loss")] if lines else []:
@@ -294,7 +296,8 @@ def plot_curves(folder: Path, records: Sequence[dict]) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    losses.set_yscale("log")
+    if losses.lines:
+        losses.set_yscale("log")
     with replacing(folder / "curves.png") as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)
 

@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME, include_path
 from kg_detectron import layers
 from kg_detectron.graph import DIRECTED_EDGES
 from kg_detectron.layers import ops, reference
-from kg_detectron.modeling import KeypointDecoder, KeypointMaps, keypoint_targets
+from kg_detectron.modeling import DecodingSettings, KeypointDecoder, KeypointMaps, keypoint_targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,7 +321,7 @@ def test_inputs_that_require_grad(device):
 def test_decoder_under_compile(device):
     heatmap, single, group = random_maps(10, 2, 40, 48, spread=1.0)
     maps = [KeypointMaps(heatmap.to(device) * 8 - 4, single.to(device), group.to(device), 2)]
-    decoder, sizes = KeypointDecoder(corner_and_centre=True), [(80, 96)] * 2
+    decoder, sizes = KeypointDecoder(settings=DecodingSettings(corner_and_centre=True)), [(80, 96)] * 2
     expected = decoder(maps, sizes)
     assert sum(len(boxes) for boxes, _ in expected) > 0
     found = torch.compile(decoder, backend="aot_eager", fullgraph=False)(maps, sizes)
@@ -469,7 +469,7 @@ for name, call in arguments({device!r}).items():
 """
     environment = os.environ | {
         "KG_DETECTRON_LIBRARY": str(tmp_path / "none.so"),
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "layers"))),
     }
     command = [sys.executable, "-c", code.replace("{device!r}", repr(device))]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
