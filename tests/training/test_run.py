@@ -52,6 +52,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_model(folder / "model.safetensors").state_dict()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = labelled(network(), 4)
     settings = TrainSettings(minutes=None, iterations=4, batch_size=1, seed=3)
@@ -80,6 +81,7 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
         train(network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
 
 
+@pytest.mark.slow
 def test_the_command_adapts_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, masks = write_folders(tmp_path, 5)
     start = tmp_path / "start.safetensors"
