@@ -3,7 +3,7 @@
 A backbone is a module with the attributes of `Backbone`, registered by name in `BACKBONES`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -197,8 +197,3 @@ for _depth in (18, 34, 50):
 def receptive_radius(module: nn.Module) -> int:
     """Receptive-field radius, in pixels, of the convolutions of a module, which follow each other at one stride."""
     return sum(layer.kernel_size[0] // 2 for layer in module.modules() if isinstance(layer, nn.Conv2d))
-
-
-def feature_names(channels: Sequence[int]) -> dict[str, int]:
-    """Channels by name, c0..c4."""
-    return dict(zip(FEATURES, channels, strict=True))
