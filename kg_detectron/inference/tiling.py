@@ -76,9 +76,11 @@ def _joined(parts: list[Peaks]) -> Peaks:
     return Peaks(peaks[order], scores[order], displacements[order])
 
 
-def _binary(masks: MaskCrops) -> MaskCrops:
-    """Without the probabilities, which take four times the memory."""
-    return MaskCrops([crop >= masks.threshold for crop in masks.crops], masks.windows, masks.size, masks.threshold)
+def _compact(crops: list[Tensor], threshold: float, scale: tuple[float, float]) -> list[Tensor]:
+    """Crops that take less memory: bool where the scale is 1, else probabilities in 16 bits, which are resized later."""
+    if scale == (1.0, 1.0):
+        return [crop >= threshold for crop in crops]
+    return [crop.half() for crop in crops]
 
 
 def check_tile(tile: int, overlap: int) -> None:
@@ -113,7 +115,7 @@ def detect_tiled(
         progress: called after each step with the number of steps done and of all.
 
     Returns:
-        The cells in the frame of ``image``, the masks as bool crops.
+        The cells in the frame of ``image``, the masks as bool crops, or at a scale other than 1 as float16 crops.
     """
     network = _LocalNetwork(model, image)
     tiles = network.whole.tiles(tile)
@@ -218,7 +220,7 @@ class _LocalNetwork:
         crops, windows, blurs = [], [], []
         for part in (boxes - origin.to(boxes)).split(counts.tolist()):
             (masks,) = self.model.segmentation.predict_masks(maps, [part], [size])
-            crops += _binary(masks).crops
+            crops += _compact(masks.crops, threshold, self.image.scale)
             windows.append(masks.windows + origin)
             blurs.append(self.model.ranking.blur(masks))
         return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold), torch.cat(blurs)

@@ -168,8 +168,7 @@ def test_a_dim_image_has_the_same_cells_in_tiles(exact, scale):
     whole = predict_whole(exact["percentile"], dim, scale)
     assert len(whole) > len(cells) / 2 and whole.scale == (scale, scale) and whole.scale_source == "given"
     tiled = predict(exact["percentile"], dim, scale=scale, tile=160, overlap=64)
-    # Tiles keep no probabilities: outlines that are resized afterwards are a little coarser.
-    assert_same(tiled, whole, least_overlap=0.999 if scale == 1 else 0.85)
+    assert_same(tiled, whole, least_overlap=0.999 if scale == 1 else 0.99)  # tiles round probabilities to 16 bits
     assert (tiled.scale, tiled.scale_source) == (whole.scale, whole.scale_source)
 
 
