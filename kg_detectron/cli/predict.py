@@ -25,6 +25,7 @@ _SETTINGS = (
     "tile",
     "overlap",
     "min_score",
+    "ensemble",
     "keep_overlaps",
     "max_pixels",
 )
@@ -116,6 +117,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=int,
         metavar="PIXELS",
         help=f"by how much tiles overlap: the largest cell (default: {Settings.overlap})",
+    )
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        default=None,
+        help="predict the four mirror images and join them: more accurate, three times as slow",
     )
     parser.add_argument(
         "--keep-overlaps",

@@ -348,6 +348,7 @@ class _Run:
             normalisation=settings.normalise,
             tile=settings.tile,
             overlap=settings.overlap,
+            ensemble=settings.ensemble,
             progress=show,
         )
         cells = cells.above(self.threshold)

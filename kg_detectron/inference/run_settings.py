@@ -54,6 +54,7 @@ class Settings:
             model knows the pixel size of its training images.
         normalise: "fixed" or "percentile" instead of the model's own normalisation; None keeps it.
         tile, overlap: larger images are predicted in such tiles, network pixels.
+        ensemble: the four mirror images are predicted and joined.
         min_score: cells of a lower score are left out; None takes the model's own threshold.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
@@ -74,6 +75,7 @@ class Settings:
     normalise: str | None = None
     tile: int = 1024
     overlap: int = 256
+    ensemble: bool = False
     min_score: float | None = None
     keep_overlaps: bool = False
     max_pixels: int | None = None

@@ -103,14 +103,21 @@ def image_of_record(record: dict[str, Any], preprocessing: Preprocessing) -> Lab
     image = read_image(file)
     if image.shape[:2] != size:
         raise ValueError(f"{file}: expected {size} pixels (height, width), got {image.shape[:2]}")
+    try:
+        return labelled_image(Path(file).name, image, labels_of_record(record), preprocessing)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def labels_of_record(record: dict[str, Any]) -> np.ndarray:
+    """The cells of a record of `load_coco` as labels (H, W) int32, crowds left out. Where masks overlap, the later one
+    counts."""
+    size = record["height"], record["width"]
     labels = np.zeros(size, np.int32)
     for i, cell in enumerate(record["annotations"], start=1):
         if not cell["iscrowd"]:
             labels[decode_mask(cell["segmentation"], *size)] = i
-    try:
-        return labelled_image(Path(file).name, image, labels, preprocessing)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    return labels
 
 
 def read_dataset(

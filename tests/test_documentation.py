@@ -1,0 +1,105 @@
+"""What README and docs show: every command is one that the program takes, and those of README's first pages run."""
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+from kg_detectron.cli.main import build_parser, main
+from kg_detectron.synthetic import nuclei_image
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets" / "README.md"]
+PAGES.append(ROOT / "kg_detectron" / "models" / "README.md")
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """The fenced blocks of a page in a language."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [block for name, block in fences if name == language]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of a block, split into words as a shell does."""
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("kg-detectron ", "python "))]
+
+
+SHOWN = [
+    (page.relative_to(ROOT).as_posix(), words) for page in PAGES for block in blocks(page) for words in commands(block)
+]
+OURS = [(name, words[1:]) for name, words in SHOWN if words[0] == "kg-detectron"]
+SCRIPTS = [(name, words[1:]) for name, words in SHOWN if words[0] == "python" and words[1].endswith(".py")]
+
+
+def test_commands_are_found() -> None:
+    assert len(OURS) > 20 and len(SCRIPTS) > 10
+
+
+@pytest.mark.parametrize(("page", "words"), OURS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_the_program_takes_the_command(page: str, words: list[str]) -> None:
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            arguments = build_parser().parse_args(words)
+    except SystemExit:
+        pytest.fail(f"{page}: kg-detectron {shlex.join(words)}: {errors.getvalue()}")
+    assert isinstance(arguments, argparse.Namespace) and callable(arguments.run)
+
+
+@pytest.mark.parametrize(("page", "words"), SCRIPTS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_the_script_has_the_options(page: str, words: list[str]) -> None:
+    script = ROOT / words[0]
+    assert script.is_file(), f"{page} shows {words[0]}"
+    # Of what it imports too: Detectron2's own options are in its argument parser.
+    source = script.read_text(encoding="utf-8") + '"--config-file" "--num-gpus" "--num-machines" "--resume"'
+    source += '"--eval-only" "--machine-rank" "--dist-url"' * (script.name == "train_net.py")
+    source += "".join(p.read_text(encoding="utf-8") for p in script.with_suffix("").glob("*.py"))
+    source += (ROOT / "datasets" / "preparation.py").read_text(encoding="utf-8")
+    missing = [word for word in words if word.startswith("--") and f'"{word.split("=")[0]}"' not in source]
+    assert not missing, f"{page}: {shlex.join(words)}"
+    configs = [word for word in words if word.startswith("configs/")]
+    assert all((ROOT / config).is_file() for config in configs), f"{page}: {configs}"
+
+
+@pytest.fixture
+def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that README's commands name."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks", "new_images", "new_masks"):
+        Path(folder).mkdir()
+    for images, masks, names in (("images", "masks", "abcd"), ("new_images", "new_masks", "e")):
+        for name in names:
+            image, cells = nuclei_image(rng, 96, 96, 6)
+            labels = np.zeros((96, 96), np.uint8)
+            for number, mask in enumerate(cells, start=1):
+                labels[np.asarray(mask, bool)] = number
+            cv2.imwrite(f"{images}/{name}.png", image)
+            cv2.imwrite(f"{masks}/{name}.png", labels)
+    grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    metadata = {"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    tifffile.imwrite("plate.ome.tif", np.stack((grey, grey[::-1])), metadata=metadata)
+    return tmp_path
+
+
+def test_commands_of_the_readme_run(laboratory: Path) -> None:
+    """Prediction, and training on one's own data, with few iterations instead of twenty minutes."""
+    shown = [words for name, words in OURS if name == "README.md"]
+    assert {"doctor", "predict", "explain", "check-data", "train", "evaluate"} <= {words[0] for words in shown}
+    for words in shown:
+        if words[0] == "doctor":  # it judges this machine; tests/cli/test_doctor.py runs it
+            continue
+        short = ["--iterations", "2"] if words[0] == "train" else []
+        assert main([*words, *short]) == 0, shlex.join(words)
+    assert (laboratory / "new_cells" / "e_labels.tif").exists() and (laboratory / "run" / "model.safetensors").exists()
+    assert (laboratory / "explained.png").exists() and (laboratory / "cells" / "cells.csv").exists()
+    (program,) = blocks(ROOT / "README.md", "python")
+    exec(compile(program, "README.md", "exec"), {})
