@@ -54,8 +54,8 @@ MIRRORS = tuple(Mirror(flip_y, flip_x) for flip_y in (False, True) for flip_x in
 def join_cells(detections: Sequence[Cells]) -> Cells:
     """The cells of one image, from what was detected in several versions of it.
 
-    By falling score each detection joins the cell that its mask overlaps most, unless one of the same version has joined
-    it already, or begins a new cell.
+    By falling score each detection joins the cell that its mask overlaps most, unless one of the same version has
+    joined it already, or begins a new cell.
 
     Args:
         detections: of each version, in the frame of the image.

@@ -47,7 +47,7 @@ def predict(
         overlap: largest side of a cell, pixels of the network's input, that is segmented together with the others of
             its tile. Larger cells are segmented alone, up to a side of ``tile + overlap``; those beyond are left out,
             and ``notes`` of the result says so.
-        ensemble: predict the four mirror images too and join what they show, see `kg_detectron.inference.ensemble`: more
+        ensemble: predict all four mirror images and join the cells, see `kg_detectron.inference.ensemble`: more
             accurate, and three times as slow.
         progress: called after each step with the number of steps done and of all.
 

@@ -77,7 +77,7 @@ def _joined(parts: list[Peaks]) -> Peaks:
 
 
 def _compact(crops: list[Tensor], threshold: float, scale: tuple[float, float]) -> list[Tensor]:
-    """Crops that take less memory: bool where the scale is 1, else probabilities in 16 bits, which are resized later."""
+    """Crops that take less memory: bool at a scale of 1, else probabilities in 16 bits, which are resized later."""
     if scale == (1.0, 1.0):
         return [crop >= threshold for crop in crops]
     return [crop.half() for crop in crops]

@@ -80,7 +80,7 @@ def model():
 
 
 def test_a_symmetric_model_is_not_needed(model):
-    """All four mirror images of an image have the same cells, with and without tiles; without an ensemble they differ."""
+    """All mirror images of an image have the same cells, with and without tiles; without an ensemble they differ."""
     image, _ = nuclei_image(np.random.default_rng(1), 96, 128, 10)
     steps: list[tuple[int, int]] = []
     cells = predict(model, image, scale=1, ensemble=True, progress=lambda *step: steps.append(step))
