@@ -26,6 +26,7 @@ from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.coco import checked_relative_path
 from kg_detectron.io.finding import Input, find_images
 from kg_detectron.io.images import MAX_PIXELS, Page, open_image
+from kg_detectron.io.lock import locked
 from kg_detectron.io.normalisation import UnknownWhiteLevel
 
 # Pixels of an image above which its cells are separated on disk, not in memory.
@@ -76,7 +77,7 @@ def predict_files(
     ``output/run.json``, see `Manifest`. Files whose results are there, made by the same model and settings of the same
     content, are left as they are, so that calling it again resumes a run that was stopped. Results of an image that
     were made with other settings are removed before the new ones are written. ``output/cells.csv`` and ``images.csv``
-    are tables of all results in the folder. Two runs at once need two folders.
+    are tables of all results in the folder. A folder that another run writes into is refused.
 
     Args:
         inputs: files, folders and patterns, see `find_images`.
@@ -217,7 +218,10 @@ class _Run:
 
     def __call__(self, items: list[Input], overwrite: bool) -> Summary:
         """Predict all files, with the manifest on disk from the start to the end, also where it is interrupted."""
-        self.output.mkdir(parents=True, exist_ok=True)
+        with locked(self.output):
+            return self._predict_files(items, overwrite)
+
+    def _predict_files(self, items: list[Input], overwrite: bool) -> Summary:
         self.tell(*self._header())
         if (self.output / MANIFEST).exists():
             previous = Manifest.read(self.output / MANIFEST)
