@@ -36,7 +36,7 @@ demo: $(ready)  ## make cells, train on them, compare with Mask R-CNN, draw a pi
 	$(python) tools/demo.py
 
 test: $(ready)  ## run the tests; PYTEST_ARGS goes to pytest, for example PYTEST_ARGS="--slow"
-	$(python) -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(python) -m pytest -q --durations=10 --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 sanitize: $(ready)  ## run the tests of the C++ operators with the address and undefined-behaviour sanitizers
 	$(python) tools/sanitize.py

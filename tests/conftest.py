@@ -16,8 +16,8 @@ TESTS_OF_DETECTRON2 = ROOT / "tests" / "d2"
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 HAS_CUDA = torch.cuda.is_available()
 
-# Small tensors: more threads only wait for each other.
-torch.set_num_threads(min(torch.get_num_threads(), 4))
+# Small tensors: more threads only wait for each other. Of several processes of pytest-xdist each has its core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 4))
 
 # The same examples in every run, and no limit on the time of one: a busy machine must not fail a test.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -82,6 +82,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker) and not present:
                 item.add_marker(pytest.mark.skip(reason=reason))
                 left_out[marker] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """pytest-xdist: every process collects all tests, so the counts of one are those of all."""
+    node.config.stash[LEFT_OUT] = node.workeroutput.get("left_out", {})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, {})
 
 
 @pytest.hookimpl(trylast=True)  # below the table of durations, where it is seen
