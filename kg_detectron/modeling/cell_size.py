@@ -61,12 +61,11 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         cells = _cells(model, seen, window)
         found = diameters(cells)
         octaves = np.log2(np.maximum(found, 1) / trained)
-        # Cells of a part stand for those of the whole image.
-        covered = math.prod(part.stop - part.start for part in window) / math.prod(seen.shape[:2])
         values.append(found / seen.scale[0])
         trust = cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2)
-        # The root lets a cell outvote the fragments that a finer scale finds in it.
-        weights.append(trust * np.sqrt(found) / covered)
+        # All parts have about the same size for the network, so each scale has as many votes as it fills its part with
+        # cells. The diameter lets a cell outvote the fragments that a finer scale finds in it.
+        weights.append(trust * found)
     diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
         return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")

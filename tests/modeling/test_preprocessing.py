@@ -114,6 +114,24 @@ def test_weighted_median(values, weights, expected):
     assert weighted_median(np.array(values), np.array(weights, float)) == expected
 
 
+def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
+    """Enlarged, a large image of large cells shows nothing but textures, in which a model sees a few small cells."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    ramp = np.linspace(0, 1, 1300, dtype=np.float32)
+    image = np.broadcast_to(ramp[None, :, None], (1000, 1300, 3))
+
+    def detect(images):
+        factor = 255 / 1299 / float(images[0][0, 0].diff().mean())
+        side, count = (round(50 * factor), 30) if factor < 1.5 else (25, 6)
+        windows = torch.tensor([[0, 0, side, side]] * count)
+        masks = MaskCrops([torch.ones(side, side)] * count, windows, (2048, 2048))
+        return [Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)]
+
+    monkeypatch.setattr(model, "detect", detect)
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / (50 * 2 / math.sqrt(math.pi)), rel=0.1)
+
+
 @pytest.mark.parametrize("diameter", [7.0, 14.0, 56.0])
 def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
     """A model that finds every cell at every scale: the estimate brings them to the trained diameter."""
