@@ -9,6 +9,7 @@ import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.inference.ensemble import MIRRORS, join_cells
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tiling import check_tile, detect_tiled
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
@@ -23,8 +24,8 @@ def predict(
     diameter: float | None = None,
     pixel_size: float | None = None,
     normalisation: str | None = None,
-    tile: int = 1024,
-    overlap: int = 256,
+    tile: int = Settings.tile,
+    overlap: int = Settings.overlap,
     ensemble: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cells:

@@ -73,7 +73,7 @@ class Settings:
     diameter: float | None = None
     pixel_size: float | None = None
     normalise: str | None = None
-    tile: int = 1024
+    tile: int = 2048
     overlap: int = 256
     ensemble: bool = False
     min_score: float | None = None
