@@ -18,6 +18,7 @@ from kg_detectron.modeling.backbone import (
     receptive_radius,
     register_backbone,
 )
+from kg_detectron.modeling.folding import conv_norm
 from kg_detectron.modeling.settings import require
 
 # The stages: expansion, kernel size, stride, output channels, number of blocks.
@@ -82,7 +83,7 @@ class ConvNorm(nn.Module):
         """(N, inputs, h, w) -> (N, outputs, h / stride, w / stride)."""
         if self.extra_padding:
             x = pad(x, self.extra_padding)
-        return self.activation(self.norm(self.conv(x)))
+        return self.activation(conv_norm(self.conv, self.norm, x))
 
 
 class MBConv(nn.Module):

@@ -8,11 +8,10 @@ from torch.nn.functional import linear
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution of stride 1. Maps with the channels last become rows of pixels of one matrix product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, C', h, w)."""
-        if x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(x)
-        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if input.is_cuda or not input.is_contiguous(memory_format=torch.channels_last):
+            return super()._conv_forward(input, weight, bias)
+        return linear(input.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def use_matrix_products(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from kg_detectron.modeling.backbone import NORMS, receptive_radius, zero_bias
+from kg_detectron.modeling.folding import conv_norm
 from kg_detectron.modeling.settings import require
 
 SCALES = (1, 2, 3, 4)
@@ -81,7 +82,7 @@ class LargeKernelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, h, w) -> the same shape."""
-        return x + self.narrow(torch.relu(self.widen(self.norm(self.depthwise(x)))))
+        return x + self.narrow(torch.relu(self.widen(conv_norm(self.depthwise, self.norm, x))))
 
 
 class LiteStep(nn.Module):
@@ -96,7 +97,7 @@ class LiteStep(nn.Module):
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """deep (N, deep, h/2, w/2), shallow (N, shallow, h, w) -> (N, width, h, w)."""
         up = interpolate(self.deep(deep), shallow.shape[2:], mode="bilinear", align_corners=False)
-        return self.blocks(up + self.shallow(shallow))
+        return self.blocks(up + conv_norm(*self.shallow, shallow))
 
 
 class Trunk(nn.Module):

@@ -11,6 +11,7 @@ from PIL import Image
 from kg_detectron.cli.main import main
 from kg_detectron.export.kinds import KINDS
 from kg_detectron.inference import model_names
+from kg_detectron.inference.run_settings import Settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +117,12 @@ def test_help_tells_kinds_defaults_and_an_example(capsys: pytest.CaptureFixture)
         main(["predict", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert all(kind in printed for kind in (*KINDS, "or all"))
-    for text in ("(default: 1024)", "(default: 256)", "(default: nuclei)", "Example: kg-detectron predict"):
+    for text in (
+        f"(default: {Settings.tile})",
+        f"(default: {Settings.overlap})",
+        "(default: nuclei)",
+        "Example: kg-detectron predict",
+    ):
         assert text in printed
 
 
