@@ -384,8 +384,12 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     """As of a terminal, which signals all processes, and of a launcher, which passes the signal on."""
     again = CallbackHook(after_step=lambda trainer: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="143"):
-        train(NoisyModel(), [CallbackHook(before_step=lambda trainer: signal.raise_signal(signal.SIGTERM)), again]
-              + [StopOnSignal(DetectionCheckpointer(NoisyModel(), str(tmp_path)))], 3)
+        train(
+            NoisyModel(),
+            [CallbackHook(before_step=lambda trainer: signal.raise_signal(signal.SIGTERM)), again]
+            + [StopOnSignal(DetectionCheckpointer(NoisyModel(), str(tmp_path)))],
+            3,
+        )
     assert saved_iteration(tmp_path, "model_stopped") == 0
 
 

@@ -154,7 +154,9 @@ def test_early_stopping_stops_all_processes(data, tmp_path):
 def test_a_killed_process_ends_all(data, tmp_path):
     options = [*data, "DATASETS.VALIDATION", (), "DATASETS.TEST", ()]
     killed = partial(train, hook=partial(Signalled, 1, signal.SIGKILL, 2))
-    with pytest.raises(ProcessError, match="process 1 of 2 was ended by SIGKILL.*; the other processes were ended") as error:
+    with pytest.raises(
+        ProcessError, match="process 1 of 2 was ended by SIGKILL.*; the other processes were ended"
+    ) as error:
         launch(killed, "cpu", processes=2, args=(options, tmp_path))
     assert error.value.status == 128 + signal.SIGKILL
 
