@@ -1,9 +1,10 @@
 """Training hooks: seeding, losses that are not finite, the validation loss and early stopping on it, signals.
 
-Register them among Detectron2's: `Seeding`, `FiniteLosses` and `MeanStatistics` first. `ValidationLoss`, then `EarlyStopping`, after
-`IterationTimer` and `LRScheduler`, so that the step's time leaves out the validation and the checkpoints made here hold
-the stepped schedule; before `PeriodicCheckpointer` and `EvalHook`, so that those see the state and the end of the
-training. `StopOnSignal` between these two: the last checkpoint of all is made before it, evaluation can wait.
+Register them among Detectron2's: `Seeding`, `FiniteLosses` and `MeanStatistics` first. `ValidationLoss`, then
+`EarlyStopping`, after `IterationTimer` and `LRScheduler`, so that the step's time leaves out the validation and the
+checkpoints made here hold the stepped schedule; before `PeriodicCheckpointer` and `EvalHook`, so that those see the
+state and the end of the training. `StopOnSignal` between these two: the last checkpoint of all is made before it,
+evaluation can wait.
 """
 
 import contextlib

@@ -17,7 +17,6 @@ import train_net
 from builders import CONFIGS, ROOT, load_config, nuclei_dataset
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 
 from kg_detectron.d2 import register_files
