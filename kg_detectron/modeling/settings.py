@@ -71,7 +71,8 @@ def replaced(settings: T, changes: Mapping[str, Any]) -> T:
             return new
         return old | {name: merged(old.get(name), value) for name, value in new.items()}
 
-    return from_plain(type(settings), merged(to_plain(settings), changes))  # type: ignore[type-var]
+    plain: Any = settings
+    return from_plain(type(settings), merged(to_plain(plain), changes))
 
 
 def parts(kind: type) -> Iterator[tuple[str, type]]:

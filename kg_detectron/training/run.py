@@ -349,7 +349,7 @@ def _check_folder(
 ) -> None:
     """Refuse a folder with a run of other settings; note these in it."""
     file = folder / SETTINGS_FILE
-    parts = {"settings": settings, "geometry": geometry, "colours": colours}
+    parts: dict[str, Any] = {"settings": settings, "geometry": geometry, "colours": colours}
     content: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
     content = json.loads(json.dumps(content | {"model": model.description()}))
     if file.exists() and (folder / "checkpoint.pth").exists():
