@@ -20,7 +20,9 @@ with locked(sys.argv[1]):
 def test_a_folder_is_held_until_its_process_dies(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "cells"
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], cwd=root, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(FolderInUse, match=r"cells: another command is writing into this folder"), locked(folder):
             pass

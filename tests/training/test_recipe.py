@@ -1,15 +1,17 @@
 """Recipes: settings in a YAML file, read as data only, over those of a model and below the command line's."""
 
+import re
 from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 import torch
-from builders import tiny_network
+from builders import ROOT, tiny_network
 
 from kg_detectron.cli import main
 from kg_detectron.cli.train import add_parser, train_settings
 from kg_detectron.inference import save_model
+from kg_detectron.modeling.settings import from_plain, replaced
 from kg_detectron.training.recipe import Recipe, read_recipe
 from kg_detectron.training.run import TrainSettings, starting_model
 
@@ -106,3 +108,12 @@ def test_the_command_line_counts_more_than_the_recipe():
     assert (settings.patience, settings.validations) == (2, 9)
     with pytest.raises(ValueError, match="patience: expected 0 or more"):
         options("--patience", "-1")
+
+
+@pytest.mark.parametrize("page", ["train", "add_a_backbone"])
+def test_recipes_of_the_docs_are_good(tmp_path, page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (shown,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "network:" in block]
+    recipe = read_recipe(written(tmp_path, shown))
+    replaced(tiny_network().settings, recipe.network)
+    from_plain(TrainSettings, {"minutes": None, "iterations": 1} | recipe.training)
