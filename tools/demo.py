@@ -2,7 +2,8 @@
 """The main job on embedded data, in minutes on two CPU cores: `make demo`.
 
 Makes a synthetic set, trains the small keypoint-graph model and the small Mask R-CNN on it, compares them, and writes
-a picture and the table to demo/. Where Detectron2 is missing, the keypoint-graph model alone, through the core.
+a picture and the table to demo/. Where Detectron2 is missing, the keypoint-graph model alone, as `kg-detectron train`
+does it.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from kg_detectron.cells.masks import MaskCrops
@@ -23,6 +25,19 @@ from kg_detectron.inference import load_model, predict
 from kg_detectron.io.coco import CocoDataset, load_coco
 from kg_detectron.io.images import read_image, write_png
 from kg_detectron.io.resize import resize_image, resize_labels
+from kg_detectron.modeling import (
+    BackboneSettings,
+    DecodingSettings,
+    HeadSettings,
+    KeypointGraphNet,
+    KeypointGraphSettings,
+    Preprocessing,
+    TargetSettings,
+    TrunkSettings,
+)
+from kg_detectron.training.augmentation import GeometrySettings
+from kg_detectron.training.dataset import read_labelled_images
+from kg_detectron.training.run import MODEL_FILE, TrainSettings, train
 
 ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")
@@ -105,18 +120,45 @@ def with_detectron2(dataset: CocoDataset) -> dict[str, dict[int, list[tuple[floa
     return models
 
 
-def with_the_core(dataset: CocoDataset) -> dict[str, dict[int, list[tuple[float, dict]]]]:
-    """Train and score the keypoint-graph model without Detectron2; its detections by image."""
-    import train_core
-
-    train_core.main(
-        [str(DATA / "synthetic"), "--output", str(DEMO / "kg_core"), "--iterations", str(ITERATIONS), "--size", "128"]
+def small_network(diameter: float) -> KeypointGraphNet:
+    """The network of configs/kg_r18_synthetic_cpu.yaml, for cells of that diameter in pixels."""
+    return KeypointGraphNet.build(
+        KeypointGraphSettings(
+            preprocessing=Preprocessing(resize="isotropic", diameter=diameter),
+            backbone=BackboneSettings("resnet18", c0_channels=16),
+            trunk=TrunkSettings(widths=(16, 32, 48, 64)),
+            heads=HeadSettings(head_kernel=3),
+            targets=TargetSettings(radius=2.0),
+            decoding=DecodingSettings(smooth_sigma=1.0),
+        )
     )
-    model = load_model(DEMO / "kg_core" / "model_final.pth")
+
+
+def with_the_core(data: Path, folder: Path, iterations: int) -> dict[str, dict[int, list[tuple[float, dict]]]]:
+    """Train the keypoint-graph model without Detectron2, as `kg-detectron train` does; its detections by image.
+
+    Args:
+        data: folder with train/, val/, instances_train.json and instances_val.json.
+        folder: of the run.
+        iterations: of the training.
+    """
+    torch.manual_seed(1)
+    splits = ("train", "val")
+    training, validation = (
+        read_labelled_images(data / f"instances_{s}.json", data / s, Preprocessing()) for s in splits
+    )
+    network = small_network(float(np.median(np.concatenate([image.diameters for image in training]))))
+    settings = TrainSettings(minutes=None, iterations=iterations, seed=1)
+    window = GeometrySettings(window=min(training[0].labels.shape))
+    figures = train(network, training, validation, folder, settings, geometry=window)
+    if figures is None:
+        sys.exit("stopped; the same command goes on")
+    print(f"validation: {figures}")
+    model = load_model(folder / MODEL_FILE)
     found = {}
-    for record in dataset.records:
+    for record in load_coco(data / "instances_val.json", data / "val").records:
         cells = predict(model, read_image(record["file_name"]))
-        found[record["image_id"]] = list(zip(cells["scores"].tolist(), cells["masks"].rle(), strict=True))
+        found[record["image_id"]] = list(zip(cells.scores.tolist(), cells.masks.rle(), strict=True))
     return {RUNS["kg_r18_synthetic_cpu"]: found}
 
 
@@ -129,8 +171,8 @@ def main() -> None:
     )
     dataset = load_coco(DATA / "synthetic" / "instances_val.json", DATA / "synthetic" / "val")
     if importlib.util.find_spec("detectron2") is None:
-        print("Detectron2 is not installed: training the keypoint-graph model alone, through the core.")
-        models = with_the_core(dataset)
+        print("Detectron2 is not installed: training the keypoint-graph model alone, as `kg-detectron train` does.")
+        models = with_the_core(DATA / "synthetic", DEMO / "kg_core", ITERATIONS)
     else:
         models = with_detectron2(dataset)
     draw(dataset, models, DEMO / "overlay.png")

@@ -2,9 +2,10 @@
 """Train or evaluate a model on cells: `train_net.py --config-file configs/kg_dsb2018.yaml --num-gpus 4`.
 
 Runs the keypoint-graph model and Mask R-CNN alike, on one or several GPUs or machines, or on the CPU
-(`MODEL.DEVICE cpu`). `--eval-only` evaluates `MODEL.WEIGHTS`, `--resume` continues from the last checkpoint of
-`OUTPUT_DIR`, and further `KEY VALUE` pairs override the config. Results go to `output/<name of the config>`, unless
-`OUTPUT_DIR` says otherwise. A mistake in any of these ends the program with one sentence and status 2.
+(`MODEL.DEVICE cpu`), where `--num-gpus 4` is four processes. torchrun may start them instead. `--eval-only` evaluates
+`MODEL.WEIGHTS`, `--resume` continues from the last checkpoint of `OUTPUT_DIR`, and further `KEY VALUE` pairs override
+the config. Results go to `output/<name of the config>`, unless `OUTPUT_DIR` says otherwise. A mistake in any of these
+ends the program with one sentence and status 2.
 
 A run depends on its config and `SEED` alone (on the CPU; GPUs round differently from run to run). Without one, a seed
 is drawn and written to `OUTPUT_DIR/config.yaml`. Interrupted in any way and resumed, a run ends as it would have
@@ -25,7 +26,6 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
-from torch.multiprocessing import ProcessExitedException
 
 if importlib.util.find_spec("detectron2") is None:
     print(
@@ -36,13 +36,14 @@ if importlib.util.find_spec("detectron2") is None:
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kg_detectron.d2 import add_kg_config, register_files
 from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.config import drop_initial_weights, merge_config
+from kg_detectron.d2.launch import AUTO, ProcessError, launch
 from kg_detectron.d2.trainer import Trainer
 from kg_detectron.d2.training_check import check_datasets
 from kg_detectron.io.normalisation import Normalisation
@@ -59,12 +60,11 @@ def run_seed(cfg: CfgNode, resume: bool) -> int:
     return comm.shared_random_seed() if seed < 0 else seed
 
 
-def setup(args: Namespace) -> CfgNode:
-    """The config of the command line, frozen, with logging, seeds and the output folder set up.
+def read_config(args: Namespace) -> CfgNode:
+    """The config of the command line.
 
     Raises:
-        KeyError, ValueError: for keys that do not exist, datasets that are not registered, what `merge_config` refuses,
-            and what would be downloaded or run without having been asked for.
+        KeyError, ValueError: for keys that do not exist, and what `merge_config` refuses.
     """
     cfg = get_cfg()
     add_kg_config(cfg)
@@ -76,6 +76,17 @@ def setup(args: Namespace) -> CfgNode:
         cfg.merge_from_list(args.opts)
     except AssertionError as error:  # as Detectron2's config says it
         raise ValueError(f"KEY VALUE: {error}") from error
+    return cfg
+
+
+def setup(args: Namespace) -> CfgNode:
+    """The config of the command line, frozen, with logging, seeds and the output folder set up.
+
+    Raises:
+        KeyError, ValueError: see `read_config`; for datasets that are not registered, and what would be downloaded or
+            run without having been asked for.
+    """
+    cfg = read_config(args)
     if "://" in cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS not in args.opts:
         raise ValueError(
             f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS} of {args.config_file} is not downloaded unless it stands on the"
@@ -147,7 +158,7 @@ def run(args: Namespace) -> None:
     try:
         work = prepare(args)
     except MISTAKES as error:
-        if comm.is_main_process():
+        if comm.get_world_size() == 1 or comm.get_local_rank() == 0:  # once on every machine
             print(f"train_net.py: error: {_sentence(error)}", file=sys.stderr)
         sys.exit(2)
     work()
@@ -161,6 +172,8 @@ def _sentence(error: Exception) -> str:
 
 def build_parser() -> ArgumentParser:
     parser = default_argument_parser()
+    # Detectron2's default is a port that two trainings of one user would share.
+    parser.set_defaults(dist_url=AUTO)
     parser.add_argument(
         "--skip-bad", action="store_true", help="train without the images and cells that the check finds faulty"
     )
@@ -172,16 +185,28 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
-    arguments = build_parser().parse_args()
+def start(arguments: Namespace) -> int:
+    """Run the program in as many processes as asked for; the result is its exit status."""
+    try:
+        device = read_config(arguments).MODEL.DEVICE
+    except MISTAKES as error:
+        print(f"train_net.py: error: {_sentence(error)}", file=sys.stderr)
+        return 2
     try:
         launch(
             run,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
+            device,
+            processes=arguments.num_gpus,
+            machines=arguments.num_machines,
             machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
+            url=arguments.dist_url,
             args=(arguments,),
         )
-    except ProcessExitedException as error:  # of one of several processes, which has said why
-        sys.exit(error.exit_code)
+    except ProcessError as error:
+        print(f"train_net.py: error: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(start(build_parser().parse_args()))

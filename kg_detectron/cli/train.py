@@ -1,6 +1,11 @@
 """``kg-detectron train``: adapt a model to labelled images, or train one anew, without Detectron2."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kg_detectron.training.recipe import Recipe
+    from kg_detectron.training.run import TrainSettings
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,13 +37,52 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="labelled images to choose and calibrate the model on; default: a fifth of the images, drawn at random",
     )
     parser.add_argument("--layout", choices=("labels", "cells"), help="of the masks; default: what is there")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with settings of the network, the training and the augmentation (docs/train.md); options of "
+        "this command count more",
+    )
     parser.add_argument("--minutes", type=float, metavar="N", help="train for so long; default: 20")
     parser.add_argument("--iterations", type=int, metavar="N", help="train for so many iterations instead")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows of an iteration; default: 4")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows of an iteration; default: 4")
     parser.add_argument("--learning-rate", type=float, metavar="R", help="default: 0.0003 from a model, else 0.001")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
+    parser.add_argument("--validations", type=int, metavar="N", help="how many during the run; default: 3")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop after N validations in a row without a better one; default: never",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
     parser.set_defaults(run=run)
+
+
+# Options that are settings of the training, which a recipe may state too.
+_SETTINGS = ("minutes", "iterations", "batch_size", "learning_rate", "seed", "validations", "patience")
+
+
+def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSettings":
+    """The settings of the training: those of the command line, else those of the recipe.
+
+    Raises:
+        ValueError: a name that does not exist, or a value out of its range.
+    """
+    from kg_detectron.modeling.settings import from_plain
+    from kg_detectron.training.run import TrainSettings
+
+    given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
+    values = dict(recipe.training)
+    if "minutes" in given or "iterations" in given:
+        values = {name: value for name, value in values.items() if name not in ("minutes", "iterations")}
+    values |= given
+    if values.get("iterations") is not None:
+        values.setdefault("minutes", None)
+    try:
+        return from_plain(TrainSettings, values)
+    except TypeError as error:  # of a recipe: text in the place of a number
+        raise ValueError(f"training: {error}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,28 +94,16 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from kg_detectron.training.dataset import read_dataset
-    from kg_detectron.training.run import (
-        IMAGENET,
-        MODEL_FILE,
-        NOTHING,
-        TrainSettings,
-        split_validation,
-        starting_model,
-        train,
-    )
+    from kg_detectron.training.recipe import Recipe, read_recipe
+    from kg_detectron.training.run import IMAGENET, MODEL_FILE, NOTHING, split_validation, starting_model, train
 
-    settings = TrainSettings(
-        minutes=None if arguments.iterations else (20.0 if arguments.minutes is None else arguments.minutes),
-        iterations=arguments.iterations,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
-    )
+    recipe = read_recipe(arguments.config) if arguments.config else Recipe()
+    settings = train_settings(arguments, recipe)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = starting_model(arguments.model, device)
+    model = starting_model(arguments.model, device, recipe.network)
     images = read_dataset(arguments.images, arguments.masks, model.preprocessing, arguments.layout)
     if arguments.validation is None:
-        training, validation = split_validation(images, seed=arguments.seed)
+        training, validation = split_validation(images, seed=settings.seed)
         shared = len(images) < 4
     else:
         first, *rest = arguments.validation
@@ -84,7 +116,16 @@ def run(arguments: argparse.Namespace) -> int:
     budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.iterations} iterations"
     print(f"training for {budget}, besides the time of a few validations")
     adapts = arguments.model not in (IMAGENET, NOTHING)
-    figures = train(model, training, validation, arguments.output, settings, adapts=adapts)
+    figures = train(
+        model,
+        training,
+        validation,
+        arguments.output,
+        settings,
+        adapts=adapts,
+        geometry=recipe.geometry,
+        colours=recipe.colours,
+    )
     if figures is None:
         return 130
     print(f"validation: {figures}")

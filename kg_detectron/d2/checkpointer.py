@@ -1,16 +1,19 @@
 """Checkpoints that are there whole or not at all."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from kg_detectron.inference.model_file import HOST_PREFIX, SAFETENSORS, read_model
+from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
+from kg_detectron.training.checkpoint import save_checkpoint
 
 # Where a file is written before it takes its name. One name for all: what a killed process leaves, the next save takes.
 _UNFINISHED = ".unfinished"
@@ -60,48 +63,35 @@ class WholeCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        weights = self.model.state_dict()
-        broken = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-        if broken:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise FloatingPointError(
-                f"{name}.pth was not written: the weights {', '.join(broken[:3])}{more} are not finite. {self._kept()}"
-            )
         states = {key: part.state_dict() for key, part in self.checkpointables.items()}
         file = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
-        self._replace(file, lambda stream: torch.save({"model": weights, **states, **extra}, stream))
+        with self._errors_name_the_last_checkpoint(file):
+            save_checkpoint(file, {"model": self.model.state_dict(), **states, **extra}, temporary=_UNFINISHED)
         self.tag_last_checkpoint(file.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        self._replace(Path(self.save_dir, "last_checkpoint"), lambda f: f.write(last_filename_basename.encode()))
+        file = Path(self.save_dir, "last_checkpoint")
+        with self._errors_name_the_last_checkpoint(file), replacing(file, durable=True, temporary=_UNFINISHED) as new:
+            new.write_text(last_filename_basename)
 
     def forget_last_checkpoint(self) -> None:
         """A new run begins in the folder: killed before its first checkpoint, it must not resume the former one."""
         if self.save_to_disk:
             Path(self.save_dir, "last_checkpoint").unlink(missing_ok=True)
 
-    def _replace(self, file: Path, write: Callable[[BinaryIO], Any]) -> None:
-        """Write a file in full, down to the disk, then give it its name."""
-        unfinished = file.with_name(_UNFINISHED)
+    @contextmanager
+    def _errors_name_the_last_checkpoint(self, file: Path) -> Iterator[None]:
         try:
-            with open(unfinished, "wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(unfinished, file)
-            folder = os.open(file.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {self._kept()}") from None
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of an OSError that it meets
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             if cause is None:
                 raise
-            unfinished.unlink(missing_ok=True)
             raise OSError(cause.errno, f"{file} was not written: {cause.strerror}. {self._kept()}") from error
 
     def get_checkpoint_file(self) -> str:

@@ -1,9 +1,10 @@
 """Training hooks: seeding, losses that are not finite, the validation loss and early stopping on it, signals.
 
-Register them among Detectron2's: `Seeding` and `FiniteLosses` first. `ValidationLoss`, then `EarlyStopping`, after
-`IterationTimer` and `LRScheduler`, so that the step's time leaves out the validation and the checkpoints made here hold
-the stepped schedule; before `PeriodicCheckpointer` and `EvalHook`, so that those see the state and the end of the
-training. `StopOnSignal` between these two: the last checkpoint of all is made before it, evaluation can wait.
+Register them among Detectron2's: `Seeding`, `FiniteLosses` and `MeanStatistics` first. `ValidationLoss`, then
+`EarlyStopping`, after `IterationTimer` and `LRScheduler`, so that the step's time leaves out the validation and the
+checkpoints made here hold the stepped schedule; before `PeriodicCheckpointer` and `EvalHook`, so that those see the
+state and the end of the training. `StopOnSignal` between these two: the last checkpoint of all is made before it,
+evaluation can wait.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import logging
 import os
 import random
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -21,7 +23,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
@@ -100,6 +102,30 @@ class FiniteLosses(HookBase):
                 f"iteration {self.trainer.iter}: {', '.join(broken)}, on the images {files}. "
                 "The weights are as they were before this iteration; nothing was saved"
             )
+
+
+class MeanStatistics(HookBase):
+    """Give the norm layers of all processes the mean of their running statistics, after each iteration.
+
+    So all processes validate and evaluate the model that the main one saves.
+    """
+
+    def after_step(self) -> None:
+        if comm.get_world_size() == 1:
+            return
+        statistics = [
+            buffer
+            for module in self.trainer.model.modules()
+            if isinstance(module, _NormBase) and module.training
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+        if statistics:
+            together = torch.cat([buffer.flatten() for buffer in statistics])
+            distributed.all_reduce(together)
+            together /= comm.get_world_size()
+            for buffer, mean in zip(statistics, together.split([b.numel() for b in statistics]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
 
 @contextlib.contextmanager
@@ -254,13 +280,18 @@ class StopOnSignal(HookBase):
     Raises SystemExit with status 128 + the signal's number, as shells have it, in all processes after the same
     iteration, whichever of them got the signal. In the last iteration, and after it, the run is saved and only its
     evaluation is left: then a signal does what it does elsewhere.
+
+    A terminal or a scheduler signals all processes, and their launcher passes on what it gets: what comes within
+    `ECHO_SECONDS` of the first signal is taken for the same one.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    ECHO_SECONDS = 1.0
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
         self.checkpointer = checkpointer
         self.received: int | None = None
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def before_train(self) -> None:
@@ -271,10 +302,13 @@ class StopOnSignal(HookBase):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = number
+            if now - self._received_at > self.ECHO_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._received_at = number, now
         logger.warning("%s: stopping after this iteration; once more stops at once", signal.Signals(number).name)
 
     def after_step(self) -> None:

@@ -59,7 +59,7 @@ class CellInstanceSegmentation(nn.Module):
         """
         if not self.training:
             return self.inference(batched_inputs)
-        images = [inputs["image"].to(self.device).float() for inputs in batched_inputs]
+        images = [inputs["image"].to(self.network.place) for inputs in batched_inputs]
         truth = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         return self.network(images, [{"boxes": t.gt_boxes.tensor, "masks": t.gt_masks.tensor} for t in truth])
 

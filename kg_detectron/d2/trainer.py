@@ -1,4 +1,7 @@
-"""The trainer: Detectron2's, with the data, optimiser, evaluation, checkpoints and hooks of this project."""
+"""The trainer: Detectron2's, with the data, optimiser, evaluation, checkpoints and hooks of this project.
+
+Several processes together compute the losses of one process with the whole batch, on CPUs too.
+"""
 
 import contextlib
 import os
@@ -7,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
 from detectron2.utils import comm
@@ -16,19 +19,55 @@ from torch import nn
 
 from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.d2.evaluators import build_evaluators
-from kg_detectron.d2.hooks import EarlyStopping, FiniteLosses, Seeding, StopOnSignal, StopTraining, ValidationLoss
+from kg_detectron.d2.hooks import (
+    EarlyStopping,
+    FiniteLosses,
+    MeanStatistics,
+    Seeding,
+    StopOnSignal,
+    StopTraining,
+    ValidationLoss,
+)
 from kg_detectron.d2.loaders import build_test_loader, build_train_loader, build_validation_loader
 from kg_detectron.d2.meta_architecture import Description
 from kg_detectron.d2.solver import build_lr_scheduler
 from kg_detectron.d2.writers import build_writers
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
+from kg_detectron.modeling.processes import shared_losses
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
 CHECKPOINTS_TO_KEEP = 2
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with the data, optimiser, evaluation, checkpoints and hooks of this project."""
+    """Detectron2's trainer with the data, optimiser, evaluation, checkpoints and hooks of this project.
+
+    Raises:
+        ValueError: settings that the training cannot have, such as SyncBN in several processes on CPUs.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)  # that of DefaultTrainer takes GPUs for granted, and makes a checkpointer of its own
+        processes = comm.get_world_size()
+        self.cfg = cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
+        model = self.build_model(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        if on_cpu and processes > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise ValueError(
+                "MODEL.CELLS.NORM: SyncBN in several processes works on GPUs only, so PyTorch; on CPUs use GN or "
+                "FrozenBN, or BN, which normalises the images of each process by themselves"
+            )
+        optimizer, loader = self.build_optimizer(cfg, model), self.build_train_loader(cfg)
+        devices = None if on_cpu or processes == 1 else [comm.get_local_rank()]
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = WholeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        description = Description.of(model)
+        if description is not None:
+            self.checkpointer.add_checkpointable(DESCRIPTION_KEY, description)
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -70,11 +109,6 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         cfg = self.cfg
-        # Detectron2's __init__ has just made its own checkpointer, and asks for the hooks, which take ours.
-        self.checkpointer = WholeCheckpointer(self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        description = Description.of(self.model)
-        if description is not None:
-            self.checkpointer.add_checkpointable(DESCRIPTION_KEY, description)
         default = [hook for hook in super().build_hooks() if hook is not None]
         for hook in default:
             if isinstance(hook, hooks.PeriodicCheckpointer):
@@ -91,6 +125,7 @@ class Trainer(DefaultTrainer):
         return [
             Seeding(self.data_loader.sampler, cfg.SOLVER.IMS_PER_BATCH),
             FiniteLosses(),
+            MeanStatistics(),
             *default[:stepped],
             *validation,
             *default[stepped:evaluation],
@@ -100,6 +135,24 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         return []  # Detectron2 asks before it is known where a resumed run begins; `train` adds them
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of the run, where it is resumed and there is one, or ``MODEL.WEIGHTS``.
+
+        Raises:
+            FileNotFoundError, ValueError: see `WholeCheckpointer.load`; and processes that find different checkpoints.
+        """
+        super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise ValueError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}: expected one folder that all machines share, but the processes "
+                f"would go on at the iterations {starts}"
+            )
+
+    def run_step(self) -> None:
+        with shared_losses():
+            super().run_step()
 
     def train(self) -> None:
         if comm.is_main_process():

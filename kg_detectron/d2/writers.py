@@ -1,11 +1,10 @@
 """What a training writes about itself: the terminal, metrics.json and TensorBoard."""
 
-import json
 from pathlib import Path
 
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 
-from kg_detectron.io.atomic import replacing
+from kg_detectron.training.scalars import drop_iterations
 
 
 def build_writers(output_dir: str | Path, first_iteration: int, max_iter: int) -> list[EventWriter]:
@@ -21,19 +20,3 @@ def build_writers(output_dir: str | Path, first_iteration: int, max_iter: int) -
         JSONWriter(str(metrics)),
         TensorboardXWriter(str(output_dir), purge_step=first_iteration),
     ]
-
-
-def drop_iterations(metrics: Path, first: int) -> None:
-    """Take the lines of iteration ``first`` and later, and half a line of a killed run, out of a metrics.json."""
-    if not metrics.is_file():
-        return
-
-    def stays(line: str) -> bool:
-        try:
-            return json.loads(line)["iteration"] < first
-        except (json.JSONDecodeError, KeyError, TypeError):
-            return False
-
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    with replacing(metrics) as kept:
-        kept.write_text("".join(line for line in lines if stays(line)), encoding="utf-8")

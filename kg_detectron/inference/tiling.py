@@ -114,9 +114,18 @@ def detect_tiled(
         tile, overlap: see `kg_detectron.inference.predictor.predict`.
         progress: called after each step with the number of steps done and of all.
 
+    Raises:
+        ValueError: the backbone states no receptive radius.
+
     Returns:
         The cells in the frame of ``image``, the masks as bool crops, or at a scale other than 1 as float16 crops.
     """
+    if model.backbone.receptive_radius is None:
+        raise ValueError(
+            f"tile: the backbone {model.settings.backbone.backbone} states no receptive radius, so its images are not "
+            f"cut into tiles: expected {max(image.shape[:2])} or more for an image that the network sees at "
+            f"{image.shape[1]} x {image.shape[0]} pixels, got {tile}"
+        )
     network = _LocalNetwork(model, image)
     tiles = network.whole.tiles(tile)
     steps = 2 * len(tiles)

@@ -7,16 +7,31 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, durable: bool = False, temporary: str | None = None) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    After an error the temporary file is removed and `path` is as it was. The name is always the same, hidden, and ends
-    in ``.tmp``: what a killed process left behind is written over by the next one.
+    After an error the temporary file is removed and `path` is as it was. The name is always the same: what a killed
+    process left behind is written over by the next one.
+
+    Args:
+        path: the file.
+        durable: bring the file down to the disk before it takes its name, and then the name: a crash of the machine
+            leaves the former file or the new one.
+        temporary: the name; by default that of `path`, hidden, with ``.tmp``.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = path.with_name(temporary or f".{path.name}.tmp")
     try:
         yield unfinished
+        if durable:
+            with open(unfinished, "r+b") as stream:
+                os.fsync(stream.fileno())
         os.replace(unfinished, path)
+        if durable and os.name == "posix":  # elsewhere folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from kg_detectron.modeling.segmentation_branch import (
     jittered_boxes,
     mask_loss,
 )
+from kg_detectron.modeling.timm_backbone import TimmBackbone
 from kg_detectron.modeling.trunk import Trunk, TrunkSettings, build_trunk
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "SegmentationBranch",
     "SegmentationSettings",
     "TargetSettings",
+    "TimmBackbone",
     "Trunk",
     "TrunkSettings",
     "box_keypoints",

@@ -36,13 +36,14 @@ class Backbone(Protocol):
     Attributes:
         channels: of c0..c4.
         divisor: the sides of its input are multiples of it.
-        receptive_radius: of c0..c4, input pixels to every side on which a value depends. Group normalisation, whose
-            statistics are those of the whole image, is not counted.
+        receptive_radius: of c0..c4, input pixels to every side on which a value depends; None where that is not known,
+            and images larger than a tile are refused. Group normalisation, whose statistics are those of the whole
+            image, is not counted.
     """
 
     channels: tuple[int, ...]
     divisor: int
-    receptive_radius: tuple[int, ...]
+    receptive_radius: tuple[int, ...] | None
 
     def __call__(self, image: Tensor) -> list[Tensor]:
         """(N, 3, h, w) -> [c0, c1, c2, c3, c4]."""
@@ -59,7 +60,7 @@ class BackboneSettings:
     """Settings of the backbone (the paper's by default).
 
     Attributes:
-        backbone: name in `BACKBONES`.
+        backbone: name in `BACKBONES`, such as "resnet50", or "timm/" and the name of a network of timm.
         norm: norm layer, of `NORMS`; the light trunk has the same.
         backbone_weights: initial weights, by the name that the backbone's package gives them, such as "IMAGENET1K_V1";
             "" for random ones. Model files leave it out.
@@ -79,7 +80,9 @@ class BackboneSettings:
     backbone_lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.backbone in BACKBONES, "backbone", f"one of {', '.join(sorted(BACKBONES))}", self.backbone)
+        require(
+            _builder(self.backbone) is not None, "backbone", f"one of {', '.join(sorted(BACKBONES))}", self.backbone
+        )
         require(self.norm in NORMS, "norm", f"one of {', '.join(sorted(NORMS))}", self.norm)
         require(self.c0_channels >= 1, "c0_channels", "1 or more", self.c0_channels)
         require(self.backbone_lr_factor >= 0, "backbone_lr_factor", "0 or more", self.backbone_lr_factor)
@@ -89,7 +92,10 @@ BACKBONES: dict[str, Callable[[BackboneSettings], nn.Module]] = {}
 
 
 def register_backbone(name: str) -> Callable[[Callable[[BackboneSettings], nn.Module]], Callable]:
-    """Decorator: make a builder of a backbone, called with `BackboneSettings`, known under a name."""
+    """Decorator: make a builder of a backbone, called with `BackboneSettings`, known under a name.
+
+    A name that ends in "/" stands for all names that begin with it.
+    """
 
     def register(build: Callable[[BackboneSettings], nn.Module]) -> Callable:
         BACKBONES[name] = build
@@ -98,9 +104,15 @@ def register_backbone(name: str) -> Callable[[Callable[[BackboneSettings], nn.Mo
     return register
 
 
+def _builder(name: str) -> Callable[[BackboneSettings], nn.Module] | None:
+    return BACKBONES.get(name) or BACKBONES.get(name.partition("/")[0] + "/")
+
+
 def build_backbone(settings: BackboneSettings) -> nn.Module:
     """The backbone of a name, with its initial weights if it has any."""
-    return BACKBONES[settings.backbone](settings)
+    build = _builder(settings.backbone)
+    assert build is not None  # which the settings have checked
+    return build(settings)
 
 
 def image_convolutions(channels: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch import Tensor
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,3 +29,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
     """No autocast inside: decoding runs in float32 whatever the network runs in."""
     return torch.autocast(device.type, enabled=False)
+
+
+def for_losses(values: Tensor) -> Tensor:
+    """Values in float32, or in float64 where they have it: losses are not computed in half precision."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -16,6 +16,8 @@ from kg_detectron.cells import MaskCrops
 from kg_detectron.layers import crop_pixels
 from kg_detectron.modeling.backbone import zero_bias
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
+from kg_detectron.modeling.precision import for_losses
+from kg_detectron.modeling.processes import generators_of_images, loss_divisor
 from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import UpCombine, convolution
 
@@ -178,12 +180,17 @@ class SegmentationBranch(nn.Module):
 
     def losses(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
         """The weighted ``loss_mask`` of true boxes, drawn and jittered where asked for; arguments as in `loss`."""
-        if limit := self.settings.cells_per_image:
-            drawn = [torch.randperm(len(b), device=b.device)[:limit] for b in boxes]
-            boxes = [b[index] for b, index in zip(boxes, drawn, strict=True)]
+        limit, amount = self.settings.cells_per_image, self.settings.box_jitter
+        generators = generators_of_images(len(boxes)) if limit or amount else []
+        if limit:
+            drawn = [torch.randperm(len(b), generator=g)[:limit] for b, g in zip(boxes, generators, strict=True)]
+            boxes = [b[index.to(b.device)] for b, index in zip(boxes, drawn, strict=True)]
             masks = [m[index.to(m.device)] for m, index in zip(masks, drawn, strict=True)]
-        if amount := self.settings.box_jitter:
-            boxes = [jittered_boxes(b, (m.shape[1], m.shape[2]), amount) for b, m in zip(boxes, masks, strict=True)]
+        if amount:
+            boxes = [
+                jittered_boxes(b, (m.shape[1], m.shape[2]), amount, g)
+                for b, m, g in zip(boxes, masks, generators, strict=True)
+            ]
         return {"loss_mask": self.settings.mask_weight * self.loss(maps, boxes, masks)}
 
     def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
@@ -200,11 +207,12 @@ class SegmentationBranch(nn.Module):
         everywhere = torch.stack((sides * 0, sides * 0, sides, sides), dim=1).to(boxes[0])
         logits, windows = packed_logits(self, maps, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
         skipped = int(window_sizes(windows[: len(sides)]).prod(1).sum())
-        zero = 0 * logits[:skipped].float().sum()
+        zero = 0 * for_losses(logits[:skipped]).sum()
         windows, logits = windows[len(sides) :], logits[skipped:]
+        crops = loss_divisor(torch.tensor([len(windows)], device=logits.device))[0]  # of all processes: before a return
         if not len(windows):
             return zero
-        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1)) + zero
+        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1), crops) + zero
 
 
 def build_segmentation_branch(
@@ -221,20 +229,24 @@ def build_segmentation_branch(
     return SegmentationBranch(widths[:1], widths[:1], settings)
 
 
-def mask_loss(logits: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, targets: Tensor, areas: Tensor, crops: Tensor | None = None) -> Tensor:
     """Binary cross entropy of mask crops: mean over the pixels of a crop, then over the crops.
 
     Args:
         logits: (P,), the pixels of M crops, one crop after another.
         targets: (P,), bool or 0..1.
         areas: (M,) int64, pixels of each crop, M > 0.
+        crops: number to divide by instead of M, where these crops are not all.
     """
-    areas = areas.to(logits.device)
-    weight = (1 / areas).repeat_interleave(areas, output_size=len(logits))
-    return binary_cross_entropy_with_logits(logits.float(), targets.float(), weight, reduction="sum") / len(areas)
+    areas, logits = areas.to(logits.device), for_losses(logits)
+    weight = (1 / areas.to(logits)).repeat_interleave(areas, output_size=len(logits))
+    total = binary_cross_entropy_with_logits(logits, targets.to(logits), weight, reduction="sum")
+    return total / (len(areas) if crops is None else crops.to(total))
 
 
-def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tensor:
+def jittered_boxes(
+    boxes: Tensor, size: tuple[int, int], amount: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Boxes that are off as decoded ones are: each edge moved at random, uniformly by up to `amount` of the box's side.
 
     Args:
@@ -242,12 +254,14 @@ def jittered_boxes(boxes: Tensor, size: tuple[int, int], amount: float) -> Tenso
         size: (H, W) of the image, which the result stays in.
         amount: fraction of the width (left, right) or height (top, bottom), at least 0 and below 0.5, so that edges
             never cross.
+        generator: source of the randomness, on the CPU; PyTorch's global one by default.
 
     Returns:
-        (M, 4); the random numbers are those of PyTorch's generator of the boxes' device.
+        (M, 4)
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    moved = boxes + (2 * torch.rand_like(boxes) - 1) * amount * sides
+    random = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype).to(boxes)
+    moved = boxes + (2 * random - 1) * amount * sides
     return clip_boxes_to_image(moved, size)
 
 

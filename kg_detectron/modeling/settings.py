@@ -59,6 +59,22 @@ def from_plain(kind: type[T], values: Mapping[str, Any]) -> T:
     return kind(**given)
 
 
+def replaced(settings: T, changes: Mapping[str, Any]) -> T:
+    """Settings with some changed, which are named as in `to_plain`.
+
+    Raises:
+        ValueError: a name that does not exist, or a value that its part refuses.
+    """
+
+    def merged(old: Any, new: Any) -> Any:
+        if not (isinstance(old, dict) and isinstance(new, Mapping)):
+            return new
+        return old | {name: merged(old.get(name), value) for name, value in new.items()}
+
+    plain: Any = settings
+    return from_plain(type(settings), merged(to_plain(plain), changes))
+
+
 def parts(kind: type) -> Iterator[tuple[str, type]]:
     """(name, dataclass) of each part of the settings of a method."""
     for field in dataclasses.fields(kind):

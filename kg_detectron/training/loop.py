@@ -1,6 +1,5 @@
 """The training loop: a budget of iterations or of time, exact resume, and a clean stop on signals."""
 
-import json
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from kg_detectron.training.average import WeightAverage
 from kg_detectron.training.checkpoint import load_checkpoint, save_checkpoint
 from kg_detectron.training.sampler import EndlessSampler
+from kg_detectron.training.scalars import ScalarLog
 from kg_detectron.training.schedule import CosineSchedule
 from kg_detectron.training.seeds import seed_iteration
 
@@ -55,7 +55,7 @@ class LoopSettings:
 
 
 class Trainer:
-    """Trains a model and keeps its run in a folder: ``checkpoint.pth`` and ``metrics.jsonl``.
+    """Trains a model and keeps its run in a folder: ``checkpoint.pth``, and the losses in a `ScalarLog`.
 
     A run that was stopped continues exactly: the same samples, random numbers, optimiser state and moving average. With
     a budget of iterations the resumed run is bitwise the uninterrupted one. With a budget of time the learning rate
@@ -99,6 +99,7 @@ class Trainer:
         self.latest: dict[str, float] = {}
         self.stop_requested = False
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = ScalarLog(self.folder)
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group["lr"])
 
@@ -154,6 +155,7 @@ class Trainer:
             FloatingPointError: the loss is not finite.
         """
         self.model.train()
+        self.log.start(self.iteration + 1)
         self.sampler.start = self.iteration * self.settings.batch_size
         order = iter(self.sampler)
         last_save = time.monotonic()
@@ -208,14 +210,9 @@ class Trainer:
         }
 
     def _log(self, values: dict[str, float]) -> None:
-        line = {
-            "iteration": self.iteration,
-            "minutes": round(self.seconds / 60, 3),
-            "progress": round(self.progress, 5),
-        }
-        line |= {"lr": self.optimizer.param_groups[0]["lr"]} | {name: round(v, 5) for name, v in values.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        progress = {"minutes": round(self.seconds / 60, 3), "progress": round(self.progress, 5)}
+        line = progress | {"lr": self.optimizer.param_groups[0]["lr"]}
+        self.log.write(self.iteration, line | {name: round(v, 5) for name, v in values.items()})
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

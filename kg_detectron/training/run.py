@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
-from kg_detectron.modeling import InstanceNet, Scores
+from kg_detectron.modeling import InstanceNet, Scores, method_class
 from kg_detectron.modeling.pointwise import use_matrix_products
+from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
 from kg_detectron.training.dataset import LabelledImage, TrainingSamples
 from kg_detectron.training.loop import LoopSettings, Trainer
 from kg_detectron.training.sampler import EndlessSampler, balanced_weights
+from kg_detectron.training.scalars import METRICS_FILE
 from kg_detectron.training.schedule import CosineSchedule
 from kg_detectron.training.validation import Validation, validate
 
@@ -30,8 +32,6 @@ SETTINGS_FILE = "train.json"
 VALIDATION_FILE = "validation.jsonl"
 # Cells of an image whose masks are trained in one iteration.
 CELLS_PER_IMAGE = 48
-# Validations of a run, the one before the first iteration and the last one not counted.
-VALIDATIONS = 3
 # Images of a validation during the run; the last one takes all.
 VALIDATION_IMAGES = 24
 # Models to start from besides a file or a kept model.
@@ -50,6 +50,9 @@ class TrainSettings:
         weight_decay: of AdamW.
         average_decay: of the moving average of the weights, which is what is kept.
         seed: of the run, 0 or more.
+        validations: how many during the run, evenly spread; the ones before its first iteration and at its end come on
+            top.
+        patience: the run ends after so many validations in a row that are not the best so far; 0 is never.
 
     Raises:
         ValueError: a value out of its range, or not just one budget.
@@ -62,6 +65,8 @@ class TrainSettings:
     weight_decay: float = 0.01
     average_decay: float = 0.995
     seed: int = 0
+    validations: int = 3
+    patience: int = 0
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.iterations is None):
@@ -72,28 +77,46 @@ class TrainSettings:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
-        if self.seed < 0:
-            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
+        for name in ("seed", "validations", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
 
-def starting_model(start: str, device: str = "cpu") -> InstanceNet:
+def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] | None = None) -> InstanceNet:
     """The network that a training begins with.
 
     Args:
         start: a kept model's name, a model file, "imagenet" for the network of the kept models with ImageNet weights in
             its backbone, or "nothing" for random weights.
+        changes: of its method and settings, see `Recipe.network`. A trained model must still fit.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model` does.
+        FileNotFoundError, ValueError: as `load_model` does; changes that do not exist, or that the weights do not fit.
         ModuleNotFoundError: the package of the ImageNet weights is not installed.
     """
-    if start not in (IMAGENET, NOTHING):
-        return load_model(start, device)
-    pattern = load_model()
-    backbone = dataclasses.replace(
-        pattern.settings.backbone, backbone_weights="IMAGENET1K" if start == IMAGENET else ""
-    )
-    return type(pattern).build(dataclasses.replace(pattern.settings, backbone=backbone)).to(device)
+    model = load_model(device=device) if start in (IMAGENET, NOTHING) else load_model(start, device)
+    changes = dict(changes or {})
+    method = changes.pop("method", model.method)
+    settings = model.settings if method == model.method else method_class(method).Settings()
+    settings = replaced(settings, changes)
+    if start in (IMAGENET, NOTHING):
+        if hasattr(settings, "backbone"):
+            weights = (settings.backbone.backbone_weights or "IMAGENET1K") if start == IMAGENET else ""
+            backbone = dataclasses.replace(settings.backbone, backbone_weights=weights)
+            settings = dataclasses.replace(settings, backbone=backbone)
+        return method_class(method).build(settings).to(device)
+    if settings == model.settings:
+        return model
+    changed = method_class(method).build(settings).to(device)
+    try:
+        changed.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{start}: its weights do not fit the network with these settings; start from {IMAGENET} or {NOTHING}: "
+            f"{str(error).splitlines()[1].strip()}"
+        ) from None
+    changed.scores = model.scores
+    return changed
 
 
 def split_validation(
@@ -138,7 +161,7 @@ def train(
     adapts: bool = False,
     geometry: GeometrySettings | None = None,
     colours: ColourSettings | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = tqdm.write,
 ) -> Validation | None:
     """Train a model, and keep the best of its validations as ``model.safetensors`` in a folder.
 
@@ -167,7 +190,8 @@ def train(
         model.with_preprocessing(resize="isotropic")
         log("the model now scales images by the size of their cells, no longer to one size")
     folder.mkdir(parents=True, exist_ok=True)
-    _check_folder(folder, settings, model)
+    geometry, colours = geometry or GeometrySettings(), colours or ColourSettings()
+    _check_folder(folder, settings, model, geometry, colours)
     torch.manual_seed(settings.seed)
     rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
     if hasattr(model.settings, "segmentation"):
@@ -181,9 +205,7 @@ def train(
         model,
         lambda images, targets: model(_on(images, model.place), [_target_on(t, model.place) for t in targets]),
         torch.optim.AdamW(parameter_groups(model, rate, settings.weight_decay)),
-        TrainingSamples(
-            training, model.preprocessing.diameter, geometry or GeometrySettings(), colours or ColourSettings()
-        ),
+        TrainingSamples(training, model.preprocessing.diameter, geometry, colours),
         EndlessSampler(len(training), settings.seed, weights=balanced_weights(kinds)),
         folder,
         LoopSettings(settings.iterations, settings.minutes, settings.batch_size, settings.seed),
@@ -194,19 +216,27 @@ def train(
     keeper = _Keeper(model, trainer, _some(validation, VALIDATION_IMAGES), folder, log)
     if not resumed and adapts:
         keeper.validate()
-    with tqdm(total=100, desc="training", unit="%", bar_format=_BAR) as bar:
-
-        def after_iteration(_: Trainer) -> None:
-            bar.set_postfix_str(f"iteration {trainer.iteration}, loss {trainer.latest.get('loss', 0):.3f}")
-            bar.update(100 * trainer.progress - bar.n)
-            if trainer.progress < 1 and trainer.progress >= (keeper.done + 1) / (VALIDATIONS + 1):
-                keeper.validate()
-
-        finished = trainer.train(after_iteration)
+    finished = resumed and keeper.out_of_patience(settings.patience)
     if not finished:
+        with tqdm(total=100, desc="training", unit="%", bar_format=_BAR) as bar:
+
+            def after_iteration(_: Trainer) -> None:
+                bar.set_postfix_str(f"iteration {trainer.iteration}, loss {trainer.latest.get('loss', 0):.3f}")
+                bar.update(100 * trainer.progress - bar.n)
+                if trainer.progress < 1 and trainer.progress >= (keeper.done + 1) / (settings.validations + 1):
+                    keeper.validate()
+                    trainer.stop_requested |= keeper.out_of_patience(settings.patience)
+
+            finished = trainer.train(after_iteration) or keeper.out_of_patience(settings.patience)
+    if not finished:
+        trainer.log.close()
         log(f"stopped after iteration {trainer.iteration}; give the same command again to go on")
         return None
-    keeper.validate()
+    if keeper.out_of_patience(settings.patience):
+        log(f"no better over {settings.patience} validations: the training ends after iteration {trainer.iteration}")
+    elif keeper.last_iteration != trainer.iteration:
+        keeper.validate()
+    trainer.log.close()
     return keeper.finish(validation, training)
 
 
@@ -234,6 +264,16 @@ class _Keeper:
         """Validations during the run; one before its first iteration does not count."""
         return sum(record["iteration"] > 0 for record in self.records)
 
+    @property
+    def last_iteration(self) -> int | None:
+        """Iteration of the last validation."""
+        return self.records[-1]["iteration"] if self.records else None
+
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether so many last validations have not been better than the best one before; never for 0."""
+        values = [record["value"] for record in self.records]
+        return bool(patience and values) and len(values) - 1 - int(np.argmax(values)) >= patience
+
     def validate(self) -> None:
         """Validate the averaged weights; keep them where they are the best so far."""
         average = self.trainer.average
@@ -252,6 +292,8 @@ class _Keeper:
             self.records.append(record)
             with replacing(self.file) as unfinished:
                 unfinished.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            shown = {f"validation/{name}": record[name] for name in record if name not in ("iteration", "minutes")}
+            self.trainer.log.show(self.trainer.iteration, shown)
             self.log(f"iteration {record['iteration']}, {record['minutes']:.1f} minutes: {figures}")
             if value > best:
                 save_model(self.model, self.folder / MODEL_FILE)
@@ -282,7 +324,7 @@ def plot_curves(folder: Path, records: Sequence[dict]) -> None:
     """Draw losses and validation figures of a run into ``curves.png``."""
     from matplotlib.figure import Figure
 
-    file = folder / "metrics.jsonl"  # not there after fewer iterations than it has for a line
+    file = folder / METRICS_FILE  # not there after fewer iterations than it has for a line
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -302,14 +344,22 @@ def plot_curves(folder: Path, records: Sequence[dict]) -> None:
         figure.savefig(unfinished, format="png", dpi=120)
 
 
-def _check_folder(folder: Path, settings: TrainSettings, model: InstanceNet) -> None:
+def _check_folder(
+    folder: Path, settings: TrainSettings, model: InstanceNet, geometry: GeometrySettings, colours: ColourSettings
+) -> None:
     """Refuse a folder with a run of other settings; note these in it."""
     file = folder / SETTINGS_FILE
-    content = {"settings": dataclasses.asdict(settings), "model": model.description()}
-    content = json.loads(json.dumps(content))
+    parts: dict[str, Any] = {"settings": settings, "geometry": geometry, "colours": colours}
+    content: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    content = json.loads(json.dumps(content | {"model": model.description()}))
     if file.exists() and (folder / "checkpoint.pth").exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        changed = [key for key in content if known.get(key) != content[key]]
+        # What a run of an earlier version did not note is not compared.
+        changed = [
+            key
+            for key, values in content.items()
+            if any(known.get(key, {}).get(name, value) != value for name, value in values.items())
+        ]
         if changed:
             raise ValueError(f"{folder} holds a run of another {' and '.join(changed)}; choose another folder")
         return

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from builders import box_example
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from kg_detectron.d2 import add_kg_config
 from kg_detectron.d2.config import merge_config, method_settings
@@ -56,3 +61,48 @@ def test_every_part_is_used():
     for rows in reproduce.PLANS.values():
         used |= {reproduce.recipe_file(recipe).resolve() for row in rows for recipe in row.recipes}
     assert {path.resolve() for path in (CONFIGS / "parts").rglob("*.yaml")} <= used
+
+
+# Networks of few channels: every part is there, and a step takes a tenth of a second.
+NARROW = ["MODEL.DEVICE", "cpu", "INPUT.SIZE", (64, 64), "MODEL.WEIGHTS", "", "MODEL.CELLS.BACKBONE_WEIGHTS", ""]
+NARROW += ["MODEL.CELLS.BACKBONE", "resnet18", "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.WIDTHS", [4, 6, 8, 8]]
+NARROW += ["MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+NARROW += ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32]
+NARROW += ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 20, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8]
+
+
+def narrow_models() -> dict[str, CfgNode]:
+    """The different models of all leaves, made narrow, by the name of their first leaf."""
+    models: dict[str, CfgNode] = {}
+    for name in LEAVES:
+        cfg = load(CONFIGS / f"{name}.yaml")
+        width = 64 if cfg.MODEL.RESNETS.DEPTH == 18 else 8  # Detectron2's ResNet-18 has no other
+        more = ["MODEL.RESNETS.RES2_OUT_CHANNELS", width]
+        if width == 8:
+            more += ["MODEL.RESNETS.WIDTH_PER_GROUP", 4]
+        cfg.merge_from_list([*NARROW, *more])
+        if all(cfg.MODEL != other.MODEL for other in models.values()):
+            models[name] = cfg
+    return models
+
+
+def test_every_parameter_gets_a_gradient():
+    """Which training in several processes needs: also of a process whose images have no cells."""
+    models = narrow_models()
+    assert len(models) > 8
+    for name, cfg in models.items():
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        for cells in (2, 0):
+            model.zero_grad()
+            with EventStorage():
+                sum(model([training_image(cells), training_image(cells)]).values()).backward()
+            missing = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+            assert not missing, f"{name}, {cells} cells: {missing}"
+
+
+def training_image(cells: int) -> dict[str, object]:
+    image, target = box_example(64, 64, [[4, 5, 34, 40], [36, 30, 60, 58]][:cells])
+    instances = Instances((64, 64), gt_boxes=Boxes(target["boxes"]), gt_masks=BitMasks(target["masks"]))
+    instances.gt_classes = torch.zeros(cells, dtype=torch.long)
+    return {"image": image, "instances": instances, "file_name": "", "height": 64, "width": 64}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -365,9 +366,11 @@ def test_signal_of_another_process_stops_this_one(tmp_path, monkeypatch):
 def test_second_signal_ends_at_once(tmp_path):
     child = os.fork()
     if child == 0:
+        StopOnSignal.ECHO_SECONDS = 0.05
 
         def twice(trainer):
             signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
             signal.raise_signal(signal.SIGINT)
             (tmp_path / "went on").touch()
 
@@ -375,6 +378,19 @@ def test_second_signal_ends_at_once(tmp_path):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
     assert not (tmp_path / "went on").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
+    """As of a terminal, which signals all processes, and of a launcher, which passes the signal on."""
+    again = CallbackHook(after_step=lambda trainer: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="143"):
+        train(
+            NoisyModel(),
+            [CallbackHook(before_step=lambda trainer: signal.raise_signal(signal.SIGTERM)), again]
+            + [StopOnSignal(DetectionCheckpointer(NoisyModel(), str(tmp_path)))],
+            3,
+        )
+    assert saved_iteration(tmp_path, "model_stopped") == 0
 
 
 # Seeding

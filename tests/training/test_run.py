@@ -1,6 +1,8 @@
 """A whole training with the core alone: from labelled images to a model file, resumed exactly."""
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from kg_detectron.synthetic import nuclei_image
 from kg_detectron.training.augmentation import GeometrySettings
 from kg_detectron.training.dataset import LabelledImage, labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
+from kg_detectron.training.scalars import ScalarLog
+from kg_detectron.training.validation import Validation
 
 
 def labelled(model: InstanceNet, count: int, seed: int = 0) -> list[LabelledImage]:
@@ -133,7 +137,65 @@ def test_the_split_is_random_but_always_the_same() -> None:
 def test_a_start_from_nothing_has_the_kept_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kept = tmp_path / "nuclei.safetensors"
     save_model(network(), kept)
-    monkeypatch.setattr("kg_detectron.training.run.load_model", lambda *_: load_model(kept))
+    monkeypatch.setattr("kg_detectron.training.run.load_model", lambda *_, **__: load_model(kept))
     model = starting_model("nothing")
     assert model.settings == network().settings
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), load_model(kept).parameters(), strict=True))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Validations have these figures, one after the other, and then the last one."""
+
+    def validate(*_: object, **__: object) -> Validation:
+        value = values.pop(0) if len(values) > 1 else values[0]
+        return Validation({"0.5": value, "0.7": value}, value, np.zeros(0), np.zeros(0, bool), 1)
+
+    monkeypatch.setattr("kg_detectron.training.run.validate", validate)
+
+
+def stopping(folder: Path, lines: list[str], iterations: int = 8) -> list[int]:
+    """Iterations of the validations of a run with a patience of two."""
+    settings = TrainSettings(minutes=None, iterations=iterations, batch_size=1, validations=7, patience=2)
+    images = labelled(network(), 2)
+    assert train(network(), images, images, folder, settings, geometry=SMALL, log=lines.append) is not None
+    return [json.loads(line)["iteration"] for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_when_it_gets_no_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.1, 0.3, 0.2, 0.2, 0.2])
+    lines: list[str] = []
+    assert stopping(tmp_path, lines) == [1, 2, 3, 4]  # the best came second
+    assert "no better over 2 validations: the training ends after iteration 4" in lines
+    assert stopping(tmp_path, lines) == [1, 2, 3, 4]  # it stays ended
+
+
+def test_a_run_that_gets_better_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [0.1, 0.2, 0.1, 0.3])
+    assert stopping(tmp_path, [], iterations=4) == [1, 2, 3, 4]
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = ScalarLog(tmp_path)
+    for iteration in (20, 40):
+        log.write(iteration, {"loss": 1.0 / iteration})
+    log.show(40, {"validation/f1": 0.5})
+    log.close()
+    time.sleep(1.1)  # TensorBoard's files are ordered by the second
+    again = ScalarLog(tmp_path)  # resumed from iteration 30
+    again.start(31)
+    again.write(40, {"loss": 7.0})
+    again.close()
+    shown = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(20, pytest.approx(0.05)), (40, 7.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(20, 0.05), (40, 7.0)]
+
+
+def test_without_tensorboard_the_lines_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    log = ScalarLog(tmp_path)
+    log.write(20, {"loss": 1.0})
+    log.show(20, {"validation/f1": 0.5})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

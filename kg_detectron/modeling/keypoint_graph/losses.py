@@ -7,6 +7,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from kg_detectron.graph import DIRECTED_EDGES, NUM_KEYPOINTS
 from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
 from kg_detectron.modeling.keypoint_graph.targets import TargetSettings, keypoint_targets
+from kg_detectron.modeling.precision import for_losses
+from kg_detectron.modeling.processes import loss_divisor
 
 # Keypoint whose disc each channel of the offset maps lives in.
 _SINGLE_KEYPOINT = [k for k in range(NUM_KEYPOINTS) for _ in "xy"]
@@ -14,8 +16,8 @@ _GROUP_KEYPOINT = [k for k, _ in DIRECTED_EDGES for _ in "xy"]
 
 
 def _disc_l1(offset: Tensor, target: Tensor, disc: Tensor) -> Tensor:
-    """Mean absolute error over the disc pixels of all channels; 0 where there are none."""
-    return ((offset.float() - target).abs() * disc).sum() / disc.sum().clamp(min=1)
+    """Sum of the absolute errors over the disc pixels of all channels."""
+    return ((for_losses(offset) - target).abs() * disc).sum()
 
 
 def keypoint_losses(
@@ -39,15 +41,21 @@ def keypoint_losses(
         ``loss_heatmap``, ``loss_single_offset``, ``loss_group_offset``: scalars, weighted.
     """
     settings = settings or TargetSettings()
-    radius = settings.radius
-    heatmap_loss = single_loss = group_loss = maps[0].heatmap.new_zeros((), dtype=torch.float32)
     finest = min(scale.stride for scale in maps)
+    sums, counts = [], []
     for scale in maps:
         smallest = settings.min_side if scale.stride == finest else None
-        heatmap, single, group = keypoint_targets(boxes, size, scale.stride, radius, smallest)
-        heatmap_loss = heatmap_loss + binary_cross_entropy_with_logits(scale.heatmap.float(), heatmap)
-        single_loss = single_loss + _disc_l1(scale.single_offset, single, heatmap[:, _SINGLE_KEYPOINT]) / radius
-        group_loss = group_loss + _disc_l1(scale.group_offset, group, heatmap[:, _GROUP_KEYPOINT]) / radius
+        heatmap, single, group = keypoint_targets(boxes, size, scale.stride, settings.radius, smallest)
+        logits = for_losses(scale.heatmap)
+        in_single, in_group = heatmap[:, _SINGLE_KEYPOINT], heatmap[:, _GROUP_KEYPOINT]
+        sums += [
+            binary_cross_entropy_with_logits(logits, heatmap.to(logits), reduction="sum"),
+            _disc_l1(scale.single_offset, single, in_single) / settings.radius,
+            _disc_l1(scale.group_offset, group, in_group) / settings.radius,
+        ]
+        counts += [in_single.new_tensor(heatmap.numel(), dtype=torch.float64), in_single.sum(), in_group.sum()]
+    means = torch.stack(sums) / loss_divisor(torch.stack([count.double() for count in counts])).to(sums[0])
+    heatmap_loss, single_loss, group_loss = means.view(len(maps), 3).sum(0)
     return {
         "loss_heatmap": settings.heatmap_weight * heatmap_loss,
         "loss_single_offset": settings.single_offset_weight * single_loss,
