@@ -1,0 +1,37 @@
+"""Base of the methods whose heads read decoder maps of the shared trunk, and nothing else of the backbone."""
+
+from typing import Any
+
+from torch import Tensor
+
+from kg_detectron.modeling.backbone import build_backbone
+from kg_detectron.modeling.instance_net import InstanceNet
+from kg_detectron.modeling.trunk import build_trunk
+
+
+class TrunkNet(InstanceNet):
+    """Backbone and trunk of a method; its settings have the parts ``backbone`` and ``trunk``.
+
+    Args:
+        settings: of the method.
+        lowest: the lowest decoder map that its heads read, 1..4.
+    """
+
+    def __init__(self, settings: Any, lowest: int) -> None:
+        super().__init__(settings)
+        self.backbone: Any = build_backbone(settings.backbone)
+        self.divisor = self.backbone.divisor
+        self.trunk = build_trunk(settings.trunk, self.backbone.channels, settings.backbone.norm, lowest)
+        if lowest > 1:  # c0 is not read: distributed training wants no parameter without a gradient
+            self.backbone.c0_conv.requires_grad_(False)
+
+    @classmethod
+    def build(cls, settings: Any = None) -> "TrunkNet":
+        """The network of settings, by default the method's."""
+        return cls(settings or cls.Settings())
+
+    def decoded(self, batch: Tensor) -> dict[int, Tensor]:
+        """Images (N, 3, h, w) -> the decoder maps by scale, from s4 up to the lowest one."""
+        if self.trunk.scales[0] > 1:
+            return self.trunk([batch, *self.backbone.deep_features(batch)])  # nobody looks at c0
+        return self.trunk(self.backbone(batch))
