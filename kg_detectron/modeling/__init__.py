@@ -1,6 +1,7 @@
 """The networks, their targets and losses, and the way from their maps to cells. Needs PyTorch and torchvision only."""
 
 from kg_detectron.modeling.backbone import BackboneSettings, ResNetC4, build_backbone, register_backbone
+from kg_detectron.modeling.cornernet.network import CornerNet
 from kg_detectron.modeling.dcan.network import DCANNet
 from kg_detectron.modeling.efficientnet import EfficientNetLite0
 from kg_detectron.modeling.instance_net import InstanceNet
@@ -31,6 +32,7 @@ from kg_detectron.modeling.trunk import Trunk, TrunkSettings, build_trunk
 __all__ = [
     "BackboneSettings",
     "CellRanking",
+    "CornerNet",
     "DCANNet",
     "DecodingSettings",
     "EfficientNetLite0",

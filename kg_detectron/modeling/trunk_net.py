@@ -1,4 +1,4 @@
-"""Base of the methods whose heads read decoder maps of the shared trunk, and nothing else of the backbone."""
+"""Base of the methods whose heads read decoder maps of the shared trunk."""
 
 from typing import Any
 
@@ -15,14 +15,16 @@ class TrunkNet(InstanceNet):
     Args:
         settings: of the method.
         lowest: the lowest decoder map that its heads read, 1..4.
+        reads_c0: whether something besides the trunk reads c0.
     """
 
-    def __init__(self, settings: Any, lowest: int) -> None:
+    def __init__(self, settings: Any, lowest: int, reads_c0: bool = False) -> None:
         super().__init__(settings)
         self.backbone: Any = build_backbone(settings.backbone)
         self.divisor = self.backbone.divisor
         self.trunk = build_trunk(settings.trunk, self.backbone.channels, settings.backbone.norm, lowest)
-        if lowest > 1:  # c0 is not read: distributed training wants no parameter without a gradient
+        self.reads_c0 = reads_c0 or lowest == 1
+        if not self.reads_c0:  # distributed training wants no parameter without a gradient
             self.backbone.c0_conv.requires_grad_(False)
 
     @classmethod
@@ -30,8 +32,10 @@ class TrunkNet(InstanceNet):
         """The network of settings, by default the method's."""
         return cls(settings or cls.Settings())
 
+    def features(self, batch: Tensor) -> list[Tensor]:
+        """Images (N, 3, h, w) -> [c0, c1, c2, c3, c4]; the images stand in for c0 where nothing reads it."""
+        return self.backbone(batch) if self.reads_c0 else [batch, *self.backbone.deep_features(batch)]
+
     def decoded(self, batch: Tensor) -> dict[int, Tensor]:
         """Images (N, 3, h, w) -> the decoder maps by scale, from s4 up to the lowest one."""
-        if self.trunk.scales[0] > 1:
-            return self.trunk([batch, *self.backbone.deep_features(batch)])  # nobody looks at c0
-        return self.trunk(self.backbone(batch))
+        return self.trunk(self.features(batch))

@@ -13,12 +13,17 @@ from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import BackboneSettings, InstanceNet, Preprocessing, TrunkSettings, method_class
 from kg_detectron.modeling.settings import from_plain
 
-METHODS = ("stardist", "dcan")
+# By name, the settings that make them small.
+METHODS: dict[str, dict[str, Any]] = {
+    "stardist": {"heads": {"channels": 32}},
+    "dcan": {},
+    "cornernet": {"heads": {"channels": 32, "scale": 2}},
+}
 # Which AP an overfitted network must reach.
 LEARNS: dict[str, str] = {"cornernet": "box_ap"}
 
 
-def small(name: str, size: int = 64, width: int = 1, **parts: dict[str, Any]) -> InstanceNet:
+def small(name: str, size: int = 64, width: int = 1) -> InstanceNet:
     """A method with few channels on ResNet-18, in training mode."""
     torch.manual_seed(0)
     method = method_class(name)
@@ -27,7 +32,7 @@ def small(name: str, size: int = 64, width: int = 1, **parts: dict[str, Any]) ->
         "backbone": BackboneSettings("resnet18", c0_channels=4 * width),
         "trunk": TrunkSettings(widths=tuple(width * w for w in TINY["widths"])),
     }
-    settings = from_plain(method.Settings, parts)
+    settings = from_plain(method.Settings, METHODS[name])
     return method.build(type(settings)(**{**vars(settings), **shared}))
 
 
