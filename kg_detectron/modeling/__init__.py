@@ -2,6 +2,7 @@
 
 from kg_detectron.modeling.backbone import BackboneSettings, ResNetC4, build_backbone, register_backbone
 from kg_detectron.modeling.cornernet.network import CornerNet
+from kg_detectron.modeling.cosine_embedding.network import CosineEmbeddingNet
 from kg_detectron.modeling.dcan.network import DCANNet
 from kg_detectron.modeling.efficientnet import EfficientNetLite0
 from kg_detectron.modeling.instance_net import InstanceNet
@@ -33,6 +34,7 @@ __all__ = [
     "BackboneSettings",
     "CellRanking",
     "CornerNet",
+    "CosineEmbeddingNet",
     "DCANNet",
     "DecodingSettings",
     "EfficientNetLite0",
