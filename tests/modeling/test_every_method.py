@@ -11,14 +11,19 @@ from kg_detectron.cells.run_lengths import encode_mask
 from kg_detectron.inference import load_model, predict, save_model
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.modeling import BackboneSettings, InstanceNet, Preprocessing, TrunkSettings, method_class
+from kg_detectron.modeling.label_maps import label_maps
 from kg_detectron.modeling.settings import from_plain
+from kg_detectron.training.augmentation import GeometrySettings
+from kg_detectron.training.dataset import labelled_image
+from kg_detectron.training.run import TrainSettings
+from kg_detectron.training.run import train as training_run
 
 # By name, the settings that make them small.
 METHODS: dict[str, dict[str, Any]] = {
     "stardist": {"heads": {"channels": 32}},
     "dcan": {},
     "cornernet": {"heads": {"channels": 32, "scale": 2}},
-    "cosine_embedding": {},
+    "cosine_embedding": {"heads": {"foreground": "learned"}},
 }
 # Which AP an overfitted network must reach.
 LEARNS: dict[str, str] = {"cornernet": "box_ap"}
@@ -101,3 +106,18 @@ def test_it_overfits_two_drawn_images(name):
             cells.masks.rle(),
         )
     assert metrics.compute()["0.5"][LEARNS.get(name, "mask_ap")] > 0.8, metrics.compute()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_with_the_core_alone(name, tmp_path):
+    model = small(name).with_preprocessing(resize="isotropic", diameter=14.0)
+    images = []
+    for seed in range(3):
+        image, target = example(seed)
+        labels = label_maps([target["masks"]], (64, 64))[0].numpy()
+        images.append(labelled_image(str(seed), image.permute(1, 2, 0).byte().numpy(), labels, model.preprocessing))
+    budget = TrainSettings(minutes=None, iterations=2, batch_size=2)
+    figures = training_run(model, images, images, tmp_path, budget, geometry=GeometrySettings(window=64), log=str)
+    assert figures is not None and figures.positives > 0
+    assert load_model(tmp_path / "model.safetensors").preprocessing.resize == "isotropic"

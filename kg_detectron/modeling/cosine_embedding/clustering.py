@@ -3,6 +3,8 @@
 P pixels, F features, S seeds.
 """
 
+import importlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,12 +59,12 @@ def hdbscan(features: Tensor, min_size: int) -> Tensor:
         ModuleNotFoundError: scikit-learn is not installed.
     """
     try:
-        from sklearn.cluster import HDBSCAN
+        cluster = importlib.import_module("sklearn.cluster")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "clustering: 'hdbscan' needs scikit-learn, install kg_detectron[clustering], or take 'mean_shift'"
         ) from error
     if len(features) < min_size:
         return torch.full((len(features),), -1, device=features.device)
-    found = HDBSCAN(min_cluster_size=min_size, min_samples=min_size, copy=True).fit_predict(features.cpu().numpy())
+    found = cluster.HDBSCAN(min_cluster_size=min_size, min_samples=min_size, copy=True).fit_predict(features.cpu().numpy())
     return torch.from_numpy(found.astype(np.int64)).to(features.device)
