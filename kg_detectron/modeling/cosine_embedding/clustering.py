@@ -66,5 +66,6 @@ def hdbscan(features: Tensor, min_size: int) -> Tensor:
         ) from error
     if len(features) < min_size:
         return torch.full((len(features),), -1, device=features.device)
-    found = cluster.HDBSCAN(min_cluster_size=min_size, min_samples=min_size, copy=True).fit_predict(features.cpu().numpy())
+    method = cluster.HDBSCAN(min_cluster_size=min_size, min_samples=min_size, copy=True)
+    found = method.fit_predict(features.cpu().numpy())
     return torch.from_numpy(found.astype(np.int64)).to(features.device)
