@@ -39,8 +39,8 @@ def cells_of_labels(labels: np.ndarray, scores: Tensor) -> Cells:
         labels: (H, W) integers, 0 background, 1..K. Labels may have no pixel: those cells are left out.
         scores: (K,), of the labels 1..K.
     """
-    present = np.unique(labels)
-    present = torch.from_numpy(present[present > 0].astype(np.int64) - 1).to(scores.device)
+    numbers = np.unique(labels)
+    present = torch.from_numpy(numbers[numbers > 0].astype(np.int64) - 1).to(scores.device)
     masks = MaskCrops.from_label_image(labels)
     falling, order = scores[present].sort(descending=True, stable=True)
     masks = masks[order].to(scores.device)

@@ -1,12 +1,12 @@
 """From the maps of CornerNet to boxes: peaks, pairs by tag, soft suppression."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from kg_detectron.modeling.cornernet.heads import CornerMaps
 from kg_detectron.modeling.cornernet.settings import CornerDecodingSettings
-from kg_detectron.modeling.ranking import soft_suppression
 
 
 @torch.no_grad()
@@ -48,6 +48,40 @@ def decode_corners(
     boxes = torch.minimum(torch.cat((low[first[best]], high[last[best]]), dim=1).clamp(min=0), limit)
     visible = (boxes[:, 2:] > boxes[:, :2]).all(1)
     boxes, score = boxes[visible], score[: settings.max_candidates][visible]
-    score, order = soft_suppression(boxes, score, settings.overlap_sigma).sort(descending=True, stable=True)
-    kept = score >= settings.min_score
-    return boxes[order[kept]], score[kept]
+    order, score = soft_nms(boxes, score, settings.overlap_sigma, settings.min_score)
+    return boxes[order], score
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, sigma: float, min_score: float) -> tuple[Tensor, Tensor]:
+    """Soft-NMS with a Gaussian (Bodla et al. 2017).
+
+    The box with the highest score of those that are left is taken, again and again, and multiplies the scores of the
+    others by exp(-u^2 / sigma), u being the intersection over union, until all that are left are below `min_score`.
+
+    Args:
+        boxes: (R, 4) xyxy.
+        scores: (R,).
+        sigma: above 0.
+        min_score: 0..1.
+
+    Returns:
+        int64, the indices of the boxes that were taken, and their scores, falling.
+    """
+    left, value = boxes.double().cpu().numpy(), scores.double().cpu().numpy()
+    index = np.arange(len(value))
+    order, taken = [], []
+    while True:
+        above = value >= min_score
+        left, value, index = left[above], value[above], index[above]
+        if not len(value):
+            break
+        best = int(value.argmax())
+        order.append(index[best])
+        taken.append(value[best])
+        sides = np.minimum(left[:, 2:], left[best, 2:]) - np.maximum(left[:, :2], left[best, :2])
+        shared = sides.clip(0).prod(1)
+        area = (left[:, 2:] - left[:, :2]).prod(1)
+        value = value * np.exp(-((shared / (area + area[best] - shared)) ** 2) / sigma)
+        value[best] = -1
+    found = torch.tensor(order, dtype=torch.int64, device=boxes.device)
+    return found, scores.new_tensor(taken)

@@ -66,7 +66,7 @@ class CornerHeads(nn.Module):
         self.tag = self._heads(channels, 1)
         self.offset = self._heads(channels, 2)
         for head in self.heatmap:
-            nn.init.constant_(head[-1].bias, HEATMAP_PRIOR)
+            nn.init.constant_(head.get_parameter("2.bias"), HEATMAP_PRIOR)
 
     @staticmethod
     def _heads(channels: int, outputs: int) -> nn.ModuleList:

@@ -69,8 +69,8 @@ class CornerDecodingSettings:
         peak_threshold: probability above which a local maximum is a corner, 0..1.
         tag_distance: corners whose tags differ by more are no pair.
         max_candidates: at most so many pairs, the best, are boxes (published: 1,000).
-        overlap_sigma: boxes lower the scores of those that they overlap by exp(-u^2 / overlap_sigma), u being the
-            intersection over union; above 0.
+        overlap_sigma: of soft-NMS: a box multiplies the scores of those that it overlaps by exp(-u^2 / overlap_sigma),
+            u being the intersection over union; above 0.
         min_score: boxes of a lower score after that are dropped, 0..1.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -32,9 +33,9 @@ def dcan_losses(
     weights = (1.0, settings.contour_weight)
     branches = list(zip((objects, contours), targets, weights, strict=True))
     loss_object, loss_contour = (w * entropy(branch.fused.float(), target) for branch, target, w in branches)
-    auxiliary = sum(w * entropy(level.float(), target) for branch, target, w in branches for level in branch.levels)
+    levels = [w * entropy(level.float(), target) for branch, target, w in branches for level in branch.levels]
     return {
         "loss_object": loss_object,
         "loss_contour": loss_contour,
-        "loss_auxiliary": settings.auxiliary_weight * auxiliary,
+        "loss_auxiliary": settings.auxiliary_weight * torch.stack(levels).sum(),
     }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from kg_detectron.modeling import BackboneSettings, CornerNet, Preprocessing, TrunkSettings
-from kg_detectron.modeling.cornernet.decoding import decode_corners
+from kg_detectron.modeling.cornernet.decoding import decode_corners, soft_nms
 from kg_detectron.modeling.cornernet.heads import CornerMaps, running_maximum
 from kg_detectron.modeling.cornernet.losses import corner_losses, focal_loss, tag_losses
 from kg_detectron.modeling.cornernet.network import filled_boxes
@@ -146,6 +146,23 @@ def test_overlapping_boxes_lower_each_other():
     found, scores = decode_corners(maps_of_boxes(boxes, 4), 4, (SIDE, SIDE), decoding)
     overlap = float(box_iou(boxes[:1], boxes[1:]))
     assert len(found) == 2 and float(scores[1] / scores[0]) == pytest.approx(math.exp(-(overlap**2) / 0.5), rel=1e-4)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10**6), st.integers(0, 12))
+def test_soft_nms_is_that_of_a_slow_loop(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    low, scores = 20 * torch.rand(count, 2, generator=generator), torch.rand(count, generator=generator)
+    boxes = torch.cat((low, low + 5 + 20 * torch.rand(count, 2, generator=generator)), dim=1)
+    overlap, left = box_iou(boxes, boxes), dict(enumerate(scores.tolist()))
+    expected = []
+    while left and max(left.values()) >= 0.1:
+        best = max(left, key=lambda i: left[i])
+        expected.append((best, left.pop(best)))
+        left = {i: value * math.exp(-(float(overlap[i, best]) ** 2) / 0.3) for i, value in left.items()}
+    order, values = soft_nms(boxes, scores, 0.3, 0.1)
+    assert order.tolist() == [i for i, _ in expected]
+    assert values.tolist() == pytest.approx([value for _, value in expected], rel=1e-4)
 
 
 def test_boxes_are_clipped_and_filled():
