@@ -1,6 +1,9 @@
 """The networks, their targets and losses, and the way from their maps to cells. Needs PyTorch and torchvision only."""
 
 from kg_detectron.modeling.backbone import BackboneSettings, ResNetC4, build_backbone, register_backbone
+from kg_detectron.modeling.cornernet.network import CornerNet
+from kg_detectron.modeling.cosine_embedding.network import CosineEmbeddingNet
+from kg_detectron.modeling.dcan.network import DCANNet
 from kg_detectron.modeling.efficientnet import EfficientNetLite0
 from kg_detectron.modeling.instance_net import InstanceNet
 from kg_detectron.modeling.keypoint_graph.decoding import DecodingSettings, KeypointDecoder, Peaks
@@ -24,12 +27,16 @@ from kg_detectron.modeling.segmentation_branch import (
     jittered_boxes,
     mask_loss,
 )
+from kg_detectron.modeling.stardist.network import StarDistNet
 from kg_detectron.modeling.timm_backbone import TimmBackbone
 from kg_detectron.modeling.trunk import Trunk, TrunkSettings, build_trunk
 
 __all__ = [
     "BackboneSettings",
     "CellRanking",
+    "CornerNet",
+    "CosineEmbeddingNet",
+    "DCANNet",
     "DecodingSettings",
     "EfficientNetLite0",
     "HeadSettings",
@@ -46,6 +53,7 @@ __all__ = [
     "Scores",
     "SegmentationBranch",
     "SegmentationSettings",
+    "StarDistNet",
     "TargetSettings",
     "TimmBackbone",
     "Trunk",

@@ -194,8 +194,8 @@ def train(
     _check_folder(folder, settings, model, geometry, colours)
     torch.manual_seed(settings.seed)
     rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
-    if hasattr(model.settings, "segmentation"):
-        segmentation: Any = model.segmentation
+    segmentation: Any = getattr(model, "segmentation", None)
+    if segmentation is not None:
         segmentation.settings = dataclasses.replace(segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
     if model.place.device.type == "cpu":
         use_matrix_products(model)

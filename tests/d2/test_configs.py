@@ -16,6 +16,7 @@ from kg_detectron.d2.config import merge_config, method_settings
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 METHODS = ("kg_lite", "kg_r18", "kg", "mask_rcnn_c4_narrow", "mask_rcnn_c4", "mask_rcnn_fpn_r18", "mask_rcnn_fpn")
+METHODS += ("stardist", "dcan", "cornernet", "cosine_embedding")
 DATA = ("dsb2018", "neural", "synthetic", "usiigaci")
 RECIPES = ("plus", "seg_s1", "single_scale", "plus_single_scale")
 

@@ -1,0 +1,32 @@
+"""Losses of StarDist (Schmidt et al. 2018, section 2.2; normalised as in the published code)."""
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from kg_detectron.modeling.stardist.settings import StarHeadSettings
+
+
+def star_losses(
+    logits: Tensor, distances: Tensor, probability: Tensor, true_distances: Tensor, settings: StarHeadSettings
+) -> dict[str, Tensor]:
+    """Cross entropy of the object probabilities, and absolute error of the distances.
+
+    The error, a mean over the rays, is weighted by the true object probability, so that pixels in the middle of cells
+    count most. Where this probability is below 1, distances are drawn to 0 a little.
+
+    Args:
+        logits, probability: (N, h, w), predicted and true; the latter 0..1.
+        distances, true_distances: (N, K, h, w), pixels.
+        settings: the weights.
+
+    Returns:
+        ``loss_probability``, ``loss_distance``: scalars, weighted.
+    """
+    distances = distances.float()
+    error = (distances - true_distances).abs().mean(1)
+    loss = (probability * error).sum() / probability.sum().clamp(min=1e-6)
+    loss = loss + settings.background_weight * ((1 - probability) * distances.abs().mean(1)).mean()
+    return {
+        "loss_probability": binary_cross_entropy_with_logits(logits.float(), probability),
+        "loss_distance": settings.distance_weight * loss,
+    }
