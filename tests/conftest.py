@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,27 @@ ROOT = Path(__file__).parents[1]
 TESTS_OF_DETECTRON2 = ROOT / "tests" / "d2"
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 HAS_CUDA = torch.cuda.is_available()
+TESTS_OF_NAPARI = ROOT / "tests" / "napari"
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A folder of tests of its name is none: it has no file."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def why_no_napari() -> str | None:
+    """Why the tests of the napari plugin cannot run here, or None. Its canvas needs OpenGL, which needs a display."""
+    if not is_installed("napari"):
+        return "napari is not installed"
+    if not any(map(is_installed, ("PyQt5", "PyQt6", "PySide6"))):
+        return "there is no Qt"
+    if sys.platform == "linux" and "DISPLAY" not in os.environ and shutil.which("Xvfb") is None:
+        return "there is no display, and no Xvfb to make one"
+    return None
+
+
+NO_NAPARI = why_no_napari()
 
 # Small tensors: more threads only wait for each other. Of several processes of pytest-xdist each has its core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 4))
@@ -66,17 +89,23 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if TESTS_OF_DETECTRON2 in item.path.parents:
         item.add_marker("detectron2")
+    if TESTS_OF_NAPARI in item.path.parents:
+        item.add_marker("napari")
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests which were asked for are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = config.stash[LEFT_OUT] = {"detectron2": 0, "cuda": 0, "slow": 0}
+    left_out = config.stash[LEFT_OUT] = {"detectron2": 0, "cuda": 0, "slow": 0, "napari": 0}
     if not config.getoption("slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         left_out["slow"] = len(slow)
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
-    needs = {"detectron2": (HAS_DETECTRON2, "Detectron2 is not installed"), "cuda": (HAS_CUDA, "no CUDA device")}
+    needs = {
+        "detectron2": (HAS_DETECTRON2, "Detectron2 is not installed"),
+        "cuda": (HAS_CUDA, "no CUDA device"),
+        "napari": (NO_NAPARI is None, NO_NAPARI or ""),
+    }
     for item in items:
         for marker, (present, reason) in needs.items():
             if item.get_closest_marker(marker) and not present:
@@ -102,6 +131,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         "detectron2": "DETECTRON2 IS NOT INSTALLED: {} tests of it were skipped "
         "(those of tests/d2 are counted by function, not by parameter: the files cannot be imported)",
         "cuda": "NO CUDA DEVICE: {} tests were skipped",
+        "napari": f"NO TESTS OF THE NAPARI PLUGIN, FOR {(NO_NAPARI or '').upper()}: {{}} tests were skipped",
         "slow": "SLOW TESTS NOT RUN: {} (run them with --slow)",
     }
     for marker, line in lines.items():

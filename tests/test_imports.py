@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kg_detectron"
 
+OF_NAPARI = ("napari", "magicgui", "qtpy", "superqt", "kg_detectron.napari")
+BLOCKED = ("detectron2", "napari", "magicgui", "qtpy", "superqt")
+
 # cells -> io -> metrics, export; graph -> layers -> modeling, which takes normalisation and resizing from io;
 # all meet at inference -> report -> cli. What each part may import of the others:
 CELLS = {"cells"}  # containers, without model code
@@ -32,6 +35,7 @@ MAY_IMPORT = {
     "report": INFERENCE | {"inference"},
     "cli": INFERENCE | {"inference", "training", "report"},
     "d2": INFERENCE | {"inference", "training"},
+    "napari": INFERENCE | {"inference", "training"},
     "__init__": INFERENCE | {"inference"},
 }
 
@@ -93,11 +97,23 @@ def test_only_d2_tools_and_their_tests_import_detectron2() -> None:
     assert [str(path.relative_to(ROOT)) for path in importing if not any(m in (path, *path.parents) for m in may)] == []
 
 
-def test_core_imports_with_detectron2_blocked() -> None:
+def test_only_the_plugin_and_its_tests_import_napari() -> None:
+    may = (PACKAGE / "napari", ROOT / "tests" / "napari")
+    importing = [
+        path
+        for folder in (PACKAGE, ROOT / "tests", ROOT / "datasets", ROOT / "tools")
+        for path in python_files(folder)
+        if any(is_in(name, package) for name in imported_names(path) for package in OF_NAPARI)
+    ]
+    assert PACKAGE / "napari" / "widget.py" in importing, "the search itself finds nothing"
+    assert [str(path.relative_to(ROOT)) for path in importing if not any(m in path.parents for m in may)] == []
+
+
+def test_core_imports_with_detectron2_and_napari_blocked() -> None:
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in python_files(PACKAGE)
-        if PACKAGE / "d2" not in path.parents
+        if PACKAGE / "d2" not in path.parents and PACKAGE / "napari" not in path.parents
     ]
     assert "kg_detectron.cli" in modules
     code = f"""
@@ -105,7 +121,7 @@ import importlib, sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "detectron2":
+        if name.split(".")[0] in {BLOCKED!r}:
             # Not an ImportError, which the importing module could catch.
             sys.exit("the core imports " + name)
 

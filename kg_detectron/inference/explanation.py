@@ -96,12 +96,12 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(model: InstanceNet, image: np.ndarray) -> Explanation:
+def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None) -> Explanation:
     """The stages of a prediction, and what lies between them.
 
     Args:
         model: a keypoint graph in evaluation mode.
-        image: as for `predict`.
+        image, scale: as for `predict`; the scale of its result explains a prediction that had a diameter.
 
     Raises:
         ValueError: as `predict` does, or a model of another method, which has no groups of keypoints.
@@ -110,7 +110,7 @@ def explain(model: InstanceNet, image: np.ndarray) -> Explanation:
         raise ValueError(f"model: only keypoint graphs can be explained, got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
-    seen, _ = model.network_image(image)
+    seen, _ = model.network_image(image, scale=scale)
     sizes = [seen.shape[:2]]
     batch = model.preprocessing.batch([as_tensor(seen[:, :], model.place)], model.divisor)
     with autocast(model.precision, batch.device):
