@@ -38,6 +38,7 @@ def why_no_napari() -> str | None:
 
 
 NO_NAPARI = why_no_napari()
+HAS_NOTEBOOK = is_installed("nbclient") and is_installed("ipykernel")
 
 # Small tensors: more threads only wait for each other. Of several processes of pytest-xdist each has its core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 4))
@@ -95,7 +96,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that only tests which were asked for are counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = config.stash[LEFT_OUT] = {"detectron2": 0, "cuda": 0, "slow": 0, "napari": 0}
+    left_out = config.stash[LEFT_OUT] = {"detectron2": 0, "cuda": 0, "slow": 0, "napari": 0, "notebook": 0}
     if not config.getoption("slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         left_out["slow"] = len(slow)
@@ -105,6 +106,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "detectron2": (HAS_DETECTRON2, "Detectron2 is not installed"),
         "cuda": (HAS_CUDA, "no CUDA device"),
         "napari": (NO_NAPARI is None, NO_NAPARI or ""),
+        "notebook": (HAS_NOTEBOOK, "nbclient or ipykernel is not installed"),
     }
     for item in items:
         for marker, (present, reason) in needs.items():
@@ -132,6 +134,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         "(those of tests/d2 are counted by function, not by parameter: the files cannot be imported)",
         "cuda": "NO CUDA DEVICE: {} tests were skipped",
         "napari": f"NO TESTS OF THE NAPARI PLUGIN, FOR {(NO_NAPARI or '').upper()}: {{}} tests were skipped",
+        "notebook": "NBCLIENT OR IPYKERNEL IS NOT INSTALLED: {} tests of notebooks were skipped",
         "slow": "SLOW TESTS NOT RUN: {} (run them with --slow)",
     }
     for marker, line in lines.items():

@@ -56,7 +56,7 @@ class FineTune(Container):
         self.train_button = PushButton(name="train", text="Fine-tune")
         self.stop_button = PushButton(name="stop", text="Stop", enabled=False)
         self.progress = ProgressBar(name="training_progress", min=0, max=100, visible=False)
-        self.status = Label(name="training_status", value="")
+        self.status = Label(name="training_status", label=" ", value="")
         buttons = Container(widgets=[self.train_button, self.stop_button], layout="horizontal", labels=False)
         super().__init__(
             widgets=[
@@ -136,7 +136,7 @@ class FineTune(Container):
         self._output += bytes(self._process.readAllStandardOutput()).decode(errors="replace")
         percent = training_progress(self._output)
         if percent is not None:
-            self.progress.max, self.progress.value = 100, int(percent)
+            self.progress.max, self.progress.value = 100, min(int(percent), 100)  # the last iteration may pass the end
         if line := _last_line(self._output):
             self.status.value = line
 

@@ -72,7 +72,7 @@ class SegmentCells(Container):
         self.threshold = FloatSlider(
             name="threshold", min=LOWEST_SCORE, max=1, step=0.01, value=0.5, tracking=True, enabled=False
         )
-        self.status = Label(name="status", value="")
+        self.status = Label(name="status", label=" ", value="")
         self.numbers = Table(name="numbers", label="cell", value={"value": []})
         self.fine_tune = FineTune(napari_viewer, self._planes_with_labels, self._model_name, self._use_model)
         buttons = Container(widgets=[self.segment_button, self.cancel_button], layout="horizontal", labels=False)
