@@ -105,6 +105,8 @@ class BuildOperators(build_ext):
                 target = Path(self.get_ext_fullpath(extension.name))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(library, target)
+                # For the check when it is loaded (kg_detectron/layers/ops.py).
+                target.with_name("_C.torch").write_text(f"{torch.__version__}\n", encoding="utf-8")
                 say(f"built {parts}.")
                 return
         say("NOT BUILT: the PyTorch reference runs instead, which is much slower.")

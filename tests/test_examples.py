@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def test_every_image_has_its_label_image(tmp_path: Path) -> None:
-    paths = [item.path for item in find_images([EXAMPLES], tmp_path)]
+    paths = [item.path for item in find_images([EXAMPLES], tmp_path).inputs]
     assert [path.stem for path in paths] == ["bright_field", "fluorescence", "stained_tissue"]
     for path in paths:
         labels = read_label_image(EXAMPLES / "masks" / f"{path.stem}.tif")

@@ -41,18 +41,42 @@ OPERATORS = (
     "convolve_resized_backward",
 )
 
+_SUFFIXES = (".so", ".pyd")  # of the library; beside it lies _C.torch, the version of PyTorch that it was built for
 _BUILD = "run `make setup`, or `pip install --no-build-isolation .`, in a checkout of kg_detectron"
 
 
 def _load_library() -> None:
-    """Load the compiled kernels, where there are any."""
+    """Load the compiled kernels, where there are any that fit the installed PyTorch."""
     chosen = os.environ.get("KG_DETECTRON_LIBRARY")  # another build, for tools/sanitize.py
-    library = Path(chosen) if chosen else next(Path(__file__).parent.glob("_C.*"), None)
-    if library is not None:
+    found = (path for path in sorted(Path(__file__).parent.glob("_C.*")) if path.suffix in _SUFFIXES)
+    library = Path(chosen) if chosen else next(found, None)
+    if library is None:
+        return
+    problem = _mismatch(library)
+    if not problem:
         try:
             torch.ops.load_library(library)
-        except OSError as error:  # built for another PyTorch
-            warnings.warn(f"kg_detectron: {library.name} does not load ({error})", stacklevel=2)
+        except OSError as error:  # built for another PyTorch, or for another system
+            problem = str(error)
+    if problem:
+        warnings.warn(
+            f"kg_detectron: {library.name} does not load ({problem}); to build it again, {_BUILD}", stacklevel=2
+        )
+
+
+def _mismatch(library: Path) -> str:
+    """Why a library cannot fit the installed PyTorch; "" where it may.
+
+    PyTorch keeps its binary interface within a minor version. A library of another one may load all the same, and fail
+    later, or end the process.
+    """
+    note = library.with_name("_C.torch")
+    if not note.is_file():
+        return ""
+    built_for = note.read_text(encoding="utf-8").strip()
+    if built_for.split(".")[:2] == torch.__version__.split(".")[:2]:
+        return ""
+    return f"it was built for PyTorch {built_for}, and {torch.__version__} is installed"
 
 
 _load_library()

@@ -3,7 +3,6 @@
 A prediction keeps cells of low scores too, so that a threshold can be moved without predicting again.
 """
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -138,7 +137,6 @@ def segment(
             table = {"index": table.pop("id") + first - 1} | table
             table |= {f"axis{axis}": np.full(len(kept), index) for axis, index in enumerate(place)}
             tables.append(table)
-            # Probabilities of masks are not needed any more.
             segmented.append(SegmentedPlane(place, kept, first, explanation, graph_scores))
             notes |= dict.fromkeys((f"scale {found.scale[0]:.3g}, {found.scale_source}", *found.notes))
             first += len(kept)

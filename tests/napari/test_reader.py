@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli
+import torch
 from builders import ROOT
 
 from kg_detectron.cells import Cells, MaskCrops
@@ -16,7 +17,7 @@ MANIFEST = ROOT / "kg_detectron" / "napari" / "napari.yaml"
 
 
 @pytest.fixture
-def manifest():  # noqa: ANN201
+def manifest():
     """The manifest, known to npe2 as if the package were installed."""
     npe2 = pytest.importorskip("npe2")
     known = npe2.PluginManager.instance()
@@ -26,7 +27,7 @@ def manifest():  # noqa: ANN201
     return loaded
 
 
-def test_manifest_is_valid_and_its_commands_exist(manifest) -> None:  # noqa: ANN001
+def test_manifest_is_valid_and_its_commands_exist(manifest) -> None:
     manifest.validate_imports()
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomli.load(file)["project"]
@@ -34,12 +35,10 @@ def test_manifest_is_valid_and_its_commands_exist(manifest) -> None:  # noqa: AN
     assert manifest.name == project["name"]
 
 
-def test_napari_opens_a_label_image_with_its_measurements(manifest, viewer, tmp_path: Path) -> None:  # noqa: ANN001
+def test_napari_opens_a_label_image_with_its_measurements(manifest, viewer, tmp_path: Path) -> None:
     labels = np.zeros((20, 30), np.uint16)
     labels[2:8, 3:9], labels[10:18, 12:25] = 1, 2
     masks = MaskCrops.from_label_image(labels)
-    import torch
-
     cells = Cells(masks.windows.float(), torch.tensor([0.9, 0.5]), torch.ones(2, dtype=torch.long), masks)
     save_results(cells, np.full((20, 30), 7, np.uint8), tmp_path, "a", pixel_size=0.5)
     (layer,) = viewer.open(tmp_path / "a_labels.tif", plugin="kg_detectron")
