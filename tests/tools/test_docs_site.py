@@ -1,7 +1,5 @@
 """Links between the pages, in the checkout and on the site. `mkdocs build --strict` checks the rest in CI."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from builders import ROOT

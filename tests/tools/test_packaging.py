@@ -19,7 +19,7 @@ def test_a_wheel_has_every_file_of_the_package(tmp_path: Path) -> None:
     code = """
 import setuptools
 from setuptools import Distribution
-distribution = Distribution()
+distribution = Distribution({"script_name": "setup.py"})
 distribution.parse_config_files(["pyproject.toml"])
 command = distribution.get_command_obj("build_py")
 command.build_lib = "BUILD"
