@@ -123,14 +123,14 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
 
     peaks = decoder.find(maps)
     scales = []
-    for index, (scale, votes) in enumerate(zip(maps, decoder.vote(maps), strict=True)):
+    for index, (maps_of_scale, votes) in enumerate(zip(maps, decoder.vote(maps), strict=True)):
         of_scale = peaks.peaks[:, 0] == index  # of one image, the group is the scale
         keypoint, y, x = peaks.peaks[of_scale, 1:].cpu().numpy().T
-        places = (np.stack((x, y), axis=1) + 0.5) * scale.stride * factor
+        places = (np.stack((x, y), axis=1) + 0.5) * maps_of_scale.stride * factor
         score = peaks.scores[of_scale].cpu().numpy()
-        heatmap = scale.heatmap[0].float().sigmoid().cpu().numpy()
+        heatmap = maps_of_scale.heatmap[0].float().sigmoid().cpu().numpy()
         points = np.column_stack((keypoint, places, score))
-        scales.append(ExplainedScale(scale.stride, heatmap, votes[0].cpu().numpy(), points))
+        scales.append(ExplainedScale(maps_of_scale.stride, heatmap, votes[0].cpu().numpy(), points))
 
     candidates = decoder.retrieve(peaks, sizes, strides)
     kept = decoder.suppress(candidates, 0)
@@ -141,16 +141,16 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
     }
     groups = []
     opened = zip(candidates.graphs.cpu().numpy(), candidates.group.tolist(), candidates.opener.tolist(), strict=True)
-    for g, (graph, scale, opener) in enumerate(opened):
+    for g, (graph, index, opener) in enumerate(opened):
         x, y = graph[opener, :2]
         others = [k for k in range(len(KEYPOINTS)) if k != opener]
         expected = np.tile(graph[opener, :2], (len(KEYPOINTS), 1))
-        expected[others] += displacement_of[scale, opener, int(y), int(x)]
-        to_image = strides[scale] * factor
+        expected[others] += displacement_of[index, opener, int(y), int(x)]
+        to_image = strides[index] * factor
         keypoints = np.column_stack(((graph[:, :2] + 0.5) * to_image, graph[:, 2]))
         box = candidates.boxes[box_of[g]].cpu().numpy() * np.tile(factor, 2) if g in box_of else None
         fate, number = fates.get(g, (TOO_FEW if (graph[:, 2] > 0).sum() < 2 else NO_COMBINATION, None))
-        groups.append(ExplainedGroup(scale, keypoints, opener, (expected + 0.5) * to_image, box, fate, number))
+        groups.append(ExplainedGroup(index, keypoints, opener, (expected + 0.5) * to_image, box, fate, number))
     return Explanation(scales, groups, tuple(factor.tolist()))
 
 

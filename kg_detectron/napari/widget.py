@@ -306,7 +306,7 @@ class SegmentCells(Container):
     def show_numbers(self, id_: int) -> None:
         """Show the features of a cell; none for the background and for cells that were drawn by hand."""
         features = self.shown.segmentation.features if self.shown is not None else {}
-        rows = np.flatnonzero(features["index"] == id_) if features else []
+        rows = np.flatnonzero(features["index"] == id_) if features else np.zeros(0, int)
         if not len(rows):
             self.numbers.value = {"value": []}
             return

@@ -139,14 +139,11 @@ def test_graphs_follow_the_threshold(widget: "SegmentCells", viewer: "Viewer") -
     assert (len(points.data), len(links.data)) < many
 
 
-def test_cancel_ends_a_prediction_of_one_tile(
-    widget: "SegmentCells", viewer: "Viewer", monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = widget._load(str(widget.model_file.value))
+def test_cancel_ends_a_prediction_of_one_tile(widget: "SegmentCells", viewer: "Viewer") -> None:
+    model = widget._load(str(widget.model_file.value))  # the one that the widget keeps
     reached = threading.Event()
     # The network waits in its first layer, until the user has cancelled.
     hook = next(model.children()).register_forward_pre_hook(lambda *_: (reached.set(), widget._stop.wait(30)) and None)
-    monkeypatch.setattr(widget, "_load", lambda name: model)
     worker = widget.segment()
     wait_for(reached.is_set)
     widget.cancel()
