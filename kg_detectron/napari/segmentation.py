@@ -16,11 +16,12 @@ from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.measurements import measure
 from kg_detectron.inference.explanation import Explanation, explain
 from kg_detectron.inference.predictor import predict
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.napari.planes import Place, as_bgr
 from kg_detectron.napari.shown_cells import LOWEST_SCORE
 
-TILE = 1024  # largest side in pixels of the network's input up to which an image is predicted, and explained, at once
+TILE = Settings.tile  # largest side, pixels of the network's input, of an image that is predicted and explained at once
 
 
 class Cancelled(Exception):
@@ -121,7 +122,6 @@ def segment(
                 as_bgr(pixels),
                 diameter=diameter,
                 pixel_size=pixel_size if scale_by_pixel_size else None,
-                tile=TILE,
                 progress=step,
             )
             kept = separate_cells(found.above(LOWEST_SCORE))
