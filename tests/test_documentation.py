@@ -84,6 +84,8 @@ def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 labels[np.asarray(mask, bool)] = number
             cv2.imwrite(f"{images}/{name}.png", image)
             cv2.imwrite(f"{masks}/{name}.png", labels)
+    Path("examples").mkdir()
+    cv2.imwrite("examples/a.png", image)  # in place of the checkout's own, which take longer
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     metadata = {"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP"]}}
     tifffile.imwrite("plate.ome.tif", np.stack((grey, grey[::-1])), metadata=metadata)
