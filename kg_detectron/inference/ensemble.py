@@ -92,7 +92,7 @@ def _groups(detections: Sequence[Cells]) -> list[list[tuple[int, int]]]:
     members: list[int] = []  # detections that begin a cell or have joined one, and the cell of each
     cell_of: list[int] = []
     for i in np.argsort(-scores, kind="stable").tolist():
-        near = np.flatnonzero(box_intersection(boxes[i : i + 1], boxes[members])[0] > 0) if members else []
+        near = np.flatnonzero(box_intersection(boxes[i : i + 1], boxes[members])[0] > 0)
         overlaps = mask_iou([rles[i]], [rles[members[n]] for n in near])[0] if len(near) else np.zeros(0)
         cell = len(groups)
         for n in np.argsort(-overlaps, kind="stable"):

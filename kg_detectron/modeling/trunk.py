@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ class LiteStep(nn.Module):
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """deep (N, deep, h/2, w/2), shallow (N, shallow, h, w) -> (N, width, h, w)."""
         up = interpolate(self.deep(deep), shallow.shape[2:], mode="bilinear", align_corners=False)
-        return self.blocks(up + conv_norm(*self.shallow, shallow))
+        narrow, norm = self.shallow
+        return self.blocks(up + conv_norm(cast(nn.Conv2d, narrow), norm, shallow))
 
 
 class Trunk(nn.Module):
