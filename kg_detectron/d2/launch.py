@@ -127,6 +127,7 @@ def _process(
     number: int, place: tuple[str, int, int, int], function: Callable[..., object], args: Sequence[Any]
 ) -> None:
     """One of the processes that are started here."""
+    multiprocessing.set_start_method(None, force=True)  # workers of loaders start as those of a single process do
     url, first_rank, size, local_size = place
     if "OMP_NUM_THREADS" not in os.environ:  # else each would take all cores
         torch.set_num_threads(max(1, torch.get_num_threads() // local_size))

@@ -1,5 +1,6 @@
 """Loaders of training, validation and test images."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -79,7 +80,8 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 
 def _end_when_the_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # the loader's, which need not be the one that forked this one
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 

@@ -145,6 +145,7 @@ def test_evaluation_sees_every_image_once(data, tmp_path):
 def test_early_stopping_stops_all_processes(data, tmp_path):
     """With a learning rate of nothing the loss stays: two evaluations after the first, then the end."""
     options = [*data, "DATASETS.TEST", (), "MODEL.CELLS.NORM", "FrozenBN", "SOLVER.BASE_LR", 1e-12]
+    options += ["DATALOADER.NUM_WORKERS", 1]  # whose ends are waited for
     options += ["TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOPPING.PATIENCE", 2]
     launch(train, "cpu", processes=2, args=(options, tmp_path))
     assert checkpoint(tmp_path)["iteration"] == 2
