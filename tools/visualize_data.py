@@ -79,9 +79,9 @@ def annotations(cfg: CfgNode) -> Iterator[tuple[str, Sample]]:
         cells = record["annotations"]
         boxes = np.array([cell["bbox"] for cell in cells], np.float64).reshape(-1, 4)
         boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-        masks = MaskCrops.from_rle([cell["segmentation"] for cell in cells], image.shape[:2]).dense()
+        masks = MaskCrops.from_rle([cell["segmentation"] for cell in cells], image.shape[:2])
         image = preprocessing.levels(image)(image)
-        yield record["file_name"], (image, torch.from_numpy(boxes).float(), masks.numpy())
+        yield record["file_name"], (image, torch.from_numpy(boxes).float(), np.array([mask.numpy() for mask in masks], bool))
 
 
 def draw(sample: Sample, scale: float = 1.0) -> np.ndarray:
