@@ -81,7 +81,10 @@ def annotations(cfg: CfgNode) -> Iterator[tuple[str, Sample]]:
         boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
         masks = MaskCrops.from_rle([cell["segmentation"] for cell in cells], image.shape[:2])
         image = preprocessing.levels(image)(image)
-        yield record["file_name"], (image, torch.from_numpy(boxes).float(), np.array([mask.numpy() for mask in masks], bool))
+        yield (
+            record["file_name"],
+            (image, torch.from_numpy(boxes).float(), np.array([mask.numpy() for mask in masks], bool)),
+        )
 
 
 def draw(sample: Sample, scale: float = 1.0) -> np.ndarray:

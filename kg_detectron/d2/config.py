@@ -69,15 +69,15 @@ def method_settings(cfg: CN) -> Any:
 
 
 def check_input(cfg: CN) -> None:
-    """Refuse what Detectron2's `DefaultPredictor` would do to an image before a model of ours, which prepares it itself.
+    """Refuse a config by which Detectron2's `DefaultPredictor` would change images before a model of ours sees them.
 
     Raises:
         ValueError: an image that comes resized, or with its channels in another order.
     """
     if cfg.INPUT.MIN_SIZE_TEST != 0:
         raise ValueError(
-            f"INPUT.MIN_SIZE_TEST: expected 0, got {cfg.INPUT.MIN_SIZE_TEST}: the model scales images itself, and would "
-            "find other cells in images that Detectron2 has resized"
+            f"INPUT.MIN_SIZE_TEST: expected 0, got {cfg.INPUT.MIN_SIZE_TEST}: the model scales images itself, and "
+            "would find other cells in images that Detectron2 has resized"
         )
     if cfg.INPUT.FORMAT != "BGR":
         raise ValueError(f"INPUT.FORMAT: expected BGR, which the core's models take, got {cfg.INPUT.FORMAT!r}")

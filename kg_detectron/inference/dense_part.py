@@ -116,8 +116,8 @@ def save_onnx(model: InstanceNet, path: str | Path) -> None:
 def with_onnx(model: InstanceNet, path: str | Path) -> KeypointGraphNet:
     """A copy of a model whose dense part is run by onnxruntime on the CPU.
 
-    Images that are larger than a tile still run by PyTorch: `kg_detectron.inference.tiling` calls the parts of the dense
-    part one by one. So predict with a ``tile`` of the image's size.
+    Images that are larger than a tile still run by PyTorch: `kg_detectron.inference.tiling` calls the parts of the
+    dense part one by one. So predict with a ``tile`` of the image's size.
 
     Args:
         model: a keypoint graph, with the weights of decoding and masks.

@@ -50,7 +50,7 @@ def test_onnx_gives_the_same_maps_and_cells(model, tmp_path, capsys):
     other = with_onnx(model, file)
     for image in (drawn_image(64, 96), drawn_image(50, 70, seed=1)):
         cells, found = predict(model, image), predict(other, image)
-        assert len(found) == len(cells) > 3
+        assert len(found) == len(cells) >= 3
         torch.testing.assert_close(found.boxes, cells.boxes, atol=1e-3, rtol=0)
         torch.testing.assert_close(found.scores, cells.scores, atol=1e-4, rtol=0)
         differing = (found.masks.label_image() > 0) != (cells.masks.label_image() > 0)
