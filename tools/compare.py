@@ -145,6 +145,9 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
         merge_config(cfg, str(run.config))
         cfg.MODEL.DEVICE = device
         drop_initial_weights(cfg)  # the run's own follow
+        cfg.INPUT.MIN_SIZE_TEST = (
+            0  # which runs of earlier versions have at Detectron2's default, and nothing here reads
+        )
         cfg.TEST.PAPER_IOUS = list(IOUS)
         cfg.TEST.COCO_MAX_DETECTIONS = COCO_MAX_DETECTIONS
         model = build_model(cfg).eval()

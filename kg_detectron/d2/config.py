@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 import yaml
 from detectron2.config import CfgNode as CN
 
-from kg_detectron.modeling import method_class, method_names
+from kg_detectron.modeling import Scores, method_class, method_names
 from kg_detectron.modeling.settings import config_keys, parts
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 
@@ -68,6 +68,29 @@ def method_settings(cfg: CN) -> Any:
     return settings_of(cfg, method_class(cfg.MODEL.CELLS.METHOD).Settings)
 
 
+def check_input(cfg: CN) -> None:
+    """Refuse a config by which Detectron2's `DefaultPredictor` would change images before a model of ours sees them.
+
+    Raises:
+        ValueError: an image that comes resized, or with its channels in another order.
+    """
+    if cfg.INPUT.MIN_SIZE_TEST != 0:
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TEST: expected 0, got {cfg.INPUT.MIN_SIZE_TEST}: the model scales images itself, and "
+            "would find other cells in images that Detectron2 has resized"
+        )
+    if cfg.INPUT.FORMAT != "BGR":
+        raise ValueError(f"INPUT.FORMAT: expected BGR, which the core's models take, got {cfg.INPUT.FORMAT!r}")
+
+
+def put_settings(cfg: CN, settings: Any) -> None:
+    """Write the settings of a method, or of one part, into a config (in place): what `settings_of` reads."""
+    for name, _ in parts(type(settings)):
+        put_settings(cfg, getattr(settings, name))
+    for key, field in config_keys(type(settings)):
+        _add(cfg, key, getattr(settings, field.name))
+
+
 def initial_weights_keys() -> list[str]:
     """The keys that name initial weights of parts of the core's methods; "" is random ones."""
     settings = [part for method in method_names() for _, part in parts(method_class(method).Settings)]
@@ -113,6 +136,12 @@ def add_kg_config(cfg: CN) -> None:
         for _, part in parts(method_class(method).Settings):
             for key, field in config_keys(part):
                 _add(cfg, key, field.default)
+
+    # How scores become probabilities, and the threshold that belongs to the weights (`Scores`); `model_zoo` sets them.
+    for key, field in config_keys(Scores):
+        _add(cfg, key, field.default)
+    # The models have their own preprocessing: Detectron2's DefaultPredictor must not resize.
+    cfg.INPUT.MIN_SIZE_TEST = 0
 
     # Channels-last tensors, in training and evaluation: a fifth faster on CPUs, the same results up to rounding.
     cfg.MODEL.CHANNELS_LAST = False

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from kg_detectron.cells.run_lengths import decode_runs, foreground
 from kg_detectron.d2.augmentation import build_augmentations
-from kg_detectron.d2.config import settings_of
+from kg_detectron.d2.config import check_input, settings_of
 from kg_detectron.io.images import read_image
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
@@ -111,8 +111,8 @@ class CellMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         raw = cfg.MODEL.META_ARCHITECTURE in PREPARING
-        if raw and cfg.INPUT.FORMAT != "BGR":
-            raise ValueError(f"INPUT.FORMAT: expected BGR, which the core's models take, got {cfg.INPUT.FORMAT!r}")
+        if raw:
+            check_input(cfg)
         return {
             "augmentations": build_augmentations(cfg, is_train),
             "preprocessing": settings_of(cfg, Preprocessing),

@@ -18,9 +18,16 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
-from kg_detectron.d2.config import method_settings, settings_of
+from kg_detectron.d2.config import check_input, method_settings, settings_of
 from kg_detectron.d2.registered_parts import CellBackbone, CellMaskHead, KeypointGraph, KGROIHeads
-from kg_detectron.modeling import InstanceNet, KeypointGraphNet, KeypointGraphSettings, Preprocessing, method_class
+from kg_detectron.modeling import (
+    InstanceNet,
+    KeypointGraphNet,
+    KeypointGraphSettings,
+    Preprocessing,
+    Scores,
+    method_class,
+)
 from kg_detectron.modeling.precision import autocast, check_precision
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
 
@@ -43,7 +50,9 @@ class CellInstanceSegmentation(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_input(cfg)
         network = method_class(cfg.MODEL.CELLS.METHOD).build(method_settings(cfg))
+        network.scores = settings_of(cfg, Scores)
         return {"network": network.accelerate(cfg.MODEL.CELLS.PRECISION, compiled=cfg.MODEL.CELLS.COMPILED)}
 
     @property
@@ -105,6 +114,7 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
 
     Where all of them are ours, this is the core's network in `CellInstanceSegmentation`; otherwise a `MixedRCNN`.
     """
+    check_input(cfg)
     backbone = build_backbone(cfg)
     proposals = build_proposal_generator(cfg, backbone.output_shape())
     heads = build_roi_heads(cfg, backbone.output_shape())
@@ -133,6 +143,7 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
         segmentation=heads.mask_head.core,
         ranking=heads.ranking,
     )
+    network.scores = settings_of(cfg, Scores)
     network.accelerate(cfg.MODEL.CELLS.PRECISION, compiled=cfg.MODEL.CELLS.COMPILED)
     return CellInstanceSegmentation(network=network)
 

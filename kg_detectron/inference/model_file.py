@@ -126,17 +126,28 @@ def export_run(run: str | Path, output: str | Path, *, half: bool = False) -> Pa
         ValueError: a checkpoint that does not describe a network, `output` of another ending than ``.safetensors``,
             ``.pt`` and ``.pth``, or a weight that 16 bits cannot hold.
     """
-    run, output = Path(run), Path(output)
+    output = Path(output)
     if output.suffix not in (SAFETENSORS, ".pt", ".pth"):
         raise ValueError(f"output: expected a name that ends in .safetensors, .pt or .pth, got {output}")
-    candidates = [run] if run.is_file() else [run / name for name in WEIGHTS]
-    checkpoint = next((path for path in candidates if path.is_file()), None)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run}: there is neither {' nor '.join(WEIGHTS)} in it")
+    checkpoint = run_checkpoint(run)
     model = load_model(checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, output, half=half)
     return checkpoint
+
+
+def run_checkpoint(run: str | Path) -> Path:
+    """The weights of a run: its ``model_best.pth``, or else its ``model_final.pth``. Files and kept models stay.
+
+    Raises:
+        FileNotFoundError: there is no such run, file or model, or none of these files in the run.
+    """
+    if not Path(run).is_dir():
+        return model_path(run)
+    found = next((Path(run, name) for name in WEIGHTS if Path(run, name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{run}: there is neither {' nor '.join(WEIGHTS)} in it")
+    return found
 
 
 def _read_safetensors(path: str | Path) -> dict[str, Any]:

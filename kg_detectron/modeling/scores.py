@@ -1,6 +1,7 @@
 """What a score means: calibration to probabilities, and the threshold that belongs to a model."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class Scores:
     Raises:
         ValueError: knots that are not strictly rising or of different number, or a threshold outside 0..1.
     """
+
+    NODE: ClassVar[str] = "MODEL.CELLS.SCORES"
 
     raw: tuple[float, ...] = ()
     probability: tuple[float, ...] = ()

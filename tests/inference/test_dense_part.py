@@ -1,0 +1,97 @@
+"""The dense part in ONNX and as an exported program: the same maps at any size, and the same cells."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from builders import drawn_image, tiny_network
+from toy_method import ToyNet
+
+from kg_detectron.cli.main import main
+from kg_detectron.inference import predict, save_model
+from kg_detectron.inference.dense_part import OPSET, DensePart, output_names, save_onnx, save_program, with_onnx
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_network(trunk="lite", heads="lite", scales=(2,), radius=2.0, normalisation="percentile").eval()
+
+
+def assert_same_maps(model, call) -> None:
+    """At two sizes, and for several images at once."""
+    for shape in ((1, 3, 64, 96), (3, 3, 112, 48)):
+        batch = torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        with torch.no_grad():
+            expected = DensePart(model)(batch)
+        found = call(batch)
+        assert len(found) == len(expected) == len(output_names(model))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(one), other, atol=1e-4, rtol=0)
+
+
+def test_onnx_gives_the_same_maps_and_cells(model, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    save_model(model, tmp_path / "model.safetensors")
+    file = tmp_path / "new" / "model.onnx"
+    assert main(["export", str(tmp_path / "model.safetensors"), "-o", str(file), "--format", "onnx"]) == 0
+    assert f"ONNX, opset {OPSET}" in capsys.readouterr().out
+    content = onnx.load(file)
+    onnx.checker.check_model(content, full_check=True)
+    assert [entry.version for entry in content.opset_import if entry.domain == ""] == [OPSET]
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [part.name for part in session.get_outputs()] == output_names(model)
+    assert output_names(model)[:3] == ["heatmap_s2", "single_offset_s2", "group_offset_s2"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["kg_detectron"]) == model.description()
+    assert_same_maps(model, lambda batch: session.run(None, {"image": batch.numpy()}))
+
+    other = with_onnx(model, file)
+    for image in (drawn_image(64, 96), drawn_image(50, 70, seed=1)):
+        cells, found = predict(model, image), predict(other, image)
+        assert len(found) == len(cells) >= 3
+        torch.testing.assert_close(found.boxes, cells.boxes, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.scores, cells.scores, atol=1e-4, rtol=0)
+        differing = (found.masks.label_image() > 0) != (cells.masks.label_image() > 0)
+        assert np.count_nonzero(differing) <= 2
+    with pytest.raises(ValueError, match="model.onnx is not the dense part of this model"):
+        with_onnx(tiny_network(), file)
+    (tmp_path / "no.onnx").write_text("nothing")
+    with pytest.raises(ValueError, match="no.onnx cannot be read as ONNX"):
+        with_onnx(model, tmp_path / "no.onnx")
+
+
+def test_an_exported_program_gives_the_same_maps(model, tmp_path):
+    save_program(model, tmp_path / "model.pt2")
+    extra = {"kg_detectron": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["kg_detectron"]) == model.description()
+    assert_same_maps(model, program.module())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("-o a.onnx --format torch-export", "--output: expected a name that ends in .pt2, got a.onnx"),
+        ("-o a.h5", "--output: expected a name that ends in .safetensors, .pt, .pth, .onnx, .pt2, got a.h5"),
+        ("-o a.onnx --half", "--half, --format: onnx holds weights of 32 bits"),
+        ("-o a.pt2 --half", "--half, --format: torch-export holds weights of 32 bits"),
+    ],
+)
+def test_options_that_do_not_fit_are_answered(options, message, capsys):
+    assert main(["export", "nuclei", *options.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("kg_detectron.cli.export.find_spec", lambda name: None)
+    assert main(["export", "nuclei", "-o", "a.onnx"]) == 2
+    assert "onnx needs onnx and onnxscript: pip install 'kg_detectron[onnx]'" in capsys.readouterr().err
+
+
+def test_other_methods_are_refused(tmp_path):
+    toy = ToyNet.build(ToyNet.Settings())
+    for save in (save_onnx, save_program):
+        with pytest.raises(ValueError, match="expected a keypoint graph, got the method 'toy'"):
+            save(toy, tmp_path / "a")
