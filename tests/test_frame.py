@@ -92,10 +92,12 @@ def test_every_import_is_declared() -> None:
     extras = {
         "kg_detectron": ("core",),
         "kg_detectron/d2": ("core", "detectron2"),
+        "kg_detectron/napari": ("core", "napari"),
         "datasets": ("core",),
-        "tools": ("core", "detectron2"),
+        "tools": ("core", "detectron2", "docs"),
         "tests": ("core", "dev"),
         "tests/d2": ("core", "dev", "detectron2"),
+        "tests/napari": ("core", "dev", "napari"),
     }
     for path in {path for folder in extras for path in (ROOT / folder).rglob("*.py")}:
         folder = max((folder for folder in extras if ROOT / folder in path.parents), key=len)

@@ -7,6 +7,7 @@ N, h, w: images, height and width of the network's input.
 """
 
 import copy
+import importlib
 import json
 import logging
 import warnings
@@ -44,7 +45,8 @@ class DensePart(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, h, w), the network's input -> the maps in the order of `output_names`."""
         maps, crop_maps = self.network.maps(image)
-        return (*(part for scale in maps for part in scale[: len(_KINDS)]), *crop_maps)
+        parts = [part for scale in maps for part in (scale.heatmap, scale.single_offset, scale.group_offset)]
+        return (*parts, *crop_maps)
 
 
 def output_names(network: KeypointGraphNet) -> list[str]:
@@ -130,14 +132,14 @@ def with_onnx(model: InstanceNet, path: str | Path) -> KeypointGraphNet:
     network = _checked(model)
     maps = _onnx_maps(network, path)
     network = copy.deepcopy(network)
-    network.maps = maps  # type: ignore[method-assign]
+    network.maps = maps  # type: ignore[method-assign, assignment]
     return network
 
 
 def _onnx_maps(
     network: KeypointGraphNet, path: str | Path
 ) -> Callable[[Tensor], tuple[list[KeypointMaps], list[Tensor]]]:
-    import onnxruntime
+    onnxruntime: Any = importlib.import_module("onnxruntime")
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -153,7 +155,8 @@ def _onnx_maps(
     def maps(batch: Tensor) -> tuple[list[KeypointMaps], list[Tensor]]:
         found = [torch.from_numpy(part).to(batch) for part in session.run(None, {INPUT: batch.float().cpu().numpy()})]
         keypoints = [
-            KeypointMaps(*found[3 * place : 3 * place + 3], 2 ** (scale - 1)) for place, scale in enumerate(scales)
+            KeypointMaps(found[first], found[first + 1], found[first + 2], 2 ** (scale - 1))
+            for first, scale in zip(range(0, 3 * len(scales), 3), scales, strict=True)
         ]
         return keypoints, found[3 * len(scales) :]
 

@@ -39,7 +39,7 @@ def test_a_kept_model_gives_the_cells_of_predict(tmp_path, monkeypatch):
 
 
 def test_names_that_do_not_fit_are_answered():
-    with pytest.raises(ValueError, match="no config 'kg_lte'; there are cells, nuclei, kg_dsb2018"):
+    with pytest.raises(ValueError, match="no config 'kg_lte'; there are cells, nuclei, cornernet_dsb2018"):
         model_zoo.get_config("kg_lte")
     with pytest.raises(ValueError, match="kg_lite_dsb2018: no weights of it are kept; trained are cells, nuclei"):
         model_zoo.get("kg_lite_dsb2018.yaml", trained=True)
