@@ -196,7 +196,7 @@ def start(arguments: Namespace) -> int:
         launch(
             run,
             device,
-            processes=arguments.num_gpus,
+            processes=max(1, arguments.num_gpus),  # 0 is the CPU, as elsewhere in Detectron2
             machines=arguments.num_machines,
             machine_rank=arguments.machine_rank,
             url=arguments.dist_url,
