@@ -40,7 +40,10 @@ def why_no_napari() -> str | None:
 NO_NAPARI = why_no_napari()
 HAS_NOTEBOOK = is_installed("nbclient") and is_installed("ipykernel")
 
-# Small tensors: more threads only wait for each other. Of several processes of pytest-xdist each has its core.
+# Small tensors: more threads only wait for each other. Of several processes of pytest-xdist each has its core, and so
+# have the programs that they start: what is computed depends on the number of threads in the last digit.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(torch.get_num_threads(), 4))
 
 # The same examples in every run, and no limit on the time of one: a busy machine must not fail a test.
