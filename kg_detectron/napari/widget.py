@@ -93,7 +93,7 @@ class SegmentCells(Container):
                 self.fine_tune,
             ]
         )
-        self.shown: ShownCells | None = None
+        self.shown_cells: ShownCells | None = None
         self.labels_layer: Labels | None = None
         self.graph_layers: list[Layer] = []
         self._models: dict[tuple[str, int], InstanceNet] = {}
@@ -188,7 +188,7 @@ class SegmentCells(Container):
 
         try:
             found = segment(
-                self._load(model),
+                self._load_network(model),
                 [(place, read_plane(layer, place, channel)) for place in places],
                 layer_shape(layer),
                 diameter=diameter,
@@ -203,7 +203,7 @@ class SegmentCells(Container):
             return None, error
         return found, None
 
-    def _load(self, model: str) -> "InstanceNet":
+    def _load_network(self, model: str) -> "InstanceNet":
         """A model, kept in memory as long as its file is the same."""
         import torch
 
@@ -242,20 +242,20 @@ class SegmentCells(Container):
         layer, graphs = self._pending
         # Layers of the former result go, but for labels that somebody has corrected.
         former = [*self.graph_layers]
-        if self.shown is not None and self.labels_layer is not None and not self.shown.is_corrected():
+        if self.shown_cells is not None and self.labels_layer is not None and not self.shown_cells.is_corrected():
             former.append(self.labels_layer)
         for old in former:
             if old in self.viewer.layers and old.metadata.get("image") == layer.name:
                 self.viewer.layers.remove(old)
-        self.shown = None
+        self.shown_cells = None
         threshold = max(segmentation.threshold, LOWEST_SCORE)
         self.threshold.value = threshold
-        self.shown = ShownCells(segmentation, threshold)
+        self.shown_cells = ShownCells(segmentation, threshold)
         place = {name: getattr(layer, name) for name in ("scale", "translate", "rotate", "shear", "affine", "units")}
         place["metadata"] = {"image": layer.name}
         features = segmentation.features
         self.labels_layer = self.viewer.add_labels(
-            self.shown.labels, name=f"{layer.name} cells", features=features, **place
+            self.shown_cells.labels, name=f"{layer.name} cells", features=features, **place
         )
         self.labels_layer.mouse_drag_callbacks.append(self._clicked)
         self.graph_layers = []
@@ -273,9 +273,9 @@ class SegmentCells(Container):
     # The result.
 
     def _threshold_changed(self, threshold: float) -> None:
-        if self.shown is None or self.labels_layer is None:
+        if self.shown_cells is None or self.labels_layer is None:
             return
-        self.shown.move(threshold)
+        self.shown_cells.move(threshold)
         self.labels_layer.refresh()
         if self.graph_layers:
             self._filter_graphs(threshold)
@@ -284,18 +284,18 @@ class SegmentCells(Container):
     def _filter_graphs(self, threshold: float) -> None:
         from kg_detectron.napari.graph_layers import graph_layers
 
-        assert self.shown is not None
+        assert self.shown_cells is not None
         for layer, (data, options, _) in zip(
-            self.graph_layers, graph_layers(self.shown.segmentation, threshold), strict=True
+            self.graph_layers, graph_layers(self.shown_cells.segmentation, threshold), strict=True
         ):
             layer.data = data
             if "features" in options:
                 layer.features, layer.face_color = options["features"], options["face_color"]
 
     def _show_count(self) -> None:
-        assert self.shown is not None
-        segmentation = self.shown.segmentation
-        lines = [f"{len(self.shown)} cells of a score from {self.shown.threshold:.2f}", *segmentation.notes]
+        assert self.shown_cells is not None
+        segmentation = self.shown_cells.segmentation
+        lines = [f"{len(self.shown_cells)} cells of a score from {self.shown_cells.threshold:.2f}", *segmentation.notes]
         self.status.value = "\n".join(lines)
 
     def _clicked(self, layer: Labels, event: Any) -> None:
@@ -305,7 +305,7 @@ class SegmentCells(Container):
 
     def show_numbers(self, id_: int) -> None:
         """Show the features of a cell; none for the background and for cells that were drawn by hand."""
-        features = self.shown.segmentation.features if self.shown is not None else {}
+        features = self.shown_cells.segmentation.features if self.shown_cells is not None else {}
         rows = np.flatnonzero(features["index"] == id_) if features else np.zeros(0, int)
         if not len(rows):
             self.numbers.value = {"value": []}

@@ -51,7 +51,7 @@ def segmented(widget: "SegmentCells") -> None:
     assert widget.segment() is not None
     assert not widget.segment_button.enabled and widget.cancel_button.enabled
     wait_for(lambda: widget.segment_button.enabled)
-    assert widget.shown is not None, widget.status.value
+    assert widget.shown_cells is not None, widget.status.value
 
 
 def expected(model_file: Path, threshold: float) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_labels_are_those_of_a_prediction_at_every_threshold(widget: "SegmentCel
     segmented(widget)
     layer = widget.labels_layer
     assert layer is not None and layer.name == "cells of a plate cells"
-    scores = np.sort(widget.shown.segmentation.scores)
+    scores = np.sort(widget.shown_cells.segmentation.scores)
     assert len(scores) > 10 and widget.threshold.value == pytest.approx(0.6)
     assert np.array_equal(layer.data, expected(model_file, 0.6))
     for threshold in (scores[1], scores[-1], scores[len(scores) // 2], scores[0]):
@@ -89,7 +89,7 @@ def test_a_click_on_a_cell_shows_its_numbers(widget: "SegmentCells") -> None:
 
 def test_the_threshold_keeps_corrections_of_cells_that_stay(widget: "SegmentCells") -> None:
     segmented(widget)
-    ranked = np.sort(widget.shown.segmentation.scores)[::-1]
+    ranked = np.sort(widget.shown_cells.segmentation.scores)[::-1]
     layer = widget.labels_layer
     widget.threshold.value = float(ranked[0])
     assert set(np.unique(layer.data)) == {0, 1}
@@ -101,7 +101,7 @@ def test_the_threshold_keeps_corrections_of_cells_that_stay(widget: "SegmentCell
     assert layer.data[tuple(empty[0])] == 1
     assert layer.data[tuple(empty[1])] > len(ranked), "it would count to the second cell of the prediction"
     assert np.count_nonzero(layer.data == 2) > 1
-    assert widget.shown.is_corrected()
+    assert widget.shown_cells.is_corrected()
     segmented(widget)
     assert layer in widget.viewer.layers, "a corrected layer is not replaced"
 
@@ -140,7 +140,7 @@ def test_graphs_follow_the_threshold(widget: "SegmentCells", viewer: "Viewer") -
 
 
 def test_cancel_ends_a_prediction_of_one_tile(widget: "SegmentCells", viewer: "Viewer") -> None:
-    model = widget._load(str(widget.model_file.value))  # the one that the widget keeps
+    model = widget._load_network(str(widget.model_file.value))  # the one that the widget keeps
     reached = threading.Event()
     # The network waits in its first layer, until the user has cancelled.
     hook = next(model.children()).register_forward_pre_hook(lambda *_: (reached.set(), widget._stop.wait(30)) and None)
@@ -150,7 +150,7 @@ def test_cancel_ends_a_prediction_of_one_tile(widget: "SegmentCells", viewer: "V
     wait_for(lambda: widget.segment_button.enabled)
     hook.remove()
     assert worker is not None
-    assert widget.status.value == "cancelled" and widget.shown is None and len(viewer.layers) == 1
+    assert widget.status.value == "cancelled" and widget.shown_cells is None and len(viewer.layers) == 1
     assert not any(module._forward_pre_hooks for module in model.modules()), "a hook stays in the model"
 
 
@@ -158,7 +158,7 @@ def test_a_failure_is_shown(widget: "SegmentCells", tmp_path: Path) -> None:
     widget.model_file.value = tmp_path / "absent.safetensors"
     widget.segment()
     wait_for(lambda: widget.segment_button.enabled)
-    assert "absent.safetensors" in widget.status.value and widget.shown is None
+    assert "absent.safetensors" in widget.status.value and widget.shown_cells is None
 
 
 @pytest.mark.timeout(240)
