@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
 from kg_detectron.io.atomic import replacing
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
+from kg_detectron.modeling.backbone import STRIDES
 from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class DensePart(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, h, w), the network's input -> the maps in the order of `output_names`."""
         maps, crop_maps = self.network.maps(image)
-        parts = [part for scale in maps for part in (scale.heatmap, scale.single_offset, scale.group_offset)]
+        parts = [getattr(scale, kind) for scale in maps for kind in _KINDS]
         return (*parts, *crop_maps)
 
 
@@ -154,11 +155,9 @@ def _onnx_maps(
 
     def maps(batch: Tensor) -> tuple[list[KeypointMaps], list[Tensor]]:
         found = [torch.from_numpy(part).to(batch) for part in session.run(None, {INPUT: batch.float().cpu().numpy()})]
-        keypoints = [
-            KeypointMaps(found[first], found[first + 1], found[first + 2], 2 ** (scale - 1))
-            for first, scale in zip(range(0, 3 * len(scales), 3), scales, strict=True)
-        ]
-        return keypoints, found[3 * len(scales) :]
+        rest = iter(found)
+        keypoints = [KeypointMaps(**{kind: next(rest) for kind in _KINDS}, stride=STRIDES[s - 1]) for s in scales]
+        return keypoints, list(rest)
 
     return maps
 
