@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
 
 from kg_detectron.cells.masks import MaskCrops
 
 _TENSORS = ("boxes", "scores", "labels", "masks")
+
+
+def clip_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes (R, 4), xyxy, cut at the edges of an image of a size (H, W)."""
+    height, width = size
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Cells:
         y, x = scale
         # Where the image ends inside a pixel of the network's input, its frame goes on a little further.
         whole = max(round(self.size[0] / y), size[0]), max(round(self.size[1] / x), size[1])
-        boxes = clip_boxes_to_image(self.boxes / self.boxes.new_tensor([x, y, x, y]), size)
+        boxes = clip_boxes(self.boxes / self.boxes.new_tensor([x, y, x, y]), size)
         cells = dataclasses.replace(self, boxes=boxes, masks=self.masks.resized(whole), scale=scale)
         if whole != tuple(size):
             inside = (boxes[:, 2:] > boxes[:, :2]).all(1)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -86,7 +86,7 @@ class MaskCrops:
             ids, numbers = np.unique(labels, return_inverse=True)
             labels = numbers.reshape(labels.shape) + (ids[0] != 0)
         crops, windows = [], []
-        for i, place in enumerate(ndimage.find_objects(labels), start=1):
+        for i, place in enumerate(scipy.ndimage.find_objects(labels), start=1):
             if place is not None:
                 rows, columns = place
                 crops.append(torch.from_numpy(labels[place] == i))

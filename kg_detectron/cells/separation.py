@@ -4,8 +4,8 @@ import dataclasses
 
 import cv2
 import numpy as np
+import skimage
 import torch
-from skimage.measure import label
 
 from kg_detectron.cells.cells import Cells
 from kg_detectron.cells.masks import MaskCrops
@@ -69,7 +69,7 @@ def pieces_of_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The K numbers, rising, and their pieces, (K,) int64 each.
     """
-    pieces = label(labels, background=0, connectivity=1)
+    pieces = skimage.measure.label(labels, background=0, connectivity=1)
     _, first = np.unique(pieces, return_index=True)
     values = labels.ravel()[first]
     return np.unique(values[values > 0], return_counts=True)

@@ -7,8 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
+from typing import Any
 
 from kg_detectron._version import __version__
 
@@ -36,14 +35,24 @@ def versions() -> str:
 
     They come from the packages' metadata, so that a package which does not import is named too.
     """
+    from importlib.metadata import PackageNotFoundError, version  # slow
+
     lines = [f"kg_detectron {__version__}"]
     for name, distribution in (("torch", "torch"), ("torchvision", "torchvision"), ("Detectron2", "detectron2")):
         try:
-            lines.append(f"{name} {installed_version(distribution)}")
+            lines.append(f"{name} {version(distribution)}")
         except PackageNotFoundError:
             lines.append(f"{name} not installed")
     lines.append(f"Python {platform.python_version()}")
     return "\n".join(lines)
+
+
+class _PrintVersions(argparse.Action):
+    """argparse's own action for versions wants them before anybody asks."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        print(versions())
+        parser.exit()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,13 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kg-detectron",
         description="Keypoint-graph cell instance segmentation.",
-        # argparse's default formatter would join the lines of --version into a paragraph.
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version",
-        action="version",
-        version=versions(),
+        action=_PrintVersions,
+        nargs=0,
         help="print the versions of kg_detectron, PyTorch, torchvision, Detectron2 and Python, and exit",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ def versions() -> dict[str, str]:
     import cv2
     import numpy as np
     import torch
-    import torchvision
 
     return {
         "kg_detectron": __version__,
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": installed_version("torchvision"),
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "Python": platform.python_version(),

@@ -8,6 +8,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from kg_detectron.inference.model_names import DEFAULT_MODEL, SAFETENSORS, model_path
 from kg_detectron.io.atomic import replacing
@@ -161,6 +162,17 @@ def _read_safetensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
+class _NoValues(TorchFunctionMode):
+    """Leaves out random initial values: to draw them on the meta device, PyTorch would import its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in ("normal_", "trunc_normal_", "kaiming_normal_"):
+            return (args or tuple((kwargs or {}).values()))[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _described(description: Mapping[str, Any], weights: dict[str, Tensor]) -> InstanceNet:
     """The network of a description that came with its weights."""
     method = method_class(description["method"])
@@ -171,7 +183,7 @@ def _described(description: Mapping[str, Any], weights: dict[str, Tensor]) -> In
     backbone = getattr(settings, "backbone", None)
     if getattr(backbone, "backbone_weights", ""):
         raise ValueError("it names weights to download")
-    with torch.device("meta"):  # as a check: a description can claim any size, and here it takes no memory
+    with torch.device("meta"), _NoValues():  # as a check: a description can claim any size, and here it takes no memory
         method.build(settings).load_state_dict(weights, assign=True)
     model = method.build(settings)
     model.load_state_dict(weights)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 from kg_detectron.cells.separation import connected_pieces
 from kg_detectron.io import fault
@@ -90,8 +90,8 @@ def _picture(levels: NDArray[np.float64], mask: NDArray[np.bool_], low: float, h
     between = (levels > low + margin) & (levels < high - margin)
     if not between.any():
         return ""
-    outline = mask ^ ndimage.binary_erosion(mask, border_value=1)
-    distance = ndimage.distance_transform_cdt(~outline, "chessboard")
+    outline = mask ^ scipy.ndimage.binary_erosion(mask, border_value=1)
+    distance = scipy.ndimage.distance_transform_cdt(~outline, "chessboard")
     far = int(np.count_nonzero(between & (distance > _EDGE)))
     pieces = connected_pieces(mask)[0]
     if far > _FEW * np.count_nonzero(mask) or pieces > _PIECES:

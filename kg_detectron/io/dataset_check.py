@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 from PIL import ExifTags, Image
-from scipy import ndimage
 from tqdm import tqdm
 
 from kg_detectron.cells.masks import MaskCrops
@@ -253,7 +253,7 @@ def _label_image_cells(file: Path, image: np.ndarray | None, choice: Choice, cel
         chosen = [
             i
             for i in np.flatnonzero(pieces > 1)
-            if (ndimage.label(crops.crops[i].numpy(), _CORNERS_JOIN)[1] > 1) == (kind == fault.SPLIT)
+            if (scipy.ndimage.label(crops.crops[i].numpy(), _CORNERS_JOIN)[1] > 1) == (kind == fault.SPLIT)
         ]
         if chosen:
             named = ", ".join(f"{numbers[i]} ({pieces[i]} pieces)" for i in chosen[:_NAMED])
@@ -402,7 +402,7 @@ def _piece_fault(where: str, name: str, mask: np.ndarray) -> Fault | None:
     count = connected_pieces(mask)[0]
     if count < 2:
         return None
-    if ndimage.label(mask, _CORNERS_JOIN)[1] == 1:
+    if scipy.ndimage.label(mask, _CORNERS_JOIN)[1] == 1:
         return Fault(fault.CORNERS, where, f"{name} is in {count} pieces that only corners join")
     return Fault(fault.SPLIT, where, f"{name} is in {count} pieces")
 

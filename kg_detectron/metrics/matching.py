@@ -6,10 +6,8 @@ Letters as in the package. Masks may overlap; scores play no part.
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from kg_detectron.metrics.iou import RLE, checked_ious, mask_iou
 
@@ -38,15 +36,15 @@ def match(overlap: NDArray[np.float64], iou: float) -> tuple[NDArray[np.int64], 
         return rows, columns
     # Cells compete only within a group of overlapping ones, which is small however large the image.
     count = overlap.shape[0]
-    edges = coo_array((np.ones(len(rows)), (rows, columns + count)), shape=(sum(overlap.shape),) * 2)
-    group = connected_components(edges, directed=False)[1][rows]
+    edges = scipy.sparse.coo_array((np.ones(len(rows)), (rows, columns + count)), shape=(sum(overlap.shape),) * 2)
+    group = scipy.sparse.csgraph.connected_components(edges, directed=False)[1][rows]
     pairs = []
     for pair in np.split(np.argsort(group, kind="stable"), np.flatnonzero(np.diff(np.sort(group))) + 1):
         group_rows, group_columns = np.unique(rows[pair]), np.unique(columns[pair])
         part = overlap[np.ix_(group_rows, group_columns)]
         # One more pair outweighs any sum of overlaps: that of all pairs comes to 1/2 at most.
         worth = np.where(part >= iou, 1 + part / (2 * min(part.shape)), 0)
-        i, j = linear_sum_assignment(worth, maximize=True)
+        i, j = scipy.optimize.linear_sum_assignment(worth, maximize=True)
         hit = part[i, j] >= iou
         pairs.append(np.stack((group_rows[i[hit]], group_columns[j[hit]])))
     rows, columns = np.concatenate(pairs, axis=1)

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import resnet
-from torchvision.ops import FrozenBatchNorm2d
 
 from kg_detectron.modeling.settings import require
 
@@ -22,9 +19,15 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 2), channels)
 
 
+def _frozen_batch_norm(channels: int) -> nn.Module:
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return FrozenBatchNorm2d(channels)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
-    "FrozenBN": FrozenBatchNorm2d,
+    "FrozenBN": _frozen_batch_norm,
     "SyncBN": nn.SyncBatchNorm,
     "GN": _group_norm,
 }
@@ -146,6 +149,8 @@ class ResNetC4(nn.Module):
     divisor = STRIDES[-1]
 
     def __init__(self, depth: int = 50, norm: str = "BN", c0_channels: int = 64, weights: str | None = None) -> None:
+        from torchvision.models import get_model_weights, resnet  # takes seconds, and the kept models need none of it
+
         super().__init__()
         builders = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50}
         require(depth in builders, "depth", f"one of {sorted(builders)}", depth)
@@ -157,7 +162,7 @@ class ResNetC4(nn.Module):
         expansion = self.layer1[0].expansion
         self.channels = (c0_channels, 64, 64 * expansion, 128 * expansion, 256 * expansion)
         if weights:
-            enum = torchvision.models.get_model_weights(f"resnet{depth}")
+            enum = get_model_weights(f"resnet{depth}")
             require(weights in enum.__members__, "weights", f"one of {sorted(enum.__members__)}", weights)
             self.load_resnet_weights(enum[weights].get_state_dict(progress=True, check_hash=True))
 

@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
-from torchvision.ops import clip_boxes_to_image
 
-from kg_detectron.cells import MaskCrops
+from kg_detectron.cells import MaskCrops, clip_boxes
 from kg_detectron.layers import crop_pixels
 from kg_detectron.modeling.backbone import zero_bias
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
@@ -165,7 +164,7 @@ class SegmentationBranch(nn.Module):
         """
         if margin := self.settings.mask_margin:
             outwards = boxes[0].new_tensor([-margin, -margin, margin, margin])
-            boxes = [clip_boxes_to_image(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
+            boxes = [clip_boxes(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
         logits, windows = self(maps, boxes)
         masks = []
         for count, size in zip(map(len, boxes), sizes, strict=True):
@@ -262,7 +261,7 @@ def jittered_boxes(
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     random = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype).to(boxes)
     moved = boxes + (2 * random - 1) * amount * sides
-    return clip_boxes_to_image(moved, size)
+    return clip_boxes(moved, size)
 
 
 def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The command ``kg-detectron``."""
 
+import importlib.metadata
 import importlib.util
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -26,7 +26,7 @@ def test_absent_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def none_installed(distribution: str) -> str:
         raise PackageNotFoundError(distribution)
 
-    monkeypatch.setattr(sys.modules["kg_detectron.cli.main"], "installed_version", none_installed)
+    monkeypatch.setattr(importlib.metadata, "version", none_installed)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.count("not installed") == 3

@@ -1,9 +1,8 @@
 """From embeddings to cells: foreground, clusters, connected pieces."""
 
 import numpy as np
+import skimage
 import torch
-from skimage.measure import label
-from skimage.segmentation import watershed
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -63,13 +62,13 @@ def cluster_labels(unit: Tensor, foreground: Tensor, stride: int, settings: Clus
     inside = foreground.cpu().numpy()
     map_of_clusters = np.zeros(inside.shape, np.int64)
     map_of_clusters[inside] = clusters.cpu().numpy() + 1
-    pieces = label(map_of_clusters, background=0, connectivity=1)
+    pieces = skimage.measure.label(map_of_clusters, background=0, connectivity=1)
     areas = np.bincount(pieces.ravel())
     numbers = np.flatnonzero(areas[1:] >= least) + 1
     number = np.zeros(len(areas), np.int32)
     number[numbers] = np.arange(1, len(numbers) + 1)
     # What is too small to be a cell, mostly the rim of one, belongs to a cell that it touches.
-    return watershed(np.zeros(inside.shape), number[pieces], mask=inside)
+    return skimage.segmentation.watershed(np.zeros(inside.shape), number[pieces], mask=inside)
 
 
 def embedding_scores(unit: Tensor, background: Tensor, labels: np.ndarray) -> Tensor:

@@ -1,9 +1,9 @@
 """From the maps of DCAN to cells: objects without their contours, in connected pieces, which grow back."""
 
 import numpy as np
+import scipy
+import skimage
 import torch
-from scipy import ndimage
-from skimage.segmentation import watershed
 from torch import Tensor
 
 from kg_detectron.cells import Cells
@@ -26,7 +26,7 @@ def decode_contours(objects: Tensor, contours: Tensor, settings: ContourDecoding
     probability = objects.cpu().numpy()
     labels = separated_objects(probability, contours.cpu().numpy(), settings)
     count = int(labels.max(initial=0))
-    scores = ndimage.mean(probability, labels, np.arange(1, count + 1)) if count else np.zeros(0)
+    scores = scipy.ndimage.mean(probability, labels, np.arange(1, count + 1)) if count else np.zeros(0)
     return cells_of_labels(labels, torch.from_numpy(np.asarray(scores, np.float32)).to(objects.device))
 
 
@@ -42,7 +42,7 @@ def separated_objects(objects: np.ndarray, contours: np.ndarray, settings: Conto
     seeded = np.unique(pieces[seeds > 0])
     alone = foreground & ~np.isin(pieces, seeded)
     seeds = np.where(alone, pieces + seeds.max(initial=0), seeds)
-    labels = watershed(contours, seeds, mask=foreground)
+    labels = skimage.segmentation.watershed(contours, seeds, mask=foreground)
     areas = np.bincount(labels.ravel())
     numbers = np.flatnonzero(areas[1:] >= max(settings.min_area, 1)) + 1
     place = np.zeros(len(areas), np.int32)
@@ -52,7 +52,7 @@ def separated_objects(objects: np.ndarray, contours: np.ndarray, settings: Conto
 
 def _without_holes(labels: np.ndarray) -> np.ndarray:
     """Background that a cell surrounds becomes the cell's (in place)."""
-    for number, window in enumerate(ndimage.find_objects(labels), start=1):
+    for number, window in enumerate(scipy.ndimage.find_objects(labels), start=1):
         part = labels[window]
-        part[ndimage.binary_fill_holes(part == number) & (part == 0)] = number
+        part[scipy.ndimage.binary_fill_holes(part == number) & (part == 0)] = number
     return labels

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+import scipy
 import torch
-from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -35,7 +35,7 @@ def object_probability(labels: Tensor) -> Tensor:
     """Distance of each pixel (h, w) to the outline of its own cell, divided by the largest one of the cell; 0..1."""
     image = labels.cpu().numpy().astype(np.int32)
     probability = np.zeros(image.shape, np.float32)
-    for number, window in enumerate(ndimage.find_objects(image), start=1):
+    for number, window in enumerate(scipy.ndimage.find_objects(image), start=1):
         if window is not None:
             # With a rim: beyond the image lies no cell.
             cell = np.pad(image[window] == number, 1)
@@ -52,7 +52,7 @@ def star_distances(labels: Tensor, stride: int, rays: int) -> Tensor:
     height, width = labels.shape[1:]
     at = slice(stride // 2, None, stride)
     cell = labels[:, at, at].int()
-    windows = [w for image in labels.cpu().numpy() for w in ndimage.find_objects(image) if w]
+    windows = [w for image in labels.cpu().numpy() for w in scipy.ndimage.find_objects(image) if w]
     longest = max((part.stop - part.start for window in windows for part in window), default=0)
     # No ray within a cell is longer than 1.5 sides of its box; beyond the image lies no cell.
     reach = int(1.5 * longest) + stride + 1
