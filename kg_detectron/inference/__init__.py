@@ -4,16 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kg_detectron.inference.fast import make_fast
     from kg_detectron.inference.model_file import export_run, load_model, save_model
     from kg_detectron.inference.model_names import kept_models
     from kg_detectron.inference.predictor import predict
 
-__all__ = ["export_run", "kept_models", "load_model", "predict", "save_model"]
+__all__ = ["export_run", "kept_models", "load_model", "make_fast", "predict", "save_model"]
 
 _MODULES = {
     "export_run": "model_file",
     "kept_models": "model_names",
     "load_model": "model_file",
+    "make_fast": "fast",
     "predict": "predictor",
     "save_model": "model_file",
 }

@@ -16,6 +16,7 @@ from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS, result_files
 from kg_detectron.export.label_images import LabelStack, stack_shape
 from kg_detectron.export.results import Result, write_results
+from kg_detectron.inference.fast import make_fast
 from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, PlaneRecord
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
@@ -205,6 +206,7 @@ class _Run:
             self.network = load_model(model, device, channels_last=device == "cpu")  # faster there
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{device} cannot be used: {error}") from error
+        self.speed = make_fast(self.network) if settings.fast else ""
         threshold = self.network.threshold if settings.min_score is None else settings.min_score
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
         self.threshold = threshold
@@ -386,6 +388,7 @@ class _Run:
             "versions: " + ", ".join(f"{name} {version}" for name, version in self.manifest.versions.items()),
             f"model: {self.manifest.model}, SHA-256 {self.manifest.model_sha256}",
             f"settings: {settings}, threshold {self.threshold:g}, device {self.manifest.device}",
+            *([f"fast: {self.speed}"] if self.speed else []),
         ]
 
     def _report(self, record: FileRecord) -> None:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 # Scales that the first pass tries; a model that was trained on cells of half to twice its diameter sees cells of any
 # diameter that is not far off at one of them.
-FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Side of the part of an image that a pass looks at, pixels of the network's input.
+FIRST_SCALES = (0.25, 1.0, 4.0)
+# Sides of the parts of an image that the first pass and the second look at, pixels of the network's input.
+FIRST_PART = 256
 PART = 384
 # A detection of the first pass counts less, the further its diameter in the network's input is from that of the
 # training; octaves.
@@ -57,7 +58,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         seen = NetworkImage(image, levels, scale)
         if max(seen.shape[:2]) < BLOCK:
             continue
-        window = _part(seen, contrast)
+        window = _part(seen, contrast, FIRST_PART)
         cells = _cells(model, seen, window)
         found = diameters(cells)
         octaves = np.log2(np.maximum(found, 1) / trained)
@@ -73,7 +74,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     diameter = max(diameter, smallest)
     for _ in range(2):
         seen = NetworkImage(image, levels, trained / diameter)
-        cells = _cells(model, seen, _part(seen, contrast))
+        cells = _cells(model, seen, _part(seen, contrast, PART))
         if len(cells) < ENOUGH:
             break
         corrected = weighted_median(diameters(cells) / seen.scale[0], cells.scores.cpu().numpy())
@@ -97,9 +98,9 @@ def _contrast(image: np.ndarray, levels: Levels) -> np.ndarray:
     return np.sqrt(np.maximum(cv2.blur(sample**2, side) - cv2.blur(sample, side) ** 2, 0))
 
 
-def _part(seen: NetworkImage, contrast: np.ndarray) -> tuple[slice, slice]:
-    """The window of `PART` pixels a side at most with the highest contrast, from a multiple of `BLOCK` on."""
-    sides = [min(PART, side) for side in seen.shape[:2]]
+def _part(seen: NetworkImage, contrast: np.ndarray, part: int) -> tuple[slice, slice]:
+    """The window of `part` pixels a side at most with the highest contrast, from a multiple of `BLOCK` on."""
+    sides = [min(part, side) for side in seen.shape[:2]]
     # The window in pixels of the sample, whose mean the blur puts at the window's middle.
     window = [max(1, round(a * n / side)) for a, n, side in zip(sides, contrast.shape, seen.shape, strict=False)]
     mean = cv2.blur(contrast.astype(np.float32), (window[1], window[0]), borderType=cv2.BORDER_CONSTANT)
