@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 # Scales that the first pass tries; a model that was trained on cells of half to twice its diameter sees cells of any
 # diameter that is not far off at one of them.
-FIRST_SCALES = (0.25, 1.0, 4.0)
-# Sides of the parts of an image that the first pass and the second look at, pixels of the network's input.
-FIRST_PART = 256
+FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+# Side of the part of an image that a pass looks at, pixels of the network's input. In the first pass it is smaller where
+# the image is: this share of the image's longer side, but not less than the smallest part.
 PART = 384
+SMALLEST_PART, SHARE = 256, 3 / 8
 # A detection of the first pass counts less, the further its diameter in the network's input is from that of the
 # training; octaves.
 SPREAD = 0.75
@@ -53,12 +54,13 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     """
     trained = model.preprocessing.diameter
     contrast = _contrast(image, levels)
+    first_part = round(min(max(SMALLEST_PART, SHARE * max(image.shape[:2])), PART))
     values, weights = [np.zeros(0)], [np.zeros(0)]
     for scale in FIRST_SCALES:
         seen = NetworkImage(image, levels, scale)
         if max(seen.shape[:2]) < BLOCK:
             continue
-        window = _part(seen, contrast, FIRST_PART)
+        window = _part(seen, contrast, first_part)
         cells = _cells(model, seen, window)
         found = diameters(cells)
         octaves = np.log2(np.maximum(found, 1) / trained)
