@@ -7,16 +7,25 @@ from pathlib import Path
 from kg_detectron.inference.run_settings import SettingError
 
 # The formats, and what the names of their files end in.
-FORMATS = {"model": (".safetensors", ".pt", ".pth"), "onnx": (".onnx",), "torch-export": (".pt2",)}
+FORMATS = {
+    "model": (".safetensors", ".pt", ".pth"),
+    "onnx": (".onnx",),
+    "torch-export": (".pt2",),
+    "bioimageio": (".zip",),
+}
+
+# Packages that a format needs; the extra that brings them has its name.
+NEEDED = {"onnx": ("onnx", "onnxscript"), "bioimageio": ("bioimageio", "onnx", "onnxscript")}
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the parser."""
     parser = commands.add_parser(
         "export",
-        help="make a model file of a training run, or ONNX of a model",
+        help="make a model file of a training run, or write a model for other programs",
         description="Write the weights of a run of tools/train_net.py, with all that prediction needs to know of them. "
-        "Or write the dense part of a model, image in and keypoint maps out, as ONNX or for torch.export.load.",
+        "Or write the dense part of a model, image in and keypoint maps out, as ONNX, for torch.export.load, "
+        "or as a package of bioimage.io.",
         epilog="Example: kg-detectron export nuclei -o nuclei.onnx",
     )
     parser.add_argument(
@@ -25,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="a run, whose model_best.pth is taken, or else model_final.pth; a checkpoint; a model, by file or name",
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="name.safetensors, name.pt, name.pth, name.onnx, name.pt2"
+        "-o", "--output", required=True, metavar="FILE", help="name.safetensors, .pt, .pth, .onnx, .pt2, .zip"
     )
     parser.add_argument("--format", choices=FORMATS, help="default: as the name of the output ends")
     parser.add_argument(
@@ -40,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     form = _format(output, arguments.format)
     if form != "model" and arguments.half:
         raise SettingError(["half", "format"], f"{form} holds weights of 32 bits")
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None] if form == "onnx" else []
+    missing = [name for name in NEEDED.get(form, ()) if find_spec(name) is None]
     if missing:
-        raise SettingError("format", f"onnx needs {' and '.join(missing)}: pip install 'kg_detectron[onnx]'")
+        raise SettingError("format", f"{form} needs {' and '.join(missing)}: pip install 'kg_detectron[{form}]'")
 
     from kg_detectron.inference.model_file import export_run, load_model, run_checkpoint
     from kg_detectron.io.checksum import file_sha256
@@ -55,8 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
         from kg_detectron.inference.dense_part import OPSET, save_onnx, save_program
 
         output.parent.mkdir(parents=True, exist_ok=True)
-        (save_onnx if form == "onnx" else save_program)(load_model(checkpoint), output)
-        what = f"the dense part in ONNX, opset {OPSET}," if form == "onnx" else "the dense part"
+        model, what = load_model(checkpoint), "the dense part"
+        if form == "bioimageio":
+            from kg_detectron.inference.bioimage_package import save_bioimage_package
+
+            save_bioimage_package(model, output, f"kg_detectron {checkpoint.stem}")
+            what = "a package of bioimage.io"
+        elif form == "onnx":
+            save_onnx(model, output)
+            what = f"the dense part in ONNX, opset {OPSET},"
+        else:
+            save_program(model, output)
     print(f"{output}: {what} of {checkpoint}\nSHA-256 {file_sha256(output)}")
     return 0
 
