@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # Scales that the first pass tries; a model that was trained on cells of half to twice its diameter sees cells of any
 # diameter that is not far off at one of them.
 FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Side of the part of an image that a pass looks at, pixels of the network's input. In the first pass it is smaller where
-# the image is: this share of the image's longer side, but not less than the smallest part.
+# Side of the part of an image that a pass looks at, pixels of the network's input. In the first pass it is smaller
+# where the image is small: this share of the image's longer side, but not less than the smallest part.
 PART = 384
 SMALLEST_PART, SHARE = 256, 3 / 8
 # A detection of the first pass counts less, the further its diameter in the network's input is from that of the

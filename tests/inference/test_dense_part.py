@@ -74,7 +74,7 @@ def test_an_exported_program_gives_the_same_maps(model, tmp_path):
     ("options", "message"),
     [
         ("-o a.onnx --format torch-export", "--output: expected a name that ends in .pt2, got a.onnx"),
-        ("-o a.h5", "--output: expected a name that ends in .safetensors, .pt, .pth, .onnx, .pt2, got a.h5"),
+        ("-o a.h5", "--output: expected a name that ends in .safetensors, .pt, .pth, .onnx, .pt2, .zip, got a.h5"),
         ("-o a.onnx --half", "--half, --format: onnx holds weights of 32 bits"),
         ("-o a.pt2 --half", "--half, --format: torch-export holds weights of 32 bits"),
     ],
