@@ -14,9 +14,11 @@ from kg_detectron.io.coco import coco_annotation, decode_mask, write_coco
 from kg_detectron.io.images import read_image, write_png
 from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.resize import resize_image, resize_labels
-from kg_detectron.modeling import KeypointGraphNet, KeypointGraphSettings
+from kg_detectron.modeling import InstanceNet, KeypointGraphNet, KeypointGraphSettings
 from kg_detectron.modeling.settings import parts
 from kg_detectron.synthetic import nuclei_image
+from kg_detectron.training.augmentation import GeometrySettings
+from kg_detectron.training.dataset import LabelledImage, labelled_image
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -30,6 +32,8 @@ TINY |= {"radius": 3.0, "peak_threshold": 0.0, "size": (64, 96)}
 # The same architecture with the channels that it needs to learn what cells look like in a few dozen steps.
 TRAINABLE = TINY | {"c0_channels": 8, "widths": (8, 12, 16, 24), "radius": 2.0, "smooth_sigma": 1.0}
 TRAINABLE |= {"peak_threshold": 0.004}
+# Windows as small as the images of `labelled`, for speed.
+SMALL = GeometrySettings(window=64)
 
 
 def keypoint_graph_settings(**values: Any) -> KeypointGraphSettings:
@@ -181,3 +185,21 @@ def golden_id(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def labelled(model: InstanceNet, count: int, seed: int = 0) -> list[LabelledImage]:
+    """Drawn images of 64x64 to train on."""
+    images = []
+    for index in range(count):
+        image, cells = nuclei_image(np.random.default_rng(seed + index), 64, 64, 4)
+        labels = np.zeros((64, 64), np.uint16)
+        for number, cell in enumerate(cells, start=1):
+            labels[cell] = number
+        images.append(labelled_image(f"{index}", image, labels, model.preprocessing))
+    return images
+
+
+def training_network() -> InstanceNet:
+    """A tiny network for the images of `labelled`."""
+    torch.manual_seed(0)
+    return tiny_network().with_preprocessing(resize="isotropic", diameter=14.0)

@@ -55,12 +55,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="stop after N validations in a row without a better one; default: never",
     )
+    parser.add_argument(
+        "--freeze",
+        type=int,
+        metavar="N",
+        help="leave the layers behind the first N of the four maps of the backbone as they are: faster, and enough for "
+        "a few images that resemble those of the model; default: 0",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
     parser.set_defaults(run=run)
 
 
 # Options that are settings of the training, which a recipe may state too.
-_SETTINGS = ("minutes", "iterations", "batch_size", "learning_rate", "seed", "validations", "patience")
+_SETTINGS = ("minutes", "iterations", "batch_size", "learning_rate", "seed", "validations", "patience", "freeze")
 
 
 def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSettings":

@@ -4,6 +4,7 @@ Programs that read bioimage.io run the network; decoding and masks stay with `kg
 package bioimageio.spec, https://github.com/bioimage-io/spec-bioimage-io, version 0.5.
 """
 
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,7 @@ def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> No
         ImportError: bioimageio.core or onnx is not installed (the extra ``bioimageio``).
         OSError, ValueError: the file cannot be written; a model that is no such keypoint graph; a bad name.
     """
-    from bioimageio.spec import save_bioimageio_package
-
+    save: Any = importlib.import_module("bioimageio.spec").save_bioimageio_package
     if not isinstance(model, KeypointGraphNet):
         raise ValueError(f"model: expected a keypoint graph, got the method {model.method!r}")
     if model.preprocessing.normalisation != "percentile":
@@ -50,7 +50,7 @@ def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> No
     with tempfile.TemporaryDirectory() as folder:
         described = _described(model, Path(folder), name)
         with replacing(path) as unfinished:
-            save_bioimageio_package(described, output_path=unfinished, allow_invalid=False)
+            save(described, output_path=unfinished, allow_invalid=False)
 
 
 def preprocessed(model: InstanceNet, image: np.ndarray) -> np.ndarray:
@@ -71,8 +71,7 @@ def _gain_and_offset(model: InstanceNet) -> tuple[float, float]:
 
 def _described(model: KeypointGraphNet, folder: Path, name: str) -> Any:
     """The description of bioimageio.spec, with its files in a folder."""
-    from bioimageio.spec.model import v0_5 as spec
-
+    spec: Any = importlib.import_module("bioimageio.spec.model.v0_5")
     save_onnx(model, folder / "dense_part.onnx")
     (folder / "README.md").write_text(_readme(model, name), encoding="utf-8")
     image, _ = nuclei_image(np.random.default_rng(0), _TEST_SIDE, _TEST_SIDE, _TEST_CELLS)

@@ -21,6 +21,7 @@ from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
 from kg_detectron.training.dataset import LabelledImage, TrainingSamples
+from kg_detectron.training.freezing import freeze
 from kg_detectron.training.loop import LoopSettings, Trainer
 from kg_detectron.training.sampler import EndlessSampler, balanced_weights
 from kg_detectron.training.scalars import METRICS_FILE
@@ -53,6 +54,7 @@ class TrainSettings:
         validations: how many during the run, evenly spread; the ones before its first iteration and at its end come on
             top.
         patience: the run ends after so many validations in a row that are not the best so far; 0 is never.
+        freeze: the layers behind so many maps of the backbone stay as they are, see `freeze`.
 
     Raises:
         ValueError: a value out of its range, or not just one budget.
@@ -67,6 +69,7 @@ class TrainSettings:
     seed: int = 0
     validations: int = 3
     patience: int = 0
+    freeze: int = 0
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.iterations is None):
@@ -80,6 +83,8 @@ class TrainSettings:
         for name in ("seed", "validations", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.freeze <= 4:
+            raise ValueError(f"freeze: expected a number of 0..4, got {self.freeze}")
 
 
 def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] | None = None) -> InstanceNet:
@@ -139,6 +144,8 @@ def parameter_groups(model: InstanceNet, learning_rate: float, weight_decay: flo
     factor = getattr(getattr(model.settings, "backbone", None), "backbone_lr_factor", 1.0)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         pretrained = name.startswith("backbone.") and "c0_conv" not in name
         groups.setdefault((pretrained, parameter.dim() > 1), []).append(parameter)
     return [
@@ -200,6 +207,7 @@ def train(
     if model.place.device.type == "cpu":
         use_matrix_products(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's overloads lack it
+    freeze(model, settings.freeze)
     kinds = [image.kind for image in training]
     trainer = Trainer(
         model,

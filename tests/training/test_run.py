@@ -8,45 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import tiny_network
+from builders import SMALL, labelled, training_network
 from PIL import Image
 
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
-from kg_detectron.modeling import InstanceNet
-from kg_detectron.synthetic import nuclei_image
-from kg_detectron.training.augmentation import GeometrySettings
-from kg_detectron.training.dataset import LabelledImage, labelled_image, read_dataset
+from kg_detectron.training.dataset import labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
 from kg_detectron.training.scalars import ScalarLog
 from kg_detectron.training.validation import Validation
-
-
-def labelled(model: InstanceNet, count: int, seed: int = 0) -> list[LabelledImage]:
-    images = []
-    for index in range(count):
-        image, cells = nuclei_image(np.random.default_rng(seed + index), 64, 64, 4)
-        labels = np.zeros((64, 64), np.uint16)
-        for number, cell in enumerate(cells, start=1):
-            labels[cell] = number
-        images.append(labelled_image(f"{index}", image, labels, model.preprocessing))
-    return images
-
-
-# Windows as small as the images, for speed.
-SMALL = GeometrySettings(window=64)
-
-
-def network() -> InstanceNet:
-    torch.manual_seed(0)
-    return tiny_network().with_preprocessing(resize="isotropic", diameter=14.0)
 
 
 def write_folders(folder: Path, count: int) -> tuple[Path, Path]:
     images, masks = folder / "images", folder / "masks"
     images.mkdir(parents=True)
     masks.mkdir()
-    for image in labelled(network(), count):
+    for image in labelled(training_network(), count):
         Image.fromarray(image.image[:, :, ::-1]).save(images / f"{image.name}.png")
         Image.fromarray(image.labels).save(masks / f"{image.name}.png")
     return images, masks
@@ -58,10 +35,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = labelled(network(), 4)
+    images = labelled(training_network(), 4)
     settings = TrainSettings(minutes=None, iterations=4, batch_size=1, seed=3)
     lines: list[str] = []
-    figures = train(network(), images[:3], images[3:], tmp_path / "whole", settings, geometry=SMALL, log=lines.append)
+    figures = train(
+        training_network(), images[:3], images[3:], tmp_path / "whole", settings, geometry=SMALL, log=lines.append
+    )
     assert figures is not None and any("iteration 4" in line for line in lines)
 
     from kg_detectron.training.loop import Trainer
@@ -74,22 +53,24 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(Trainer, "step", stopping)
-    stopped = train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
+    stopped = train(
+        training_network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append
+    )
     assert stopped is None
     monkeypatch.setattr(Trainer, "step", step)
-    train(network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
+    train(training_network(), images[:3], images[3:], tmp_path / "parts", settings, geometry=SMALL, log=lines.append)
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name]), name
 
     with pytest.raises(ValueError, match="another settings"):
-        train(network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
+        train(training_network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
 
 
 @pytest.mark.slow
 def test_the_command_adapts_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, masks = write_folders(tmp_path, 5)
     start = tmp_path / "start.safetensors"
-    save_model(network(), start)
+    save_model(training_network(), start)
     run = tmp_path / "run"
     command = ["train", str(images), str(masks), "-o", str(run), "-m", str(start), "--iterations", "2"]
     assert main([*command, "--batch-size", "1", "--device", "cpu"]) == 0
@@ -119,13 +100,15 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_images_without_cells_cannot_be_trained_on(tmp_path: Path) -> None:
-    empty = labelled_image("a", np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), network().preprocessing)
+    empty = labelled_image(
+        "a", np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), training_network().preprocessing
+    )
     with pytest.raises(ValueError, match="at least one labelled cell"):
-        train(network(), [empty], [empty], tmp_path / "run")
+        train(training_network(), [empty], [empty], tmp_path / "run")
 
 
 def test_the_split_is_random_but_always_the_same() -> None:
-    images = labelled(network(), 10)
+    images = labelled(training_network(), 10)
     training, validation = split_validation(images, seed=1)
     assert len(training) == 8 and len(validation) == 2
     again = split_validation(images, seed=1)
@@ -136,10 +119,10 @@ def test_the_split_is_random_but_always_the_same() -> None:
 
 def test_a_start_from_nothing_has_the_kept_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kept = tmp_path / "nuclei.safetensors"
-    save_model(network(), kept)
+    save_model(training_network(), kept)
     monkeypatch.setattr("kg_detectron.training.run.load_model", lambda *_, **__: load_model(kept))
     model = starting_model("nothing")
-    assert model.settings == network().settings
+    assert model.settings == training_network().settings
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), load_model(kept).parameters(), strict=True))
 
 
@@ -156,8 +139,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
 def stopping(folder: Path, lines: list[str], iterations: int = 8) -> list[int]:
     """Iterations of the validations of a run with a patience of two."""
     settings = TrainSettings(minutes=None, iterations=iterations, batch_size=1, validations=7, patience=2)
-    images = labelled(network(), 2)
-    assert train(network(), images, images, folder, settings, geometry=SMALL, log=lines.append) is not None
+    images = labelled(training_network(), 2)
+    assert train(training_network(), images, images, folder, settings, geometry=SMALL, log=lines.append) is not None
     return [json.loads(line)["iteration"] for line in (folder / "validation.jsonl").read_text().splitlines()]
 
 
