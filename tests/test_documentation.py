@@ -69,6 +69,16 @@ def test_the_script_has_the_options(page: str, words: list[str]) -> None:
     assert all((ROOT / config).is_file() for config in configs), f"{page}: {configs}"
 
 
+def test_the_program_has_the_messages() -> None:
+    """What docs/messages.md explains is what the program says."""
+    rows = (ROOT / "docs" / "messages.md").read_text(encoding="utf-8").splitlines()
+    shown = [match[1] for row in rows if (match := re.match(r"\| `([^`]+)` \|", row))]
+    assert len(shown) > 15
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kg_detectron").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that go on in the next line
+    assert not [message for message in shown if message not in source]
+
+
 @pytest.fixture
 def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that README's commands name."""
