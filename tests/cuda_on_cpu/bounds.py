@@ -1,13 +1,13 @@
 """Run the CUDA kernels on the CPU under AddressSanitizer, on maps and lists of every awkward size.
 
-With an argument, the name of a faulty copy of `find_peaks`, that one runs, and AddressSanitizer ends the program.
+With an argument, the operator of a faulty copy, that one runs, and AddressSanitizer ends the program.
 """
 
 import itertools
 import sys
 
 import torch
-from stand_in import FAULTS, StandIn
+from stand_in import BOUNDS_FAULTS, StandIn
 
 from kg_detectron import layers
 
@@ -19,7 +19,8 @@ def call_all(height: int, width: int, count: int) -> None:
     single = torch.randn(2, 10, height, width, generator=generator) * max(height, width)
     group = torch.randn(2, 40, height, width, generator=generator) * 9
     votes = layers.hough_vote(heatmap, single, 3.0)
-    layers.smooth_votes(votes, 2.0)
+    for sigma in (2.0, 5.0):  # in one kernel and in two passes
+        layers.smooth_votes(votes, sigma)
     peaks, scores = layers.find_peaks([heatmap, votes[..., 1:, 1:]], 0.2)
     displacements = layers.gather_displacements(peaks, [group, group[..., 1:, 1:]])
     graphs, _ = layers.group_peaks(peaks[:300], scores[:300], displacements[:300], hops=2)
@@ -38,9 +39,14 @@ def call_all(height: int, width: int, count: int) -> None:
 
 def main() -> None:
     """Entry point of the command line."""
-    machine = StandIn("bounds", [fault for fault in FAULTS if fault.name == "find_peaks"])
-    for fault in sys.argv[1:]:
-        getattr(torch.ops.kg_cuda_on_cpu, f"find_peaks_{fault}")([torch.rand(1, 5, 7, 9)], 0.1)
+    machine = StandIn("bounds", BOUNDS_FAULTS)
+    arguments = {
+        "find_peaks": ([torch.rand(1, 5, 7, 9)], 0.1),
+        "hough_vote": (torch.rand(1, 5, 7, 9), torch.rand(1, 10, 7, 9), 3.0),
+    }
+    for fault in BOUNDS_FAULTS:
+        if fault.operator in sys.argv[1:]:
+            getattr(torch.ops.kg_cuda_on_cpu, fault.operator)(*arguments[fault.name])
     with machine.in_place():
         for (height, width), count in itertools.product([(1, 1), (1, 40), (33, 1), (7, 9), (16, 32)], [0, 1, 3]):
             call_all(height, width, count)

@@ -1,7 +1,7 @@
 """Compile the CUDA sources of the operators as C++, to be run and watched on the CPU.
 
 The sources are translated as text, as little as possible: a launch ``kernel<<<...>>>(...)`` becomes a call of the
-machine, and an operator is registered in a namespace of its own, on CPU tensors. All go into one translation unit, so
+machine, ``extern __shared__`` memory a pointer, and an operator is registered in a namespace of its own, on CPU tensors. All go into one translation unit, so
 that PyTorch's headers are read once; ``#line`` keeps files and lines.
 """
 
@@ -45,6 +45,8 @@ class FaultyCopy:
 def translate(text: str, name: str, operator: str) -> str:
     """A CUDA source as C++; its anonymous namespace gets the name of the operator."""
     text = re.sub(r'#include "(\.\./)?(\w+\.h)"', lambda found: _included(*found.groups()), translate_launches(text))
+    dynamic = r"\1* \2 = static_cast<\1*>(::cuda_on_cpu::dynamic_shared());"
+    text = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", dynamic, text)
     text = text.replace("namespace {\n", f"namespace {operator}_cu {{\n", 1)
     text = text.replace("TORCH_LIBRARY_IMPL(kg_detectron, CUDA, m)", "TORCH_LIBRARY_FRAGMENT(kg_cuda_on_cpu, m)")
     return re.sub(rf'm\.impl\("{name}(\w*)", &kg::(\w+)\)', rf'm.def("{operator}\1", &kg::{operator}_cu::\2)', text)

@@ -2,7 +2,7 @@
 // - races: two accesses of different threads to one address without a synchronisation between them, at least one of
 //   them a write that is not atomic. The kernels are compiled with GCC's instrumentation for ThreadSanitizer, whose
 //   functions (__tsan_read4 ...) are defined here. This file itself is compiled without it.
-// - shared memory that is read before the block has written it;
+// - shared memory that is read before the block has written it, and accesses beyond the bytes that a launch asked for;
 // - barriers and warp primitives that not all of their threads reach.
 // Faults end the launch with an error that names kernel and lines. Bytes and atomics are counted for the cost model.
 #include <dlfcn.h>
@@ -39,6 +39,18 @@ Index thread_index, block_index, block_size, grid_size;
 namespace {
 
 constexpr size_t kStack = size_t{1} << 18;
+
+// What a launch gets without a further call.
+constexpr size_t kMostDynamicShared = 48 * 1024;
+alignas(16) __attribute__((section("cuda_shared"))) char dynamic_memory[kMostDynamicShared];
+
+void forbid_dynamic_memory_from(size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(dynamic_memory, kMostDynamicShared);
+    __asan_poison_memory_region(dynamic_memory + size, kMostDynamicShared - size);
+#endif
+    (void)size;
+}
 constexpr unsigned kWarp = 32;
 
 // A stack, and where the code on it goes on. Switching costs some nanoseconds, without the system calls of swapcontext.
@@ -121,6 +133,7 @@ struct Thread {
     int line = 0;
     uint64_t value = 0, received[kWarp] = {};
     uint32_t warp_epoch = 0;  // synchronisations of its warp that it has passed
+    int64_t accesses = 0;     // to memory that is not shared
 };
 
 // An access to memory, as far as the race detector needs it.
@@ -140,7 +153,7 @@ struct Cell {
 };
 
 struct Count {
-    int64_t launches = 0, threads = 0, read = 0, written = 0, atomics = 0, most_atomics = 0;
+    int64_t launches = 0, threads = 0, read = 0, written = 0, atomics = 0, most_atomics = 0, most_accesses = 0;
 };
 
 class Machine {
@@ -149,7 +162,14 @@ class Machine {
     bool detects = true;
     std::map<std::string, Count> counts;
 
-    void run(const char* kernel, unsigned blocks, unsigned threads, Body body, const void* arguments) {
+    void run(const char* kernel, unsigned blocks, unsigned threads, size_t shared, Body body, const void* arguments) {
+        if (shared > kMostDynamicShared) {
+            throw std::runtime_error(std::string("kernel ") + kernel + ": a launch gets up to " +
+                                     std::to_string(kMostDynamicShared) + " bytes of shared memory, not " +
+                                     std::to_string(shared));
+        }
+        forbid_dynamic_memory_from(shared);
+        dynamic_size_ = shared;
         running_ = this;
         body_ = body;
         arguments_ = arguments;
@@ -230,6 +250,7 @@ class Machine {
             leave();
         }
         ++count_->atomics;
+        ++current_->accesses;
         access(reinterpret_cast<uintptr_t>(address), size, /*writes=*/true, /*atomic=*/true, caller);
     }
 
@@ -242,6 +263,13 @@ class Machine {
                             address < reinterpret_cast<uintptr_t>(__stop_cuda_shared);
         if (!shared && !atomic) {
             (writes ? count_->written : count_->read) += static_cast<int64_t>(size);
+            ++current_->accesses;
+        }
+        const auto dynamic = reinterpret_cast<uintptr_t>(dynamic_memory);
+        if (address + size > dynamic + dynamic_size_ && address < dynamic + kMostDynamicShared && address >= dynamic) {
+            faults_.push_back("beyond the " + std::to_string(dynamic_size_) + " bytes of shared memory at " +
+                              line_of(caller));
+            return;
         }
         if (!detects) {
             return;
@@ -299,6 +327,7 @@ class Machine {
             if (thread.state == Thread::State::kDone) {
                 free_stacks_.push_back(thread.context.stack);
                 thread.context.stack = nullptr;
+                count_->most_accesses = std::max(count_->most_accesses, thread.accesses);
                 ++done;
             }
         }
@@ -537,7 +566,7 @@ class Machine {
     uint64_t launch_ = 0, cells_launch_ = 0;
     unsigned block_ = 0;
     uint32_t block_epoch_ = 0;
-    size_t in_block_ = 0;
+    size_t in_block_ = 0, dynamic_size_ = 0;
     std::minstd_rand random_;
     Context host_;
     Thread* current_ = nullptr;
@@ -567,8 +596,12 @@ void before_atomic(void* address, size_t size, void* caller) {
     machine.before_atomic(address, size, caller);
 }
 
-void run(const char* kernel, unsigned blocks, unsigned threads, Body thread, const void* arguments) {
-    machine.run(kernel, blocks, threads, thread, arguments);
+void run(const char* kernel, unsigned blocks, unsigned threads, size_t shared, Body thread, const void* arguments) {
+    machine.run(kernel, blocks, threads, shared, thread, arguments);
+}
+
+void* dynamic_shared() {
+    return dynamic_memory;
 }
 
 }  // namespace cuda_on_cpu
@@ -585,14 +618,14 @@ CUDA_ON_CPU_EXPORT void cuda_on_cpu_set_detection(bool detects) {
     cuda_on_cpu::machine.detects = detects;
 }
 
-// "kernel launches threads read written atomics most_atomics" of each kernel, a line each, since the last call. The
-// last one is the number of atomics on one address in one launch.
+// "kernel launches threads read written atomics most_atomics most_accesses" of each kernel, a line each, since the last
+// call. The last two: of atomics on one address, and of accesses by one thread, in one launch.
 CUDA_ON_CPU_EXPORT const char* cuda_on_cpu_take_counts() {
     static std::string result;
     std::ostringstream text;
     for (const auto& [kernel, count] : cuda_on_cpu::machine.counts) {
         text << kernel << " " << count.launches << " " << count.threads << " " << count.read << " " << count.written
-             << " " << count.atomics << " " << count.most_atomics << "\n";
+             << " " << count.atomics << " " << count.most_atomics << " " << count.most_accesses << "\n";
     }
     cuda_on_cpu::machine.counts.clear();
     result = text.str();

@@ -68,13 +68,27 @@ FAULTS = (
             ),
         ),
     ),
-    FaultyCopy("find_peaks", "off_by_one", (("x < w - 1 &&", "x < w &&"), ("y < h - 1 &&", "y < h &&"))),
+    FaultyCopy("find_peaks", "reading_beyond", (("x < w - 1 &&", "x < w &&"), ("y < h - 1 &&", "y < h &&"))),
+    FaultyCopy("hough_vote", "writing_beyond", (("        out[i] = static_cast<T>", "        out[i + 1] = static_cast<T>"),)),
+    FaultyCopy(
+        "smooth_votes",
+        "without_barrier",  # values are blended before others have read them into the tile
+        (("            tile[i] = in[plane + y * w + x];\n        }\n        __syncthreads();", "            tile[i] = in[plane + y * w + x];\n        }"),),
+    ),
+    FaultyCopy(
+        "smooth_votes",
+        "with_too_little_shared_memory",
+        (("(side * side + kTile * side) * sizeof", "(side * side + kTile * side - 1) * sizeof"),),
+    ),
 )
+# Found by AddressSanitizer (bounds.py), the others by the machine.
+BOUNDS_FAULTS = tuple(fault for fault in FAULTS if fault.fault.endswith("_beyond"))
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one kernel did: bytes of memory by loads and stores, atomics, and the most of them on one address."""
+    """What one kernel did: bytes of memory by loads and stores, atomics, the most of them on one address, and the most
+    accesses of one thread to memory."""
 
     launches: int
     threads: int
@@ -82,6 +96,7 @@ class Count:
     written: int
     atomics: int
     most_atomics: int
+    most_accesses: int
 
 
 class ConvolveResized(torch.autograd.Function):
@@ -117,7 +132,7 @@ class StandIn:
     def take_counts(self) -> dict[str, Count]:
         """What each kernel did since the last call."""
         lines = self._machine.cuda_on_cpu_take_counts().decode().splitlines()
-        fields = [line.rsplit(" ", 6) for line in lines]
+        fields = [line.rsplit(" ", 7) for line in lines]
         return {name: Count(*map(int, numbers)) for name, *numbers in fields}
 
     @contextmanager

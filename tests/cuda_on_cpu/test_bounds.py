@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cuda_sources import HERE, ROOT
-from stand_in import FAULTS
+from stand_in import BOUNDS_FAULTS, FaultyCopy
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the stand-in for CUDA needs g++"),
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def run_bounds(*faults: str) -> subprocess.CompletedProcess:
+def run_bounds(*operators: str) -> subprocess.CompletedProcess:
     """Run bounds.py with AddressSanitizer's library loaded first, as it must be."""
     names = ("libasan.so", "libstdc++.so")
     asked = [["g++", f"-print-file-name={name}"] for name in names]
@@ -28,7 +28,7 @@ def run_bounds(*faults: str) -> subprocess.CompletedProcess:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, str(HERE / "bounds.py"), *faults]
+    command = [sys.executable, str(HERE / "bounds.py"), *operators]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -37,7 +37,9 @@ def test_all_kernels_stay_inside_their_tensors():
     assert run.returncode == 0 and "within bounds" in run.stdout, run.stderr
 
 
-def test_an_index_beyond_the_last_is_found():
-    (fault,) = (fault.fault for fault in FAULTS if fault.name == "find_peaks")
-    run = run_bounds(fault)
-    assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr and "find_peaks.cu" in run.stderr, run.stderr
+@pytest.mark.parametrize("fault", BOUNDS_FAULTS, ids=lambda fault: fault.operator)
+def test_an_index_beyond_the_last_is_found(fault: FaultyCopy) -> None:
+    run = run_bounds(fault.operator)
+    assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr and f"{fault.name}.cu" in run.stderr, run.stderr
+    access = "WRITE of size" if fault.fault == "writing_beyond" else "READ of size"
+    assert access in run.stderr, run.stderr

@@ -1,8 +1,10 @@
 """The CUDA kernels, run on the CPU: the tests of the operators, races and divergence watched, in several orders."""
 
+import math
 import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from stand_in import StandIn
@@ -32,6 +34,9 @@ from test_ops_compiled import (  # noqa: F401
 )
 
 from kg_detectron import layers
+from kg_detectron.graph import EDGE_INDEX
+
+SMOOTH_ON_CPU = torch.ops.kg_detectron.smooth_votes  # before it is replaced
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the stand-in for CUDA needs g++"),
@@ -84,6 +89,49 @@ def test_same_in_any_order(machine: StandIn, orders: int) -> None:
     machine.seed(0)
 
 
+# What depends on the kernels' own sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 1), (2, 70), (33, 32), (65, 31)])
+@pytest.mark.parametrize("sigma", [0.0, 2.0, 4.0, 4.2])  # the last one in two passes
+def test_smoothing_is_that_of_the_cpu_kernel(size: tuple[int, int], sigma: float, dtype: torch.dtype) -> None:
+    votes = random_maps(1, 1, *size)[0].to(dtype)
+    assert torch.equal(layers.smooth_votes(votes, sigma), SMOOTH_ON_CPU(votes, sigma))
+
+
+def test_planes_that_take_turns(machine: StandIn) -> None:
+    """More sums than fit into the buffer: two planes, then the third. Few pixels vote, which is quick."""
+    heatmap = torch.zeros(1, 3, 1024, 1024)
+    offsets = torch.full((1, 6, 1024, 1024), math.nan)
+    corner = torch.rand(3, 20, 20, generator=torch.Generator().manual_seed(0))
+    corner[:, 0, 0] = 1  # the largest value, and with it the unit, of each plane is that of all
+    heatmap[0, :, 500:520, :20], offsets[..., 500:520, :20] = corner, 1.3
+    machine.detect_races(False)
+    votes = layers.hough_vote(heatmap, offsets, 5)
+    apart = [layers.hough_vote(heatmap[:, k : k + 1], offsets[:, 2 * k : 2 * k + 2], 5) for k in range(3)]
+    machine.detect_races(True)
+    assert torch.equal(votes, torch.cat(apart, dim=1)) and all(plane.any() for plane in apart)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_pixels(machine: StandIn) -> None:
+    """Half precision, and pages of zeros that take no memory until they are written: 2 GiB are."""
+    height, width = 5, 2**29
+    scores = torch.from_numpy(np.zeros((1, 1, height, width), np.float16))
+    scores[0, 0, 4, -1], scores[0, 0, 0, 1], scores[0, 0, 4, 3] = 3, 2, 1
+    machine.detect_races(False)
+    peaks, values = layers.find_peaks(scores, 0.5)
+    assert values.tolist() == [3, 2, 1]
+    assert peaks.tolist() == [[0, 0, 4, width - 1], [0, 0, 0, 1], [0, 0, 4, 3]]
+    maps = torch.from_numpy(np.zeros((1, 40, 2, 2**26), np.float16))
+    edge = EDGE_INDEX[4, 3]
+    maps[0, 2 * edge : 2 * edge + 2, 1, -1] = torch.tensor([5.0, 7.0], dtype=torch.float16)
+    displacements = layers.gather_displacements(torch.tensor([[0, 4, 1, 2**26 - 1]]), [maps])
+    machine.detect_races(True)
+    assert displacements.tolist() == [[[0, 0], [0, 0], [0, 0], [5, 7]]]
+
+
 # What the machine must find
 
 
@@ -107,6 +155,18 @@ def test_faults_of_grouping_are_found(machine: StandIn, fault: str, message: str
             machine.seed(seed)
             operator(peaks, scores, displacements, 6.0, 10.0, 2)
     machine.seed(0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("without_barrier", r"smooth_kernel:\n(race .*smooth_votes\.cu:\d+.*|shared memory is read before .*)"),
+        ("with_too_little_shared_memory", r"smooth_kernel:\nbeyond the \d+ bytes of shared memory at smooth_votes\.cu"),
+    ],
+)
+def test_faults_of_smoothing_are_found(fault: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.kg_cuda_on_cpu, f"smooth_votes_{fault}")(random_maps(3, 1, 40, 40)[0], 2.0)
 
 
 def test_a_missing_atomic_is_found() -> None:

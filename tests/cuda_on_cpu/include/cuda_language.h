@@ -35,16 +35,20 @@ void before_atomic(void* address, size_t size, void* caller);
 // What one thread does, with the arguments of the launch.
 using Body = void (*)(const void* arguments);
 
-void run(const char* kernel, unsigned blocks, unsigned threads, Body thread, const void* arguments);
+// shared: bytes of dynamic shared memory.
+void run(const char* kernel, unsigned blocks, unsigned threads, size_t shared, Body thread, const void* arguments);
+
+// Of the running block: `extern __shared__ T name[]` is translated to a pointer to it.
+void* dynamic_shared();
 
 struct Stream {};
 
 template <typename Kernel, typename... Arguments>
-void launch(const char* name, unsigned blocks, unsigned threads, size_t, Stream, Kernel kernel,
+void launch(const char* name, unsigned blocks, unsigned threads, size_t shared, Stream, Kernel kernel,
             Arguments... arguments) {
     // The arguments lie on the stack of the host, whose accesses are not watched.
     const auto thread = [&] { kernel(arguments...); };
-    run(name, blocks, threads, [](const void* self) { (*static_cast<decltype(thread)*>(self))(); }, &thread);
+    run(name, blocks, threads, shared, [](const void* self) { (*static_cast<decltype(thread)*>(self))(); }, &thread);
 }
 
 template <typename T>

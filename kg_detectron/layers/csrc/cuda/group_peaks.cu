@@ -1,7 +1,10 @@
-// One block a group, its queue in order; one warp a keypoint type, for the partners of a start are of different types
-// and do not see each other. Within a warp the nearest is the smallest of (distance, place in the queue), which does
-// not depend on the order of looking, so every run gives the same graphs. Waits for the device once: for the number of
-// graphs, and to hear of peaks at impossible positions, which are left out on the device.
+// Two kernels. The first finds, for all peaks at once, the nearest peak of every other type around the place where a
+// peak expects it. The second opens the graphs, each of which depends on those before it: one block a group, its queue
+// in order, one warp a keypoint type, for the partners of a start are of different types and do not see each other. The
+// nearest peak of all is the partner if it is still queued; only otherwise the warp searches again. The nearest is the
+// smallest of (distance, place in the queue), which does not depend on the order of looking, so every run gives the
+// same graphs. Waits for the device once: for the number of graphs, and to hear of peaks at impossible positions, which
+// are left out on the device.
 #include <ATen/ops/amax.h>
 #include <ATen/ops/amin.h>
 #include <ATen/ops/arange.h>
@@ -57,6 +60,7 @@ struct Scene {
     Bins bins;
     double match_radius, reject_radius;
     int64_t hops;
+    int64_t* nearest;  // [P,4] of each other type, queued or not, around its expected place; -1: none in reach
     uint8_t *queued, *rejected;  // [P]
 
     __device__ int64_t keypoint(int64_t p) const { return peaks[4 * p + 1]; }
@@ -68,14 +72,18 @@ struct Scene {
     template <typename Visit>
     __device__ void around(int64_t group_index, int64_t k, double at_x, double at_y, double reach, Visit visit) const {
         const Window window(bins, at_x, at_y, reach);
-        for (int64_t row = window.first_row; row <= window.last_row; ++row) {
-            for (int64_t column = window.first_column; column <= window.last_column; ++column) {
-                const int64_t bucket = bins.bucket(group_index, k, row, column), end = in_bucket[bucket + 1];
-                for (int64_t i = in_bucket[bucket] + threadIdx.x % kWarp; i < end; i += kWarp) {
-                    const int64_t p = binned[i];
-                    if (peaks[4 * p] == group_index && keypoint(p) == k) {
-                        visit(p, squared_norm(x(p) - at_x, y(p) - at_y));
-                    }
+        const int rows = static_cast<int>(window.last_row - window.first_row + 1);
+        const int columns = static_cast<int>(window.last_column - window.first_column + 1), cells = rows * columns;
+        // All bins at the same time, as many lanes for each.
+        const int lane = threadIdx.x % kWarp, share = max(static_cast<int>(kWarp) / max(cells, 1), 1);
+        for (int cell = lane / share; cell < cells; cell += kWarp / share) {
+            const int64_t bucket =
+                bins.bucket(group_index, k, window.first_row + cell / columns, window.first_column + cell % columns);
+            const int64_t end = in_bucket[bucket + 1];
+            for (int64_t i = in_bucket[bucket] + lane % share; i < end; i += share) {
+                const int64_t p = binned[i];
+                if (peaks[4 * p] == group_index && keypoint(p) == k) {
+                    visit(p, squared_norm(x(p) - at_x, y(p) - at_y));
                 }
             }
         }
@@ -95,23 +103,35 @@ struct Scene {
         __syncwarp();
     }
 
-    // The partner of type l that this warp finds from a peak, -1 if there is none; all lanes have it.
-    __device__ int64_t partner(int64_t group_index, int64_t source, int l) const {
-        const double* by =
-            displacements + 2 * ((kKeypoints - 1) * source + other_index(static_cast<int>(keypoint(source)), l));
-        Nearest nearest;
+    // Where the peak of type l is expected from a peak: its place in `nearest`, and in `displacements` by twos.
+    __device__ int64_t expected(int64_t source, int l) const {
+        return (kKeypoints - 1) * source + other_index(static_cast<int>(keypoint(source)), l);
+    }
+
+    // The nearest peak of type l to where a peak expects it, among those that count(peak); -1 if there is none. For one
+    // whole warp; all lanes have it.
+    template <typename Counts>
+    __device__ int64_t search(int64_t group_index, int64_t source, int l, Counts counts) const {
+        const double* by = displacements + 2 * expected(source, l);
+        Nearest best;
         around(group_index, l, x(source) + by[0], y(source) + by[1], match_radius, [&](int64_t p, double squared) {
-            if (queued[p] && squared <= match_radius * match_radius) {
-                nearest.offer(squared, p);
+            if (counts(p) && squared <= match_radius * match_radius) {
+                best.offer(squared, p);
             }
         });
         __syncwarp();
         for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-            const double squared = __shfl_xor_sync(kAllLanes, nearest.squared, distance);
-            const long long peak = __shfl_xor_sync(kAllLanes, static_cast<long long>(nearest.peak), distance);
-            nearest.offer(squared, peak);
+            const double squared = __shfl_xor_sync(kAllLanes, best.squared, distance);
+            const long long peak = __shfl_xor_sync(kAllLanes, static_cast<long long>(best.peak), distance);
+            best.offer(squared, peak);
         }
-        return nearest.peak;
+        return best.peak;
+    }
+
+    // The partner of type l that this warp finds from a peak, -1 if there is none; all lanes have it.
+    __device__ int64_t partner(int64_t group_index, int64_t source, int l) const {
+        const int64_t p = nearest[expected(source, l)];
+        return p < 0 || queued[p] ? p : search(group_index, source, l, [&](int64_t other) { return queued[other]; });
     }
 
     // The next peak of the queue that opens a graph, from `place` on, which moves behind it; -1 at the end of the
@@ -119,8 +139,10 @@ struct Scene {
     __device__ int64_t next_start(int64_t group_index, int64_t& place) const {
         const unsigned lane = threadIdx.x % kWarp;
         while (place < count && group[place] == group_index) {
-            const int64_t next = place + lane, p = next < count && group[next] == group_index ? queue[next] : -1;
-            const unsigned starts = __ballot_sync(kAllLanes, p >= 0 && queued[p] && !rejected[p]);
+            // Both loads of a pair at the same time.
+            const int64_t next = min(place + lane, count - 1), peak = queue[next], group_of_peak = group[next];
+            const int64_t p = place + lane < count && group_of_peak == group_index ? peak : -1;
+            const unsigned starts = __ballot_sync(kAllLanes, p >= 0 && (queued[p] & ~rejected[p]));
             const unsigned first = starts ? __ffs(static_cast<int>(starts)) - 1 : kWarp;
             if (p >= 0 && lane < first) {
                 queued[p] = 0;
@@ -135,6 +157,21 @@ struct Scene {
         return -1;
     }
 };
+
+// Fills `nearest`, one warp for each peak and other type.
+__global__ void nearest_kernel(const Scene scene) {
+    constexpr int kOthers = kKeypoints - 1;
+    for (int64_t i = first_item() / kWarp; i < scene.count * kOthers; i += item_step() / kWarp) {
+        const int64_t group_index = scene.group[i / kOthers], p = scene.queue[i / kOthers];
+        if (group_index >= 0) {
+            const int other = static_cast<int>(i % kOthers), l = other < scene.keypoint(p) ? other : other + 1;
+            const int64_t found = scene.search(group_index, p, l, [](int64_t) { return true; });
+            if (threadIdx.x % kWarp == 0) {
+                scene.nearest[kOthers * p + other] = found;
+            }
+        }
+    }
+}
 
 // graphs [P,5,3]: those of a group from its first place in the queue on, where `opened` [P] is 1. The blocks of other
 // places than the first of a group have nothing to do.
@@ -251,6 +288,7 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
 
     const at::Tensor found = at::empty({count, kKeypoints, 3}, values.options());
     const at::Tensor queued = at::ones({count}, whole.dtype(at::kByte)), rejected = at::zeros_like(queued);
+    const at::Tensor nearest = at::empty({count, kKeypoints - 1}, whole);
     const Scene scene{rows.const_data_ptr<int64_t>(),
                       values.const_data_ptr<double>(),
                       by.const_data_ptr<double>(),
@@ -263,8 +301,11 @@ std::tuple<at::Tensor, at::Tensor> group_peaks(const at::Tensor& peaks, const at
                       match_radius,
                       reject_radius,
                       hops,
+                      nearest.mutable_data_ptr<int64_t>(),
                       queued.mutable_data_ptr<uint8_t>(),
                       rejected.mutable_data_ptr<uint8_t>()};
+    nearest_kernel<<<blocks_for(count * (kKeypoints - 1) * kWarp), kThreads, 0, stream>>>(scene);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
     group_kernel<<<static_cast<unsigned>(count), kKeypoints * kWarp, 0, stream>>>(
         scene, found.mutable_data_ptr<double>(), opened);
     C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -13,8 +13,11 @@ namespace kg {
 constexpr int kThreads = 256;
 
 // At least one block, because CUDA refuses an empty launch; kernels stride over the grid.
+inline unsigned grid_of(int64_t blocks) {
+    return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, 65535));
+}
 inline unsigned blocks_for(int64_t count) {
-    return static_cast<unsigned>(std::clamp<int64_t>((count + kThreads - 1) / kThreads, 1, 65535));
+    return grid_of((count + kThreads - 1) / kThreads);
 }
 
 // First item of this thread, and the step to its next one.
