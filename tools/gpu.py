@@ -3,7 +3,7 @@
 Builds the CUDA operators, tests them, runs them under compute-sanitizer, measures operators and models, trains the
 keypoint-graph model and Mask R-CNN for ten minutes, and compares the two. A step that fails is named and does not stop
 the next ones, unless they need it. ``results/gpu/CARD/`` gets the output of every step and `README.md`, which lists the
-steps. The exit status is 1 where a step failed.
+steps. The exit status is 1 where a step failed. Without a GPU, ``--device cpu`` tries the steps that can do without.
 """
 
 import argparse
@@ -22,8 +22,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "output" / "gpu" / "data"
-RUNS = {"kg": "kg_synthetic", "mask_rcnn": "mask_rcnn_synthetic"}  # configs
+RUNS = {"kg": "kg_r18_synthetic_cpu", "mask_rcnn": "mask_rcnn_fpn_r18_synthetic_cpu"}  # configs
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda")
+OPERATOR_TESTS = ("tests/layers/test_ops_compiled.py", "tests/layers/test_convolve_resized.py")
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,21 @@ class Step:
     module: str = ""
 
 
-def steps(minutes: float) -> list[Step]:
-    """All of them, in order; ``minutes`` of training for each of the two models."""
+def steps(minutes: float, device: str = "cuda") -> list[Step]:
+    """All of them, in order; ``minutes`` of training for each of the two models, on the device "cuda" or "cpu"."""
     python = sys.executable
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    operators = (*PYTEST, "tests/test_ops_compiled.py", "-k", "not compile and not export")
+    operators = (*PYTEST, *OPERATOR_TESTS, "-k", "not compile and not export")
+    benchmark = [python, "tools/benchmark.py"]
+    card = ("card",) if device == "cuda" else ()
     data = [python, "datasets/make_synthetic.py", "--kind", "nuclei", "--train", "400", "--val", "60", "--seed", "0"]
     data += ["--size", "128", "128", "--cells", "4", "14", "--output", DATA]
     training = [
         Step(
             f"train {name}",
-            [
-                python,
-                "tools/train_net.py",
-                "--config-file",
-                f"configs/{config}.yaml",
-                "SEED",
-                "1",
-                "MODEL.DEVICE",
-                "cuda",
-            ]
-            + ["SOLVER.MAX_ITER", "1000000", "OUTPUT_DIR", DATA.parent / name],
-            ("card", "data"),
+            [python, "tools/train_net.py", "--config-file", f"configs/{config}.yaml", "SEED", "1"]
+            + ["MODEL.DEVICE", device, "SOLVER.MAX_ITER", "1000000", "OUTPUT_DIR", DATA.parent / name],
+            (*card, "data"),
             seconds=60 * minutes,
             module="detectron2",
         )
@@ -81,14 +75,14 @@ def steps(minutes: float) -> list[Step]:
         Step("memcheck", [*sanitizer, "memcheck", *operators], ("card", "build"), program="compute-sanitizer"),
         Step("racecheck", [*sanitizer, "racecheck", *operators], ("card", "build"), program="compute-sanitizer"),
         Step("synccheck", [*sanitizer, "synccheck", *operators], ("card", "build"), program="compute-sanitizer"),
-        Step("operators", [python, "tools/benchmark.py", "ops", "--device", "cuda"], ("card", "build")),
-        Step("models", [python, "tools/benchmark.py", "model", "--device", "cuda"], ("card", "build")),
+        Step("operators", [*benchmark, "ops", "--device", device], (*card, "build")),
+        Step("models", [*benchmark, "model", "--device", device], (*card, "build")),
         Step("data", data),
         *training,
         Step(
             "comparison",
             [python, "tools/compare.py", *(DATA.parent / name for name in RUNS), "--dataset", "synthetic_val"]
-            + ["--output", DATA.parent / "comparison"],
+            + ["--weights", "model_stopped.pth", "--output", DATA.parent / "comparison", "--device", device],
             tuple(step.name for step in training),
             module="detectron2",
         ),
@@ -130,6 +124,7 @@ def main() -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of training for each model (%(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="for all but the tests (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help="these steps alone")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "gpu", help="folder (%(default)s)")
     arguments = parser.parse_args()
@@ -140,7 +135,7 @@ def main() -> None:
     failed: list[str] = []
     lines = [f"# {card}", "", f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}", ""]
     lines += ["| step | result | seconds | output |", "|---|---|--:|---|"]
-    for step in steps(arguments.minutes):
+    for step in steps(arguments.minutes, arguments.device):
         if arguments.only and step.name not in arguments.only:
             continue
         print(f"{step.name} ...", flush=True)

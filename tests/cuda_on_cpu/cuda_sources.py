@@ -1,8 +1,8 @@
 """Compile the CUDA sources of the operators as C++, to be run and watched on the CPU.
 
 The sources are translated as text, as little as possible: a launch ``kernel<<<...>>>(...)`` becomes a call of the
-machine, ``extern __shared__`` memory a pointer, and an operator is registered in a namespace of its own, on CPU tensors. All go into one translation unit, so
-that PyTorch's headers are read once; ``#line`` keeps files and lines.
+machine, ``extern __shared__`` memory a pointer, and an operator is registered in a namespace of its own, on CPU
+tensors. All go into one translation unit, so that PyTorch's headers are read once; ``#line`` keeps files and lines.
 """
 
 import hashlib

@@ -69,11 +69,18 @@ FAULTS = (
         ),
     ),
     FaultyCopy("find_peaks", "reading_beyond", (("x < w - 1 &&", "x < w &&"), ("y < h - 1 &&", "y < h &&"))),
-    FaultyCopy("hough_vote", "writing_beyond", (("        out[i] = static_cast<T>", "        out[i + 1] = static_cast<T>"),)),
+    FaultyCopy(
+        "hough_vote", "writing_beyond", (("        out[i] = static_cast<T>", "        out[i + 1] = static_cast<T>"),)
+    ),
     FaultyCopy(
         "smooth_votes",
         "without_barrier",  # values are blended before others have read them into the tile
-        (("            tile[i] = in[plane + y * w + x];\n        }\n        __syncthreads();", "            tile[i] = in[plane + y * w + x];\n        }"),),
+        (
+            (
+                "            tile[i] = in[plane + y * w + x];\n        }\n        __syncthreads();",
+                "            tile[i] = in[plane + y * w + x];\n        }",
+            ),
+        ),
     ),
     FaultyCopy(
         "smooth_votes",
