@@ -63,13 +63,13 @@ def device() -> str:
 
 def everything(boxes: torch.Tensor) -> list[torch.Tensor]:
     """The results of all operators."""
-    heatmap, single, group = random_maps(11, 2, 24, 33, spread=3.0)
+    heatmap, single, group = random_maps(11, 2, 12, 17, spread=3.0)
     votes = layers.hough_vote(heatmap, single, 5)
     smooth = layers.smooth_votes(votes, 2.0)
     peaks = layers.find_peaks([(heatmap * 9).round(), smooth], 0.05)
     displacements = layers.gather_displacements(peaks[0], [group, group])
     graphs = layers.group_peaks(*peaks, displacements, hops=2)
-    targets = layers.render_targets(boxes, torch.zeros(len(boxes), dtype=torch.int64), 2, 24, 33, 1, 5, 0)
+    targets = layers.render_targets(boxes, torch.zeros(len(boxes), dtype=torch.int64), 2, 12, 17, 1, 5, 0)
     products = torch.randn(26, 9, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     tables = (torch.tensor(rows) for rows in ([[2, 3], [5, 4]], [[4, 5], [9, 9]], [[1, 9], [37, 10]]))
     resized = layers.convolve_resized(products, *tables, 130)
@@ -80,9 +80,9 @@ def everything(boxes: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("orders", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("orders", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
 def test_same_in_any_order(machine: StandIn, orders: int) -> None:
-    boxes = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)).cumsum(1) * 12
+    boxes = torch.rand(10, 4, generator=torch.Generator().manual_seed(0)).cumsum(1) * 8
     expected = everything(boxes)
     for seed in range(1, orders):
         machine.seed(seed)
@@ -115,6 +115,7 @@ def test_planes_that_take_turns(machine: StandIn) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_more_than_2_to_the_31_pixels(machine: StandIn) -> None:
     """Half precision, and pages of zeros that take no memory until they are written: 2 GiB are."""
     height, width = 5, 2**29
