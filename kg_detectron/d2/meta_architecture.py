@@ -63,14 +63,16 @@ class CellInstanceSegmentation(nn.Module):
         """Losses in training; in evaluation for each image ``instances`` in the frame of its file.
 
         Args:
-            batched_inputs: for each image ``image``, (3, H, W) BGR; in training ``instances`` with ``gt_boxes`` and
-                ``gt_masks``; in evaluation ``height`` and ``width`` of the output where they differ from the image's.
+            batched_inputs: for each image ``image``, (3, H, W) BGR; in training ``instances`` with ``gt_boxes``,
+                ``gt_masks`` and ``gt_classes`` (from 0; -1 where it is not known); in evaluation ``height`` and
+                ``width`` of the output where they differ from the image's.
         """
         if not self.training:
             return self.inference(batched_inputs)
         images = [inputs["image"].to(self.network.place) for inputs in batched_inputs]
         truth = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-        return self.network(images, [{"boxes": t.gt_boxes.tensor, "masks": t.gt_masks.tensor} for t in truth])
+        targets = [{"boxes": t.gt_boxes.tensor, "masks": t.gt_masks.tensor, "labels": t.gt_classes + 1} for t in truth]
+        return self.network(images, targets)
 
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """``instances`` of each image: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks`` (`MaskCrops`)."""
