@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kg_detectron.cells.class_colours import class_colours
 from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.processes import loss_divisor
 from kg_detectron.modeling.settings import require
 
-# Classes that are given no colour take these in turn: Okabe and Ito's, which people with any colour vision tell apart.
-COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#0072b2", "#f0e442")
 # Hidden channels of the head.
 _HIDDEN = 64
 
@@ -29,7 +28,7 @@ class ClassSettings:
 
     Attributes:
         names: of the classes 1..K.
-        colours: of the classes in results, ``#rrggbb``; without any, those of `COLOURS` in turn.
+        colours: of the classes in results, ``#rrggbb``; without any, those of `class_colours`.
         class_weight: weight of the class loss; 0 or more.
         cells_of_class: cells of each class in the training data, which balance the loss, see `class_weights`; without
             any, all classes weigh the same.
@@ -63,9 +62,7 @@ class ClassSettings:
 
     def shown_colours(self) -> tuple[tuple[int, int, int], ...]:
         """(red, green, blue) of each class, 0..255."""
-        colours = self.colours or [COLOURS[i % len(COLOURS)] for i in range(len(self.names))]
-        red_green_blue = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in colours]
-        return tuple((red, green, blue) for red, green, blue in red_green_blue)
+        return class_colours(len(self), self.colours)
 
 
 def _is_colour(value: object) -> bool:
@@ -103,12 +100,17 @@ class ClassHead(nn.Module):
 
     def __init__(self, channels: int, settings: ClassSettings) -> None:
         super().__init__()
-        self.settings = settings
         self.layers = nn.Sequential(
             nn.Linear(channels, _HIDDEN), nn.ReLU(inplace=True), nn.Linear(_HIDDEN, len(settings))
         )
+        self.register_buffer("weights", torch.ones(len(settings)), persistent=False)
+        self.use(settings)
+
+    def use(self, settings: ClassSettings) -> None:
+        """Take other settings of the same classes, such as the numbers of cells of another training."""
+        self.settings = settings
         weights = class_weights(settings.cells_of_class or [1] * len(settings), settings.class_balance)
-        self.register_buffer("weights", weights, persistent=False)
+        self.weights = weights.to(self.weights.device)
 
     def forward(self, features: Tensor) -> Tensor:
         """(R, C) -> logits (R, K)."""
