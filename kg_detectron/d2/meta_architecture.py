@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.d2.classes import check_classes
 from kg_detectron.d2.config import check_input, method_settings, settings_of
 from kg_detectron.d2.registered_parts import CellBackbone, CellMaskHead, KeypointGraph, KGROIHeads
 from kg_detectron.modeling import (
@@ -51,6 +52,7 @@ class CellInstanceSegmentation(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_input(cfg)
+        check_classes(cfg)
         network = method_class(cfg.MODEL.CELLS.METHOD).build(method_settings(cfg))
         network.scores = settings_of(cfg, Scores)
         return {"network": network.accelerate(cfg.MODEL.CELLS.PRECISION, compiled=cfg.MODEL.CELLS.COMPILED)}
@@ -117,6 +119,7 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
     Where all of them are ours, this is the core's network in `CellInstanceSegmentation`; otherwise a `MixedRCNN`.
     """
     check_input(cfg)
+    check_classes(cfg)
     backbone = build_backbone(cfg)
     proposals = build_proposal_generator(cfg, backbone.output_shape())
     heads = build_roi_heads(cfg, backbone.output_shape())

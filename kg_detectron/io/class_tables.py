@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from kg_detectron.io.cell_sets import image_name
 from kg_detectron.io.coco import read_json
 
 ENDINGS = ("_classes.csv", "_classes.json", ".csv", ".json")  # of the table of one image, behind its name
@@ -45,11 +44,15 @@ class ClassTables:
             file = next((file for file in files if file.is_file()), None)
             if file is None:
                 raise FileNotFoundError(f"{self.path}: there is no table of {name}: {', '.join(ENDINGS)}")
-            return _of_one(file)
+            return read_class_table(file)
         known = self._all.get(name) or self._all.get(PurePath(name).name)
         if known is None:
             raise ValueError(f"{self.path}: it has no cell of the image {name}")
         return known
+
+
+def _without_ending(name: str) -> str:
+    return PurePath(name).with_suffix("").as_posix()
 
 
 def _read_all(file: Path) -> dict[str, dict[int, str]]:
@@ -59,14 +62,19 @@ def _read_all(file: Path) -> dict[str, dict[int, str]]:
         for image, classes in content.items():
             if not isinstance(classes, dict):
                 raise ValueError(f"{file}: expected {{image: {{number: class}}}}, got {image!r}: {str(classes)[:40]}")
-            tables[image_name(image)] = _numbered(file, classes)
+            tables[_without_ending(image)] = _numbered(file, classes)
         return tables
     for row in _rows(file, (_IMAGE_COLUMN,)):
-        _put(file, tables.setdefault(image_name(row[_IMAGE_COLUMN]), {}), row["id"], row[_CLASS_COLUMN])
+        _put(file, tables.setdefault(_without_ending(row[_IMAGE_COLUMN]), {}), row["id"], row[_CLASS_COLUMN])
     return tables
 
 
-def _of_one(file: Path) -> dict[int, str]:
+def read_class_table(file: Path) -> dict[int, str]:
+    """The class of each number of one label image, see `ClassTables`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is no such table.
+    """
     if file.suffix.lower() == ".json":
         return _numbered(file, read_json(file, dict))
     classes: dict[int, str] = {}

@@ -39,7 +39,7 @@ class CocoDataset:
     Attributes:
         records: one dict an image, Detectron2's "standard dataset dict": ``file_name``, ``image_id``, ``height``,
             ``width`` and ``annotations``, a list of dicts ``bbox`` ([x, y, width, height] in pixels, the tight box of
-            the mask), ``segmentation`` (`RLE`), ``category_id`` (contiguous, from 0; None where the file states none),
+            the mask), ``segmentation`` (`RLE`), ``category_id`` (contiguous, from 0; None where it is not known),
             ``iscrowd``, and ``id`` where the file has one. (Detectron2 wants ``bbox_mode`` too, a type of its own;
             ``kg_detectron.d2`` adds it.)
         category_names: the name of every ``category_id``.
@@ -147,7 +147,7 @@ def rle_annotation(
     """`coco_annotation` of a mask that is encoded already.
 
     Args:
-        category_id: None states none.
+        category_id: None for a cell whose category is not known.
         box: (x1, y1, x2, y2) to write instead of the mask's tight box; an empty mask needs one.
         score: of a detection.
     """
@@ -164,8 +164,6 @@ def rle_annotation(
         "area": area,
         "iscrowd": 0,
     }
-    if category_id is None:
-        del annotation["category_id"]
     return annotation if score is None else annotation | {"score": score}
 
 
@@ -227,7 +225,7 @@ def rewrite(
                 (cell for cell in record["annotations"] if not cell["iscrowd"]), start=len(annotations) + 1
             )
         ]
-    used = {annotation["category_id"] for annotation in annotations if "category_id" in annotation}
+    used = {annotation["category_id"] for annotation in annotations} - {None}
     categories = [
         {"id": id, "name": name}
         for id, name in zip(dataset.category_ids, dataset.category_names, strict=True)
@@ -333,8 +331,9 @@ def read_coco(
         image_root: the folder that the images' file names start from; None leaves the names as they are and asks
             for no file.
         for_evaluation: read the cells as an evaluation needs them: image ids may be text; annotations need neither ids
-            nor categories; their boxes stay as they are, under ``given_box`` (x1, y1, x2, y2), and need not be those of
-            their masks; ``score`` is there where the file has one.
+            nor categories, and ``category_id`` is as the file has it; their boxes stay as they are, under
+            ``given_box`` (x1, y1, x2, y2), and need not be those of their masks; ``score`` is there where the file has
+            one.
 
     Raises:
         ValueError: corrupt JSON, or no JSON object.
@@ -344,26 +343,30 @@ def read_coco(
     faults: list[Fault] = []
     id_types = (int, str) if for_evaluation else (int,)
     images = _by_id(data, "images", ("file_name", "height", "width"), id_types, faults)
-    categories = {} if for_evaluation else _by_id(data, "categories", ("name",), (int,), faults)
+    if for_evaluation:  # no fault of theirs matters
+        named = [one for one in data.get("categories") or () if isinstance(one, dict) and "name" in one]
+        categories = {one["id"]: one for one in named if isinstance(one.get("id"), int)}
+    else:
+        categories = _by_id(data, "categories", ("name",), (int,), faults)
+        faults += _double_names(categories)
     records: dict[int | str, dict | None] = {}  # None: known, and faulty
     for id, image in images.items():
         records[id] = None
         with _collected(faults, f"image {id}"):
             records[id] = image and _image_record(image, None if image_root is None else Path(image_root))
     category_ids = sorted(categories)
-    faults += _double_names(categories)
     contiguous = {id: index for index, id in enumerate(category_ids)}
     required = _EVALUATION_KEYS if for_evaluation else _TRAINING_KEYS
     for where, annotation in _annotations(data, required, faults, needs_id=not for_evaluation):
         if not for_evaluation:
-            absent = [key for key in _DERIVED if key not in annotation]
+            absent = [key for key in (*_DERIVED, "category_id") if key not in annotation]
             if absent:
                 text = f"missing key {', '.join(map(repr, absent))}"
                 faults.append(Fault(fault.INCOMPLETE, where, text, "kg-detectron convert adds it"))
         with _collected(faults, where):
             record = _known(records, annotation["image_id"], "image_id")
-            category_id = None if for_evaluation else annotation.get("category_id")
-            if category_id is not None:
+            category_id = annotation.get("category_id")
+            if category_id is not None and not for_evaluation:
                 category_id = _known(contiguous, category_id, "category_id")
             if record is not None:
                 cell = instance(annotation, record["height"], record["width"], for_evaluation=for_evaluation)

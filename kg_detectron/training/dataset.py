@@ -3,6 +3,7 @@
 H, W: height and width in pixels; M: number of cells.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +91,18 @@ def labelled_image(
 
 def dataset_classes(images: str | Path) -> tuple[str, ...]:
     """The names of the categories of a COCO JSON that have annotations, by rising id; () of anything else."""
-    if Path(images).suffix.lower() != ".json":
-        return ()
+    return tuple(class_counts(images)) if Path(images).suffix.lower() == ".json" else ()
+
+
+def class_counts(images: str | Path) -> dict[str, int]:
+    """The number of annotations of each category of a COCO JSON that has any, by rising id of the category."""
     data = read_json(images, dict)
     annotations, categories = (
         [one for one in data.get(key) or () if isinstance(one, dict)] for key in ("annotations", "categories")
     )
-    used = {id for id in (cell.get("category_id") for cell in annotations) if isinstance(id, int)}
+    counts = Counter(id for id in (cell.get("category_id") for cell in annotations) if isinstance(id, int))
     names = {one["id"]: str(one.get("name")) for one in categories if isinstance(one.get("id"), int)}
-    return tuple(names[id] for id in sorted(used & names.keys()))
+    return {names[id]: counts[id] for id in sorted(counts.keys() & names.keys())}
 
 
 def read_labelled_images(
@@ -143,7 +147,7 @@ def image_of_record(
     if image.shape[:2] != size:
         raise ValueError(f"{file}: expected {size} pixels (height, width), got {image.shape[:2]}")
     try:
-        ids = [cell["category_id"] for cell in record["annotations"]]
+        ids = [None if cell.get("unclassified") else cell["category_id"] for cell in record["annotations"]]
         of_cells = [0 if id is None else id + 1 if classes is None else classes[id] for id in ids]
         return labelled_image(Path(file).name, image, labels_of_record(record), preprocessing, [0, *of_cells])
     except ValueError as error:

@@ -38,8 +38,6 @@ def write_dataset(folder: Path, categories=CATEGORIES, images: int = 2, of_cell=
             annotation = coco_annotation(mask, image_id=image_id, annotation_id=number) | {
                 "category_id": of_cell(number)
             }
-            if annotation["category_id"] is None:
-                del annotation["category_id"]
             annotations.append(annotation)
     write_coco(folder / "cells.json", records, annotations, categories, "made by a test")
     return folder / "cells.json"
@@ -81,8 +79,13 @@ def test_cells_without_a_class_are_read_and_written(tmp_path, capsys):
     assert main(["check-data", str(file)]) == 1  # the category that nothing is of
     printed = capsys.readouterr().out
     assert "annotations have no category" in printed and "no annotation is of the category long" in printed
+    content = json.loads(file.read_text())
+    del content["annotations"][0]["category_id"]  # instead of null
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="annotation 1: missing key 'category_id'; kg-detectron convert adds it"):
+        load_coco(file, tmp_path)
     assert main(["convert", str(file), "-o", str(tmp_path / "new.json")]) == 0
-    assert [one.get("category_id") for one in json.loads((tmp_path / "new.json").read_text())["annotations"]] == [
+    assert [one["category_id"] for one in json.loads((tmp_path / "new.json").read_text())["annotations"]] == [
         None if id is None else (3, 7)[id] for id in ids
     ]
 
