@@ -343,6 +343,7 @@ def read_coco(
     faults: list[Fault] = []
     id_types = (int, str) if for_evaluation else (int,)
     images = _by_id(data, "images", ("file_name", "height", "width"), id_types, faults)
+    categories: dict[int, dict | None]
     if for_evaluation:  # no fault of theirs matters
         named = [one for one in data.get("categories") or () if isinstance(one, dict) and "name" in one]
         categories = {one["id"]: one for one in named if isinstance(one.get("id"), int)}

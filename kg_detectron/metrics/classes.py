@@ -97,10 +97,10 @@ class ClassMetrics:
             of_image.append(_counts(overlap[np.ix_(ours, cells)]))
             result = (
                 gt_boxes[cells],
-                [gt_masks[i] for i in cells],
+                [gt_masks[i] for i in cells.tolist()],
                 boxes[ours],
                 scores[ours],
-                [masks[i] for i in ours],
+                [masks[i] for i in ours.tolist()],
             )
             self._coco[index].update(*result)
             self._paper[index].update(*result)
