@@ -217,10 +217,10 @@ class KGROIHeads(nn.Module):
         boxes = [p.proposal_boxes.tensor for p in proposals]
         segmented = branch.predict_cells(maps, boxes, [p.image_size for p in proposals])
         results = []
-        for proposal, box, (mask, labels) in zip(proposals, boxes, segmented, strict=True):
+        for proposal, box, (mask, classes) in zip(proposals, boxes, segmented, strict=True):
             scores = proposal.scores if proposal.has("scores") else proposal.objectness_logits.sigmoid()
             box = branch.cell_boxes(box, mask)
             order, scores = self.ranking(box, scores, mask)
-            fields = {"pred_boxes": Boxes(box[order]), "scores": scores, "pred_classes": labels[order] - 1}
+            fields = {"pred_boxes": Boxes(box[order]), "scores": scores, "pred_classes": classes[order] - 1}
             results.append(Instances(proposal.image_size, **fields, pred_masks=mask[order]))
         return results, {}

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.metrics.coco import CocoMetrics
@@ -105,13 +104,14 @@ class ClassMetrics:
             self._coco[index].update(*result)
             self._paper[index].update(*result)
         self._counts.append(np.array(of_image))
-        self._pair_centroids([gt_masks[i] for i in known], truth[known], [masks[i] for i in kept], found[kept])
+        of_truth, of_found = [gt_masks[i] for i in known.tolist()], [masks[i] for i in kept.tolist()]
+        self._pair_centroids(of_truth, truth[known], of_found, found[kept])
 
     def _pair_centroids(
         self, gt_masks: Sequence[RLE], truth: NDArray[np.int64], masks: Sequence[RLE], found: NDArray[np.int64]
     ) -> None:
-        distance = cdist(_centroids(gt_masks), _centroids(masks))
-        rows, columns = linear_sum_assignment(distance)
+        distance = scipy.spatial.distance.cdist(_centroids(gt_masks), _centroids(masks))
+        rows, columns = scipy.optimize.linear_sum_assignment(distance)
         near = distance[rows, columns] <= self.radius
         rows, columns = rows[near], columns[near]
         one, other = truth[rows], found[columns]
