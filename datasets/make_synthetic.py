@@ -1,6 +1,6 @@
 """Make a synthetic dataset in COCO JSON; see README.md beside this file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,11 @@ from preparation import parser_of, run
 from tqdm import trange
 
 from kg_detectron.io.coco import write_split
-from kg_detectron.synthetic import neural_image, nuclei_image
+from kg_detectron.synthetic import CLASSES, classes_image, neural_image, nuclei_image
 
 KINDS = {"nuclei": [nuclei_image], "neural": [neural_image], "both": [nuclei_image, neural_image]}
+# What --classes draws: cells of several categories.
+WITH_CLASSES = "classes"
 SPLITS = ("train", "val")
 
 
@@ -24,7 +26,7 @@ def make(
 
     Args:
         output: the root of all datasets.
-        kind: nuclei, neural, or both, in turn.
+        kind: nuclei, neural, or both, in turn; or classes, cells of the categories `CLASSES`.
         sizes: number of images of each split, ``train`` and ``val``; a split of 0 is not written.
         size: height and width, pixels.
         cells: fewest and most cells of an image; fewer where it has no room for them.
@@ -41,10 +43,12 @@ def make(
     if min(sizes.values()) < 0 or seed < 0:
         raise ValueError(f"numbers of images and the seed must be 0 or more, got {sizes} and {seed}")
 
-    def samples(split: str) -> Iterator[tuple[str, np.ndarray, list[np.ndarray]]]:
+    drawn: list[Callable[..., tuple]] = [classes_image] if kind == WITH_CLASSES else [*KINDS[kind]]
+
+    def samples(split: str) -> Iterator[tuple]:
         for index in trange(sizes[split], desc=split, unit="image"):
             rng = np.random.default_rng([seed, SPLITS.index(split), index])
-            draw = KINDS[kind][index % len(KINDS[kind])]
+            draw = drawn[index % len(drawn)]
             yield f"{index:06d}", *draw(rng, *size, n=int(rng.integers(cells[0], cells[1] + 1)))
 
     return {
@@ -52,7 +56,7 @@ def make(
             output / "synthetic",
             split,
             samples(split),
-            category="cell",
+            category=CLASSES if kind == WITH_CLASSES else "cell",
             description=f"synthetic cells of kg_detectron, kind {kind}, seed {seed}: {split}",
         )
         for split in sizes
@@ -63,6 +67,9 @@ def make(
 def main(argv: list[str] | None = None) -> None:
     parser = parser_of(__doc__, "synthetic")
     parser.add_argument("--kind", choices=KINDS, default="both", help="what to draw; both, in turn, by default")
+    parser.add_argument(
+        "--classes", action="store_true", help=f"draw cells of three categories instead: {', '.join(CLASSES)}"
+    )
     parser.add_argument("--train", type=int, default=200, help="number of training images (default: 200)")
     parser.add_argument("--val", type=int, default=50, help="number of validation images (default: 50)")
     parser.add_argument(
@@ -84,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         "synthetic",
         lambda: make(
             args.output,
-            kind=args.kind,
+            kind=WITH_CLASSES if args.classes else args.kind,
             sizes={"train": args.train, "val": args.val},
             size=tuple(args.size),
             cells=tuple(args.cells),

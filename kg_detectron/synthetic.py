@@ -1,7 +1,8 @@
 """Synthetic microscopy with exact masks, for demonstrations, tests and first experiments without data.
 
-Two kinds: :func:`nuclei_image`, ellipses of very different sizes that touch, as in fluorescence; and
-:func:`neural_image`, bodies with long thin branching processes that touch and cross, as in phase contrast. The images
+Three kinds: :func:`nuclei_image`, ellipses of very different sizes that touch, as in fluorescence;
+:func:`neural_image`, bodies with long thin branching processes that touch and cross, as in phase contrast; and
+:func:`classes_image`, cells of three classes, which touch each other. The images
 are dim or bright, sharp or blurred, noisy, unevenly lit, and littered with bright specks that are no cells.
 
 H, W: height and width in pixels. All lengths are in pixels; x to the right, y down.
@@ -12,6 +13,9 @@ from itertools import pairwise
 
 import cv2
 import numpy as np
+
+# Of `classes_image`: bright and round, dark and small, elongated with processes.
+CLASSES = ("round", "dark", "long")
 
 _MIN_SIDE = 32  # of an image; a smaller one has no room for the processes of a cell
 _MIN_RADIUS = 3.0
@@ -124,6 +128,53 @@ def neural_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
     return _finish(image), [cell.mask(height, width) for cell in cells]
 
 
+def classes_image(
+    rng: np.random.Generator, height: int, width: int, n: int
+) -> tuple[np.ndarray, list[np.ndarray], list[int]]:
+    """Draw cells of the three `CLASSES` on a grey ground; half of them are put against another one, of any class.
+
+    Bodies never share a pixel, and processes leave other bodies alone; where processes cross, both cells own the
+    pixels. A class is not told by brightness alone, for images are dim or bright and cells vary, nor by size alone.
+
+    Args:
+        rng: source of all randomness; the same state gives the same image.
+        height, width: size of the image, at least 32 pixels each.
+        n: number of cells, 0 or more.
+
+    Returns:
+        image: (H, W, 3) uint8 BGR, its channels equal.
+        masks: n arrays (H, W) bool; fewer where the image has no room for n bodies.
+        classes: of each cell the index in `CLASSES`.
+
+    Raises:
+        ValueError: a size or number out of range.
+    """
+    _check(height, width, n)
+    wanted = rng.integers(len(CLASSES), size=n)
+    sizes = np.array([1.15, 0.7, 0.8])[wanted]
+    bodies, numbers = _place_sized(rng, height, width, n, coverage=0.15, spread=0.18, sizes=sizes)
+    classes = [int(wanted[number]) for number in numbers]
+    owner = np.zeros((height, width), np.int32)
+    for index, body in enumerate(bodies):
+        owner[body.window][body.pixels] = index + 1
+    cells = [
+        _grow_processes(rng, body, index + 1, owner, reach=(2.5, 5)) if CLASSES[kind] == "long" else body
+        for index, (body, kind) in enumerate(zip(bodies, classes, strict=True))
+    ]
+    signal: np.ndarray = np.zeros((height, width), np.float32)
+    for body, cell, kind in zip(bodies, cells, classes, strict=True):
+        thickness = _dome(body.pixels, 0.7 * body.radius)
+        texture = 1 + rng.uniform(0.1, 0.3) * _clouds(rng, thickness.shape, max(1.5, body.radius / 5))
+        signal[cell.window] = np.where(cell.pixels & (kind == 2), 0.35, signal[cell.window])
+        signal[body.window] += (1.0, -0.8, 0.25)[kind] * rng.lognormal(0, 0.15) * thickness * texture
+    _litter(rng, signal)
+    signal = cv2.GaussianBlur(signal, (0, 0), rng.uniform(0.6, 1.2))
+    ground = rng.uniform(70, 110) * _illumination(rng, height, width, 0.2)
+    image = ground + rng.uniform(40, 90) * signal
+    image += rng.uniform(2, 6) * _noise(rng, height, width)
+    return _finish(image), [cell.mask(height, width) for cell in cells], classes
+
+
 def _check(height: int, width: int, n: int) -> None:
     if min(height, width) < _MIN_SIDE:
         raise ValueError(f"height and width must be at least {_MIN_SIDE} pixels, got {height} x {width}")
@@ -132,27 +183,37 @@ def _check(height: int, width: int, n: int) -> None:
 
 
 def _place(rng: np.random.Generator, height: int, width: int, n: int, coverage: float, spread: float) -> list[_Cell]:
-    """Put up to n elliptic cells down, each in what those before it left free.
+    """The cells of `_place_sized`, all of one size but for their spread."""
+    return _place_sized(rng, height, width, n, coverage, spread, np.ones(n))[0]
+
+
+def _place_sized(
+    rng: np.random.Generator, height: int, width: int, n: int, coverage: float, spread: float, sizes: np.ndarray
+) -> tuple[list[_Cell], list[int]]:
+    """Put up to n elliptic cells down, each in what those before it left free; and which of the n each is.
 
     Args:
         coverage: part of the image that n cells of the typical radius cover.
         spread: standard deviation of the logarithm of the radius.
+        sizes: (n,) factors of the radius of each.
     """
     largest = 0.15 * min(height, width)
     typical = rng.uniform(0.7, 1.2) * np.sqrt(coverage * height * width / (np.pi * max(n, 1)))
     typical = np.clip(typical, _MIN_RADIUS, 0.5 * largest)
     free = np.ones((height, width), bool)
     cells: list[_Cell] = []
-    for _ in range(n):
-        radius = typical * rng.lognormal(0, spread)
+    numbers: list[int] = []
+    for number in range(n):
+        radius = typical * rng.lognormal(0, spread) * sizes[number]
         for attempt in range(_TRIES):
             tried = np.clip(radius * 0.95**attempt, _MIN_RADIUS, largest)
             cell = _cell_at(rng, *_place_of_next(rng, height, width, tried, cells), tried, free)
             if cell is not None:
                 free[cell.window] &= ~cell.pixels
                 cells.append(cell)
+                numbers.append(number)
                 break
-    return cells
+    return cells, numbers
 
 
 def _place_of_next(
@@ -186,19 +247,28 @@ def _cell_at(rng: np.random.Generator, x: float, y: float, radius: float, free: 
     return _Cell(x, y, radius, left, top, pixels)
 
 
-def _grow_processes(rng: np.random.Generator, body: _Cell, label: int, owner: np.ndarray) -> _Cell:
+def _grow_processes(
+    rng: np.random.Generator, body: _Cell, label: int, owner: np.ndarray, reach: tuple[float, float] = (6, 14)
+) -> _Cell:
     """The body with two to five processes that branch.
 
     Args:
         label: the body's in ``owner``.
         owner: (H, W) int32, the bodies' labels, 0 elsewhere. Processes leave other bodies alone.
+        reach: shortest and longest length of a process, radii of the body.
     """
-    reach = rng.uniform(6, 14) * body.radius
+    longest = rng.uniform(*reach) * body.radius
     count = rng.integers(2, 6)
     first = rng.uniform(0, 2 * np.pi)
     # Processes still to grow: start, heading, length, width at the start, and how often they may branch.
     buds = [
-        (np.array([body.x, body.y]), first + 2 * np.pi * i / count, rng.uniform(0.3, 1) * reach, 0.35 * body.radius, 2)
+        (
+            np.array([body.x, body.y]),
+            first + 2 * np.pi * i / count,
+            rng.uniform(0.3, 1) * longest,
+            0.35 * body.radius,
+            2,
+        )
         for i in range(count)
     ]
     processes = []

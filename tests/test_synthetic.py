@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kg_detectron.synthetic import neural_image, nuclei_image
+from kg_detectron.synthetic import classes_image, neural_image, nuclei_image
 
 BOTH = pytest.mark.parametrize("draw", [nuclei_image, neural_image])
 
@@ -113,3 +113,24 @@ def test_speed(draw):
 def test_refuses(draw, height: int, width: int, n: int, message: str):
     with pytest.raises(ValueError, match=message):
         draw(np.random.default_rng(0), height, width, n)
+
+
+def test_classes_differ_and_touch():
+    """Round cells are brighter than the ground, dark ones darker and smaller; long ones fill little of their boxes."""
+    levels, areas, fills = ({0: [], 1: [], 2: []} for _ in range(3))
+    touching = 0
+    for seed in range(4):
+        image, masks, classes = classes_image(np.random.default_rng(seed), 192, 192, 24)
+        assert len(masks) == len(classes) > 15
+        ground = np.median(image[~np.any(masks, axis=0)])
+        for mask, kind in zip(masks, classes, strict=True):
+            levels[kind].append(float(image[mask].mean()) - float(ground))
+            areas[kind].append(mask.sum())
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            fills[kind].append(mask.sum() / (np.ptp(rows) + 1) / (np.ptp(columns) + 1))
+        grown = [cv2.dilate(mask.astype(np.uint8), np.ones((3, 3))) > 0 for mask in masks]
+        touching += sum(
+            (grown[i] & masks[j]).any() for i in range(len(masks)) for j in range(i) if classes[i] != classes[j]
+        )
+    assert min(levels[0]) > 0 > max(levels[1]) and np.median(areas[1]) < 0.6 * np.median(areas[0])
+    assert np.median(fills[2]) < 0.5 < np.median(fills[0]) and touching > 10

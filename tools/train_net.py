@@ -42,6 +42,7 @@ from detectron2.utils.logger import setup_logger
 
 from kg_detectron.d2 import add_kg_config, register_files
 from kg_detectron.d2.checkpointer import WholeCheckpointer
+from kg_detectron.d2.classes import classes_from_datasets
 from kg_detectron.d2.config import drop_initial_weights, merge_config
 from kg_detectron.d2.launch import AUTO, ProcessError, launch
 from kg_detectron.d2.trainer import Trainer
@@ -80,7 +81,7 @@ def read_config(args: Namespace) -> CfgNode:
 
 
 def setup(args: Namespace) -> CfgNode:
-    """The config of the command line, frozen, with logging, seeds and the output folder set up.
+    """The config of the command line, frozen, with logging, seeds, the output folder and the data's classes set up.
 
     Raises:
         KeyError, ValueError: see `read_config`; for datasets that are not registered, and what would be downloaded or
@@ -97,7 +98,6 @@ def setup(args: Namespace) -> CfgNode:
     if args.eval_only or args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         drop_initial_weights(cfg)  # the checkpoint has them: nothing need be downloaded
     cfg.SEED = run_seed(cfg, args.resume)
-    cfg.freeze()
     for key in ("TRAIN", "VALIDATION", "TEST"):
         register_files(cfg.DATASETS[key])
         for name in cfg.DATASETS[key]:
@@ -111,6 +111,8 @@ def setup(args: Namespace) -> CfgNode:
                     f"DATASETS.{key}: no dataset is called {name!r}; those of cells are {', '.join(cells)},"
                     " and any COCO file is called by its path, such as mine/train.json"
                 )
+    classes_from_datasets(cfg)
+    cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kg_detectron")
     return cfg

@@ -4,6 +4,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kg_detectron.training.dataset import LabelledImage
     from kg_detectron.training.recipe import Recipe
     from kg_detectron.training.run import TrainSettings
 
@@ -42,6 +45,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="YAML file with settings of the network, the training and the augmentation (docs/train.md); options of "
         "this command count more",
+    )
+    parser.add_argument(
+        "--merge-categories",
+        action="store_true",
+        help="take the categories of a COCO JSON as one; by default the model learns to tell several apart",
     )
     parser.add_argument("--minutes", type=float, metavar="N", help="train for so long; default: 20")
     parser.add_argument("--iterations", type=int, metavar="N", help="train for so many iterations instead")
@@ -92,6 +100,19 @@ def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSet
         raise ValueError(f"training: {error}") from None
 
 
+def _cells_of_classes(names: "Sequence[str]", images: "Sequence[LabelledImage]") -> str:
+    """What the training learns of each class; in words where it cannot."""
+    counts = [0] * (len(names) + 1)
+    for image in images:
+        for number in range(len(counts)):
+            counts[number] += 0 if image.classes is None else int((image.classes == number).sum())
+    parts = [
+        f"{name} {count}" if count else f"{name} none, so not learnt"
+        for name, count in zip(names, counts[1:], strict=True)
+    ]
+    return ", ".join(parts + ([f"{counts[0]} of no known class"] if counts[0] else []))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; the result is the exit status."""
     if arguments.validation is not None and len(arguments.validation) > 2:
@@ -100,24 +121,28 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--minutes and --iterations: expected one of them")
     import torch
 
-    from kg_detectron.training.dataset import read_dataset
+    from kg_detectron.training.dataset import dataset_classes, read_dataset
     from kg_detectron.training.recipe import Recipe, read_recipe
     from kg_detectron.training.run import IMAGENET, MODEL_FILE, NOTHING, split_validation, starting_model, train
 
     recipe = read_recipe(arguments.config) if arguments.config else Recipe()
     settings = train_settings(arguments, recipe)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = starting_model(arguments.model, device, recipe.network)
-    images = read_dataset(arguments.images, arguments.masks, model.preprocessing, arguments.layout)
+    classes = () if arguments.merge_categories else dataset_classes(arguments.images)
+    model = starting_model(arguments.model, device, recipe.network, classes)
+    names = () if arguments.merge_categories or len(model.classes) < 2 else model.classes.names
+    images = read_dataset(arguments.images, arguments.masks, model.preprocessing, arguments.layout, names)
     if arguments.validation is None:
         training, validation = split_validation(images, seed=settings.seed)
         shared = len(images) < 4
     else:
         first, *rest = arguments.validation
-        validation = read_dataset(first, rest[0] if rest else None, model.preprocessing, arguments.layout)
+        validation = read_dataset(first, rest[0] if rest else None, model.preprocessing, arguments.layout, names)
         training, shared = images, False
     cells = sum(len(image.diameters) for image in training)
     print(f"{len(training)} images with {cells} cells to train on, {len(validation)} images to validate on")
+    if names:
+        print(f"cells of each class: {_cells_of_classes(names, training)}")
     if shared:
         print("note: fewer than four images, so they are used for both, and the figures say little")
     budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.iterations} iterations"

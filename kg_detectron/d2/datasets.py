@@ -1,7 +1,7 @@
 """Registration of cell datasets with Detectron2."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.data import (
@@ -13,28 +13,51 @@ from detectron2.structures import BoxMode
 from kg_detectron.io.coco import load_coco
 
 
-def register_cells(name: str, json_file: str, image_root: str) -> None:
+def register_cells(name: str, json_file: str, image_root: str, class_names: Sequence[str] | None = None) -> None:
     """Register a dataset of cells in COCO format under ``name``.
 
     The files are read when the dataset is first asked for, and need not exist before. Then ``thing_classes`` and
     ``thing_dataset_id_to_contiguous_id`` join the metadata, as the file names them.
 
-    Errors, when the dataset is read: those of `load_coco`, which name the file.
+    A cell whose category is not known has ``category_id`` 0 and ``unclassified``.
+
+    Args:
+        class_names: of the classes 0, 1, ..., to which the categories of the file go by their names; by default all
+            its categories, by rising id.
+
+    Errors, when the dataset is read: those of `load_coco`, which name the file; a category that is none of the classes.
     """
 
     def load() -> list[dict[str, Any]]:
         dataset = load_coco(json_file, image_root)
-        MetadataCatalog.get(name).set(
-            thing_classes=list(dataset.category_names),
-            thing_dataset_id_to_contiguous_id={key: index for index, key in enumerate(dataset.category_ids)},
-        )
+        names = list(dataset.category_names if class_names is None else class_names)
+        classes = [names.index(category) if category in names else None for category in dataset.category_names]
+        ids = {id: index for id, index in zip(dataset.category_ids, classes, strict=True) if index is not None}
+        for index in range(len(names)):  # Detectron2 wants an id of each class, also where the file has none
+            if index not in ids.values():
+                ids[max((*ids, *dataset.category_ids)) + 1] = index
+        MetadataCatalog.get(name).set(thing_classes=names, thing_dataset_id_to_contiguous_id=ids)
+
+        def annotation(cell: dict[str, Any]) -> dict[str, Any]:
+            category = cell["category_id"]
+            if category is None:
+                return {**cell, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0, "unclassified": True}
+            if classes[category] is None:
+                raise ValueError(
+                    f"{json_file}: its category {dataset.category_names[category]!r} is none of the classes of the "
+                    f"model: {', '.join(names)}"
+                )
+            return {**cell, "bbox_mode": BoxMode.XYWH_ABS, "category_id": classes[category]}
+
         return [
-            {**record, "annotations": [{**cell, "bbox_mode": BoxMode.XYWH_ABS} for cell in record["annotations"]]}
+            {**record, "annotations": [annotation(cell) for cell in record["annotations"]]}
             for record in dataset.records
         ]
 
     DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, evaluator_type="cells")
+    MetadataCatalog.get(name).set(
+        json_file=json_file, image_root=image_root, evaluator_type="cells", cell_classes=class_names
+    )
 
 
 def register_all_cells(root: str | None = None) -> None:

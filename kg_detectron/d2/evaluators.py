@@ -105,6 +105,22 @@ class CropCOCOEvaluator(COCOEvaluator):
             for number, annotation in enumerate(annotations, start=1):
                 annotation["id"] = number
             self._coco_api.createIndex()
+        # Each class of the model needs a category, also one that this file does not have.
+        self._names = {
+            id: self._metadata.thing_classes[index]
+            for id, index in self._metadata.get("thing_dataset_id_to_contiguous_id", {}).items()
+        }
+        known = {category["id"] for category in self._coco_api.dataset.get("categories", [])}
+        absent = [{"id": id, "name": name} for id, name in self._names.items() if id not in known]
+        if known and absent:
+            self._coco_api.dataset["categories"] += absent
+            self._coco_api.createIndex()
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
+        """As Detectron2's, which takes the classes for being in the order of their ids in the file."""
+        if class_names:
+            class_names = [self._names[id] for id in sorted(self._names)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Keep the detections of the images in `inputs` (dicts with ``image_id``) as COCO results."""

@@ -65,9 +65,14 @@ def _transform_cells(
     return Instances(
         new_size,
         gt_boxes=Boxes(torch.from_numpy(boxes)),
-        gt_classes=torch.tensor([cells[index]["category_id"] for index in kept], dtype=torch.int64),
+        gt_classes=torch.tensor([_class_of(cells[index]) for index in kept], dtype=torch.int64),
         gt_masks=BitMasks(torch.from_numpy(masks)),
     )
+
+
+def _class_of(cell: dict[str, Any]) -> int:
+    """The class of an annotation, from 0; -1 where it is not known."""
+    return -1 if cell.get("unclassified") else cell["category_id"]
 
 
 # Meta-architectures that do all preprocessing of an evaluation themselves.
@@ -81,7 +86,7 @@ class CellMapper:
     the augmentations (float32, 0..255), or raw where the model prepares it itself. ``file_name``, ``image_id``,
     ``height``, ``width``: the record's, so that predictions can go back to the frame of the file. ``instances``, where
     ``with_targets`` is set: `Instances` with ``gt_boxes`` (the masks' tight boxes), ``gt_classes`` and ``gt_masks``
-    (`BitMasks`), possibly of no cell.
+    (`BitMasks`), possibly of no cell. A class that is not known is -1.
 
     `CellMapper(cfg, is_train=True)` augments and gives targets; `CellMapper(cfg, is_train=False)` gives what evaluation
     takes; `CellMapper(cfg, is_train=False, with_targets=True)` gives prepared images and their targets.
@@ -97,6 +102,7 @@ class CellMapper:
         with_targets: bool = True,
         raw: bool = False,
         windows: Callable[[LabelledImage], tuple[torch.Tensor, dict[str, torch.Tensor]]] | None = None,
+        takes_unclassified: bool = True,
     ):
         if image_format not in ("BGR", "RGB"):
             raise ValueError(f"INPUT.FORMAT must be BGR or RGB, got {image_format!r}")
@@ -106,6 +112,7 @@ class CellMapper:
         self.with_targets = with_targets
         self.raw = raw and not with_targets
         self.windows = windows
+        self.takes_unclassified = takes_unclassified
         logger.info("Augmentations: %s", self.augmentations)
 
     @classmethod
@@ -120,6 +127,8 @@ class CellMapper:
             "with_targets": is_train,
             "raw": raw,
             "windows": _windows(cfg, is_train),
+            "takes_unclassified": raw
+            and (cfg.MODEL.META_ARCHITECTURE == "CellInstanceSegmentation" or cfg.MODEL.ROI_HEADS.NAME == "KGROIHeads"),
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +138,12 @@ class CellMapper:
             ValueError: an image that cannot be read or normalised, or has another size than the record says; a mask
                 that is not in compressed run lengths, which `register_cells` makes of any.
         """
+        unclassified = any(cell.get("unclassified") for cell in record.get("annotations", ()))
+        if self.with_targets and unclassified and not self.takes_unclassified:
+            raise ValueError(
+                f"{record['file_name']}: some of its cells have no category, which only the heads of the keypoint "
+                "graph can learn from; give each one, or make one category of all (kg-detectron convert)"
+            )
         if self.windows is not None and self.with_targets:
             return self._window(record)
         image = read_image(record["file_name"])
@@ -162,7 +177,7 @@ class CellMapper:
         assert self.windows is not None
         image, target = self.windows(image_of_record(record, self.preprocessing))
         instances = Instances(tuple(image.shape[1:]), gt_boxes=Boxes(target["boxes"]))
-        instances.gt_classes = torch.zeros(len(target["boxes"]), dtype=torch.int64)
+        instances.gt_classes = target["labels"] - 1
         instances.gt_masks = BitMasks(target["masks"])
         mapped = {key: record[key] for key in ("file_name", "image_id", "height", "width")}
         return mapped | {"image": image if self.image_format == "BGR" else image.flip(0), "instances": instances}

@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.d2.classes import check_classes
 from kg_detectron.d2.config import check_input, method_settings, settings_of
 from kg_detectron.d2.registered_parts import CellBackbone, CellMaskHead, KeypointGraph, KGROIHeads
 from kg_detectron.modeling import (
@@ -51,6 +52,7 @@ class CellInstanceSegmentation(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_input(cfg)
+        check_classes(cfg)
         network = method_class(cfg.MODEL.CELLS.METHOD).build(method_settings(cfg))
         network.scores = settings_of(cfg, Scores)
         return {"network": network.accelerate(cfg.MODEL.CELLS.PRECISION, compiled=cfg.MODEL.CELLS.COMPILED)}
@@ -63,14 +65,16 @@ class CellInstanceSegmentation(nn.Module):
         """Losses in training; in evaluation for each image ``instances`` in the frame of its file.
 
         Args:
-            batched_inputs: for each image ``image``, (3, H, W) BGR; in training ``instances`` with ``gt_boxes`` and
-                ``gt_masks``; in evaluation ``height`` and ``width`` of the output where they differ from the image's.
+            batched_inputs: for each image ``image``, (3, H, W) BGR; in training ``instances`` with ``gt_boxes``,
+                ``gt_masks`` and ``gt_classes`` (from 0; -1 where it is not known); in evaluation ``height`` and
+                ``width`` of the output where they differ from the image's.
         """
         if not self.training:
             return self.inference(batched_inputs)
         images = [inputs["image"].to(self.network.place) for inputs in batched_inputs]
         truth = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-        return self.network(images, [{"boxes": t.gt_boxes.tensor, "masks": t.gt_masks.tensor} for t in truth])
+        targets = [{"boxes": t.gt_boxes.tensor, "masks": t.gt_masks.tensor, "labels": t.gt_classes + 1} for t in truth]
+        return self.network(images, targets)
 
     def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         """``instances`` of each image: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks`` (`MaskCrops`)."""
@@ -115,6 +119,7 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
     Where all of them are ours, this is the core's network in `CellInstanceSegmentation`; otherwise a `MixedRCNN`.
     """
     check_input(cfg)
+    check_classes(cfg)
     backbone = build_backbone(cfg)
     proposals = build_proposal_generator(cfg, backbone.output_shape())
     heads = build_roi_heads(cfg, backbone.output_shape())

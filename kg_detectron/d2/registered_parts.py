@@ -26,6 +26,7 @@ from kg_detectron.d2.config import settings_of
 from kg_detectron.modeling import (
     BackboneSettings,
     CellRanking,
+    ClassSettings,
     DecodingSettings,
     HeadSettings,
     KeypointBranch,
@@ -158,7 +159,8 @@ class CellMaskHead(nn.Module):
         settings = dataclasses.replace(settings, cut_from=cls.cut_from)
         channels = [input_shape[name].channels for name in FEATURES]
         lowest = min(settings_of(cfg, HeadSettings).scales)
-        return {"core": build_segmentation_branch(settings, channels, settings_of(cfg, TrunkSettings).widths, lowest)}
+        widths, classes = settings_of(cfg, TrunkSettings).widths, settings_of(cfg, ClassSettings)
+        return {"core": build_segmentation_branch(settings, channels, widths, lowest, classes)}
 
     def maps(self, features: dict[str, Tensor]) -> list[Tensor]:
         """The maps that crops are cut from."""
@@ -180,7 +182,7 @@ class SegS1MaskHead(CellMaskHead):
 
 @ROI_HEADS_REGISTRY.register()
 class KGROIHeads(nn.Module):
-    """Proposals are the detections; a mask is cut out for each. Classes are all 0."""
+    """Proposals are the detections; a mask is cut out for each, and its class told by the features inside it."""
 
     @configurable
     def __init__(self, *, mask_head: CellMaskHead, ranking: CellRanking) -> None:
@@ -202,20 +204,23 @@ class KGROIHeads(nn.Module):
         proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """In training the mask loss; in testing ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``."""
+        """In training the losses of masks and classes; in testing instances.
+
+        These have ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks``.
+        """
         branch, maps = self.mask_head.core, self.mask_head.maps(features)
         if self.training:
             assert targets is not None, "training needs ground truth"
             boxes = [t.gt_boxes.tensor for t in targets]
-            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets])
+            labels = [t.gt_classes + 1 for t in targets]
+            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets], labels)
         boxes = [p.proposal_boxes.tensor for p in proposals]
-        masks = branch.predict_masks(maps, boxes, [p.image_size for p in proposals])
+        segmented = branch.predict_cells(maps, boxes, [p.image_size for p in proposals])
         results = []
-        for proposal, box, mask in zip(proposals, boxes, masks, strict=True):
+        for proposal, box, (mask, classes) in zip(proposals, boxes, segmented, strict=True):
             scores = proposal.scores if proposal.has("scores") else proposal.objectness_logits.sigmoid()
             box = branch.cell_boxes(box, mask)
             order, scores = self.ranking(box, scores, mask)
-            classes = torch.zeros_like(scores, dtype=torch.long)
-            fields = {"pred_boxes": Boxes(box[order]), "scores": scores, "pred_classes": classes}
+            fields = {"pred_boxes": Boxes(box[order]), "scores": scores, "pred_classes": classes[order] - 1}
             results.append(Instances(proposal.image_size, **fields, pred_masks=mask[order]))
         return results, {}

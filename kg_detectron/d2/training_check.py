@@ -40,8 +40,8 @@ def check_datasets(
             are named only.
 
     Raises:
-        ValueError: without ``skip_bad``, the datasets have faults that a training would trip over; their annotations
-            are of several categories; a dataset has no sound image; or its JSON is corrupt.
+        ValueError: without ``skip_bad``, the datasets have faults that a training would trip over; categories of one
+            name; a dataset has no sound image; or its JSON is corrupt.
         FileNotFoundError: a JSON file is missing.
     """
     cells = [name for name in dict.fromkeys(names) if MetadataCatalog.get(name).get("evaluator_type") == "cells"]
@@ -57,10 +57,11 @@ def check_datasets(
     if error is not None:
         raise error
     for name, json_file in copies.items():
-        image_root = MetadataCatalog.get(name).image_root
+        metadata = MetadataCatalog.get(name)
+        image_root, class_names = metadata.image_root, metadata.get("cell_classes")
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-        register_cells(name, json_file, image_root)
+        register_cells(name, json_file, image_root, class_names)
 
 
 def _check(names: list[str], skip_bad: bool, folder: Path, normalisation: Normalisation | None) -> dict[str, str]:
@@ -77,7 +78,7 @@ def _check(names: list[str], skip_bad: bool, folder: Path, normalisation: Normal
         if bad:
             kinds = ", ".join(f"{kind} ({number})" for kind, number in Counter(one.kind for one in bad).most_common())
             summaries.append(f"{name}: {kinds}")
-            skippable &= all(one.kind != fault.CATEGORIES for one in bad)
+            skippable &= all(one.kind != fault.CATEGORY_NAMES for one in bad)
         if bad and skip_bad or any(one.kind in fault.MENDED_BY_REWRITING for one in faults):
             copy = folder / (re.sub(r"[^\w-]", "_", name.removesuffix(".json")) + ".json")  # names may be paths
             if skip_bad or not bad:

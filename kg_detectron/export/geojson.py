@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from kg_detectron.export.result import Result
 
 _NAMESPACE = uuid.UUID("4f9f2f4c-6b51-5d0e-9d3d-0c6f8f2f3b5a")  # of our ids
-_CLASS_COLOURS = ([86, 180, 233], [230, 159, 0], [0, 158, 115], [204, 121, 167])  # RGB, by category
 
 
 def write(path: Path, result: "Result") -> None:
@@ -66,7 +65,7 @@ def _features(result: "Result") -> Iterator[dict[str, Any]]:
                 "name": str(i + 1),
                 "classification": {
                     "name": result.category(label),
-                    "color": _CLASS_COLOURS[(label - 1) % len(_CLASS_COLOURS)],
+                    "color": list(result.category_colour(label)),
                 },
                 "measurements": [{"name": name, "value": value} for name, value in values if np.isfinite(value)],
             },

@@ -42,9 +42,10 @@ EXPORTERS = {
     "geojson": Exporter(".geojson", "geojson", "polygons for QuPath"),
     "roi": Exporter("_rois.zip", "imagej_rois", "regions for ImageJ's ROI Manager"),
     "csv": Exporter("_cells.csv", "measurements", "measurements"),
+    "classes": Exporter("_classes.csv", "class_table", "class of each cell of the label image"),
 }
 KINDS = tuple(EXPORTERS)
-KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv")  # those with `write_stack`
+KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes")  # those with `write_stack`
 
 
 def fault_in_kinds(kinds: Sequence[str]) -> str | None:

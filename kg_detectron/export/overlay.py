@@ -37,7 +37,7 @@ _SAMPLE = 1_000_000  # values that tell the range of an image
 def write(path: Path, result: "Result") -> None:
     """Write the outlines of the cells over the image as PNG."""
     with replacing(path) as unfinished:
-        write_png(unfinished, draw_cells(result.image, result.label_image))
+        write_png(unfinished, draw_cells(result.image, result.label_image, colours=result.colours))
 
 
 def draw_cells(
@@ -47,6 +47,7 @@ def draw_cells(
     mode: Literal["contour", "fill"] = "contour",
     width: int = 1,
     opacity: float = 0.4,
+    colours: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw cells over an image.
 
@@ -56,6 +57,7 @@ def draw_cells(
         mode: ``contour`` draws the outermost pixels of each cell, ``fill`` tints its inside as well.
         width: of the contour, pixels.
         opacity: of the tint, 0..1.
+        colours: (R,3) uint8 RGB, of each cell; by default those that `colour_indices` chooses.
     Returns:
         (H,W,3) uint8 BGR.
     Raises:
@@ -67,7 +69,8 @@ def draw_cells(
     if image.shape[:2] != labels.shape:
         raise ValueError(f"image: expected the size of the masks, {labels.shape}, got {image.shape}")
     canvas = stretched(image)
-    colours = np.concatenate((np.zeros((1, 3), np.uint8), PALETTE[colour_indices(labels)]))
+    of_cells = PALETTE[colour_indices(labels)] if colours is None else colours[:, ::-1]
+    colours = np.concatenate((np.zeros((1, 3), np.uint8), of_cells))
     for band, centre in _bands(labels, margin=width):
         rows = canvas[centre]
         inside = slice(centre.start - band.start, centre.stop - band.start)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from kg_detectron.cells import Cells, MaskCrops, label_dtype
+from kg_detectron.cells.class_colours import class_colours
 from kg_detectron.export.measurements import measure
 from kg_detectron.export.outlines import outlines
 
@@ -29,6 +30,7 @@ class Result:
         page: number of the image in its file, from 1; 0 where the file is no stack.
         position: of the image in its stack, by the letter of the axis, from 0, such as ``{"T": 4, "Z": 0}``.
         category_names: of the labels 1, 2, ...
+        category_colours: (red, green, blue) of each of them, 0..255; by default those of `class_colours`.
         scratch: a folder for temporary files of very large images.
     """
 
@@ -41,6 +43,7 @@ class Result:
     page: int = 0
     position: Mapping[str, int] = field(default_factory=dict)
     category_names: tuple[str, ...] = ("cell",)
+    category_colours: tuple[tuple[int, int, int], ...] = ()
     scratch: Path | None = None
 
     def __post_init__(self) -> None:
@@ -87,6 +90,11 @@ class Result:
             return self.category_names[label - 1]
         return f"{self.category_names[0]} {label}"
 
+    def category_colour(self, label: int) -> tuple[int, int, int]:
+        """The colour of a category, (red, green, blue)."""
+        colours = self.category_colours or class_colours(max(len(self.category_names), *self.labels, label))
+        return colours[(label - 1) % len(colours)]
+
     @cached_property
     def label_image(self) -> np.ndarray:
         """(H, W) ids 1..R, 0 background.
@@ -112,7 +120,10 @@ class Result:
 
     @cached_property
     def colours(self) -> np.ndarray:
-        """(R, 3) uint8 RGB, those of the overlay: neighbours differ."""
+        """(R, 3) uint8 RGB, those of the overlay: of several categories their own; otherwise neighbours differ."""
+        if len(self.category_names) > 1:
+            of_cells = [self.category_colour(label) for label in self.labels]
+            return np.array(of_cells, np.uint8).reshape(-1, 3)
         from kg_detectron.export.overlay import PALETTE, colour_indices
 
         return PALETTE[colour_indices(self.label_image), ::-1]

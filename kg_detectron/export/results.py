@@ -25,6 +25,8 @@ def save_results(
     channel_names: Sequence[str] = (),
     page: int = 0,
     position: Mapping[str, int] | None = None,
+    category_names: Sequence[str] = ("cell",),
+    category_colours: Sequence[tuple[int, int, int]] = (),
 ) -> dict[str, Path]:
     """Write the cells of one image in several formats. A cell has the same id in all, 1..R in the order given.
 
@@ -36,7 +38,8 @@ def save_results(
     - ``coco``, ``<stem>_coco.json``: a COCO dataset of one image; bbox is the network's box, segmentation the mask.
     - ``geojson``, ``<stem>.geojson``: polygons for QuPath, with class, measurements and plane.
     - ``roi``, ``<stem>_rois.zip``: regions for ImageJ's ROI Manager, with colour and position.
-    - ``csv``, ``<stem>_cells.csv``: measurements (`measurements.measure`).
+    - ``csv``, ``<stem>_cells.csv``: measurements (`measurements.measure`), and the class where there are several.
+    - ``classes``, ``<stem>_classes.csv``: the class of each cell of the label image.
 
     Args:
         cells: as `separate_cells` returns them: no pixel in two cells, each cell one piece. For ``coco`` and ``csv``
@@ -51,6 +54,8 @@ def save_results(
         channel_names: of `channels`, for the columns of the measurements.
         page: number of the image in a stack, from 1; 0 where it is none.
         position: of the image in its stack, by the letter of the axis, from 0, such as ``{"T": 4}``.
+        category_names, category_colours: of the labels 1, 2, ..., such as ``model.classes.names`` and
+            ``model.classes.shown_colours()``.
     Returns:
         The files by kind.
     Raises:
@@ -58,7 +63,18 @@ def save_results(
             overlap or are in pieces.
     """
     result_files(Path(folder), stem, kinds)
-    result = Result(cells, image, source or stem, pixel_size, channels, tuple(channel_names), page, position or {})
+    result = Result(
+        cells,
+        image,
+        source or stem,
+        pixel_size,
+        channels,
+        tuple(channel_names),
+        page,
+        position or {},
+        tuple(category_names),
+        tuple(category_colours),
+    )
     return write_results(result, folder, stem, kinds)
 
 

@@ -1,8 +1,9 @@
 """The cells of an image from its four mirror images.
 
 Each mirror image is predicted on its own, so any method can do it, in tiles too. Detections of different mirror images
-that overlap are one cell: its mask is the mean of theirs, and its score is the sum of theirs divided by the number of
-mirror images. So a cell that few of them show ranks low, as in weighted boxes fusion (Solovyev et al. 2021).
+that overlap are one cell: its mask is the mean of theirs, its class that of the highest sum of scores, and its score is
+the sum of theirs divided by the number of mirror images. So a cell that few of them show ranks low, as in weighted
+boxes fusion (Solovyev et al. 2021).
 """
 
 from collections.abc import Sequence
@@ -77,9 +78,20 @@ def join_cells(detections: Sequence[Cells]) -> Cells:
         crops.append(crop)
         windows.append(window)
     falling, order = torch.stack(scores).sort(descending=True, stable=True)
-    labels = torch.stack([detections[version].labels[i] for (version, i), *_ in groups])
+    labels = torch.stack(
+        [_voted_label([(detections[v].labels[i], detections[v].scores[i]) for v, i in g]) for g in groups]
+    )
     masks = MaskCrops(crops, torch.tensor(windows, dtype=torch.int64), first.size, first.masks.threshold)
     return replace(first, boxes=torch.stack(boxes)[order], scores=falling, labels=labels[order], masks=masks[order])
+
+
+def _voted_label(votes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The class of the highest sum of scores; of equal ones that of the best detection, which comes first."""
+    sums: dict[int, float] = {}
+    for label, score in votes:
+        sums[int(label)] = sums.get(int(label), 0.0) + float(score)
+    best = max(sums, key=sums.__getitem__)
+    return torch.full_like(votes[0][0], best)
 
 
 def _groups(detections: Sequence[Cells]) -> list[list[tuple[int, int]]]:

@@ -286,7 +286,11 @@ class _Run:
             for number, name in enumerate(names, 1):
                 if name in self.names:
                     raise ValueError(f"page {number} would have the same names of results as another file, {name}")
-        stack = _Stack(item, self.settings, self.output, pages)
+        classes = self.network.classes
+        kinds = settings.kinds
+        if len(classes) > 1 and "labels" in kinds and "classes" not in kinds:  # a label image tells no class
+            kinds = (*kinds, "classes")
+        stack = _Stack(item, kinds, settings.stack, self.output, pages)
         former: list[str] | None = None
         for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
             cells = self._predict_page(page, record, f"{item.path.name}", bar)
@@ -299,6 +303,8 @@ class _Run:
                 tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
                 number if len(pages) > 1 else 0,
                 _position(page),
+                classes.names if len(classes) > 1 else Result.category_names,
+                classes.shown_colours(),
                 scratch=self.output,
             )
             if former is None:
@@ -401,14 +407,14 @@ class _Run:
 class _Stack:
     """The files of a stack that hold all its pages; none where the file is no stack, or its pages differ in size."""
 
-    def __init__(self, item: Input, settings: Settings, output: Path, pages: list[Page]) -> None:
+    def __init__(self, item: Input, kinds: Sequence[str], stack: str, output: Path, pages: list[Page]) -> None:
         self.target = output / item.name
         sizes = {page.pixels.shape[:2] for page in pages}
         joined: tuple[str, ...] = ()
-        if len(pages) > 1 and len(sizes) == 1 and settings.stack != "pages":
-            joined = KINDS_OF_STACKS if settings.stack == "one" else ("labels",)
-        self.kinds = [kind for kind in settings.kinds if kind in joined]
-        self.kinds_of_pages = [kind for kind in settings.kinds if kind not in joined]
+        if len(pages) > 1 and len(sizes) == 1 and stack != "pages":
+            joined = KINDS_OF_STACKS if stack == "one" else ("labels", "classes")  # which belong together
+        self.kinds = [kind for kind in kinds if kind in joined]
+        self.kinds_of_pages = [kind for kind in kinds if kind not in joined]
         self.results: list[Result] = []
         self.labels: LabelStack | None = None
         if "labels" in self.kinds:

@@ -20,6 +20,7 @@ from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.modeling import KeypointGraphNet, Peaks
 from kg_detectron.modeling.backbone import STRIDES
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
+from kg_detectron.modeling.segmentation_branch import Segmented
 from kg_detectron.modeling.trunk import SCALES
 
 # Parts of the image begin at multiples of it. The largest stride would do for the maps; twice that lets the edges of
@@ -148,7 +149,7 @@ def detect_tiled(
 
     crops: list[Any] = [None] * len(boxes)
     places = torch.zeros(len(boxes), 4, dtype=torch.long)
-    blur = torch.zeros_like(scores)
+    blur, labels = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.long)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
     for done, core in enumerate(tiles, len(tiles) + 1):
         inside = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1)
@@ -156,14 +157,15 @@ def detect_tiled(
         large = longest[cells] > overlap
         for together in (cells[~large], *cells[large].split(1)):
             if len(together):
-                masks, blur_of_masks = network.masks(boxes[together])
+                (masks, labels_of_masks), blur_of_masks = network.masks(boxes[together])
                 blur[together] = blur_of_masks.to(blur)
+                labels[together] = labels_of_masks.to(labels)
                 places[together] = masks.windows
                 for cell, crop in zip(together.tolist(), masks.crops, strict=True):
                     crops[cell] = crop
         progress(done, steps)
     masks = MaskCrops(crops, places, image.shape[:2], model.segmentation.settings.mask_threshold)
-    return replace(model.finish(boxes, scores, masks, blur), notes=tuple(notes))
+    return replace(model.finish(boxes, scores, Segmented(masks, labels), blur), notes=tuple(notes))
 
 
 class _LocalNetwork:
@@ -208,8 +210,8 @@ class _LocalNetwork:
         inside = ((place >= first) & (place < last)).all(1)
         return Peaks(peaks[inside], scores[inside], displacements[inside])
 
-    def masks(self, boxes: Tensor) -> tuple[MaskCrops, Tensor]:
-        """The masks of boxes (R,4), input pixels, that lie close together, and the `CellRanking.blur` (R,) of each."""
+    def masks(self, boxes: Tensor) -> tuple[Segmented, Tensor]:
+        """Masks and classes of boxes (R,4), input pixels, that lie close together; `CellRanking.blur` (R,) of each."""
         margin = math.ceil(self.model.segmentation.settings.mask_margin)
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation.settings.cut_from == "features":
@@ -226,13 +228,15 @@ class _LocalNetwork:
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
         pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1).cumsum(0)
         _, counts = (pixels / CROP_PIXELS).long().unique_consecutive(return_counts=True)
-        crops, windows, blurs = [], [], []
+        crops, windows, blurs, labels = [], [], [], []
         for part in (boxes - origin.to(boxes)).split(counts.tolist()):
-            (masks,) = self.model.segmentation.predict_masks(maps, [part], [size])
+            ((masks, labels_of_part),) = self.model.segmentation.predict_cells(maps, [part], [size])
             crops += _compact(masks.crops, threshold, self.image.scale)
             windows.append(masks.windows + origin)
             blurs.append(self.model.ranking.blur(masks))
-        return MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold), torch.cat(blurs)
+            labels.append(labels_of_part)
+        masks = MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold)
+        return Segmented(masks, torch.cat(labels)), torch.cat(blurs)
 
     def _features(self, places: Sequence[Window | None]) -> list[Any]:
         """c0..c4, each on a window of its own, or None; that of c4 holds the others."""

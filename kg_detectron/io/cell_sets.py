@@ -4,8 +4,8 @@ Ground truth comes from label images or a COCO dataset. Predictions come from ei
 of detections), or from one COCO file an image. H, W: height and width in pixels.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.cells.run_lengths import RLE
 from kg_detectron.cells.separation import connected_pieces
+from kg_detectron.io.class_tables import read_class_table
 from kg_detectron.io.coco import instance, read_coco, read_json
 from kg_detectron.io.labels import LABEL_SUFFIXES, read_label_image
 
 LABELS_ENDING = "_labels"  # of the names of label images, before the suffix
 COCO_ENDING = "_coco.json"  # of the names of COCO files of one image
+CLASSES_ENDING = "_classes.csv"  # of the names of the tables with the classes of a label image
 _NAMED = 5  # images that a message names
 _PIECE = 0.05  # of the area of the largest piece, from which another counts as a cell of a foreground mask
 
@@ -35,6 +37,8 @@ class ImageCells:
         boxes: (R, 4) xyxy, as the file gives them; of label images the pixels' extent, x2 the last pixel + 1.
         masks: R compressed run-length encodings.
         scores: (R,), or None where the file has none.
+        classes: the name of the class of each, "" where it is not known; None where the file has no classes.
+        categories: the name of each ``category_id`` of a COCO file.
     """
 
     name: str
@@ -43,6 +47,8 @@ class ImageCells:
     boxes: NDArray[np.float64]
     masks: list[RLE]
     scores: NDArray[np.float64] | None
+    classes: tuple[str, ...] | None = None
+    categories: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def from_labels(cls, labels: np.ndarray, name: str = "") -> "ImageCells":
@@ -79,7 +85,8 @@ def read_cells(path: str | Path) -> list[ImageCells]:
     Args:
         path: a COCO dataset (JSON with images and annotations), or a folder. Of a folder, at any depth, the first of
             these counts that there is: files ``NAME_coco.json``, COCO datasets of the image NAME; label images
-            ``NAME_labels.tif`` or ``.png``; all TIFF and PNG files, label images.
+            ``NAME_labels.tif`` or ``.png``; all TIFF and PNG files, label images. Beside a label image the table
+            ``NAME_classes.csv`` tells the class of each number, see `ClassTables`.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -183,9 +190,14 @@ class ForegroundMaskError(ValueError):
 def _label_cells(file: Path, name: str) -> ImageCells:
     labels = read_label_image(file)
     try:
-        return ImageCells.from_labels(labels, name)
+        cells = ImageCells.from_labels(labels, name)
     except ForegroundMaskError as error:
         raise ValueError(f"{file}: {error}") from None
+    table = file.with_name(file.stem.removesuffix(LABELS_ENDING) + CLASSES_ENDING)
+    if not table.is_file():
+        return cells
+    classes = read_class_table(table)
+    return replace(cells, classes=tuple(classes.get(int(number), "") for number in np.unique(labels[labels > 0])))
 
 
 def _only_image(file: Path, name: str) -> ImageCells:
@@ -206,6 +218,7 @@ def _dataset_cells(file: Path) -> list[ImageCells]:
                 f"{file}: annotation {crowd['id']} is a crowd; the figures need one annotation a cell "
                 "(kg-detectron convert --crowds cells takes every crowd as one cell)"
             )
+    categories = dict(zip(dataset.category_ids, dataset.category_names, strict=True))
     return [
         _image_cells(
             file,
@@ -213,6 +226,7 @@ def _dataset_cells(file: Path) -> list[ImageCells]:
             record["image_id"],
             (record["height"], record["width"]),
             record["annotations"],
+            categories,
         )
         for record in dataset.records
     ]
@@ -236,17 +250,23 @@ def _result_cells(
             unknown[str(id)] = None
             continue
         try:
-            cells.setdefault(id, []).append(instance(result, *images[id].size, for_evaluation=True))
+            cell = instance(result, *images[id].size, for_evaluation=True)
+            cells.setdefault(id, []).append(cell | {"category_id": result.get("category_id")})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     by_id: dict[int | str | None, ImageCells] = {}
     for id, entries in cells.items():
-        by_id[id] = _image_cells(file, images[id].name, id, images[id].size, entries)
+        by_id[id] = _image_cells(file, images[id].name, id, images[id].size, entries, images[id].categories)
     return by_id, list(unknown)
 
 
 def _image_cells(
-    file: Path, name: str, image_id: int | str | None, size: tuple[int, int], cells: Sequence[dict[str, Any]]
+    file: Path,
+    name: str,
+    image_id: int | str | None,
+    size: tuple[int, int],
+    cells: Sequence[dict[str, Any]],
+    categories: Mapping[int, str],
 ) -> ImageCells:
     """The checked cells of one image, as `instance` gives them for an evaluation."""
     scores = [cell["score"] for cell in cells if cell["score"] is not None]
@@ -254,7 +274,10 @@ def _image_cells(
         raise ValueError(f"{file}: {name}: {len(scores)} of {len(cells)} cells have a score, expected all or none")
     boxes = np.array([cell["given_box"] for cell in cells], dtype=np.float64).reshape(-1, 4)
     masks = [cell["segmentation"] for cell in cells]
-    return ImageCells(name, image_id, size, boxes, masks, np.array(scores, np.float64) if scores else None)
+    ids = [cell["category_id"] for cell in cells]
+    classes = tuple(categories.get(id, "") if isinstance(id, int) else "" for id in ids) if categories else None
+    ranking = np.array(scores, np.float64) if scores else None
+    return ImageCells(name, image_id, size, boxes, masks, ranking, classes, categories)
 
 
 def _is_unique(names: Iterable[str]) -> bool:

@@ -1,5 +1,6 @@
 """Whole datasets as COCO JSON, read and written in this module alone. H, W: height and width in pixels."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ _EDGE_TOLERANCE = 0.01  # pixels beyond the image: rounded decimals
 _DERIVED = ("bbox", "area", "iscrowd")  # keys of an annotation that follow from the others
 
 # The keys of an annotation that a training cannot do without, and those that an evaluation cannot.
-_TRAINING_KEYS = ("image_id", "category_id", "segmentation")
+_TRAINING_KEYS = ("image_id", "segmentation")
 _EVALUATION_KEYS = ("image_id", "segmentation", "bbox")
 
 
@@ -38,8 +39,9 @@ class CocoDataset:
     Attributes:
         records: one dict an image, Detectron2's "standard dataset dict": ``file_name``, ``image_id``, ``height``,
             ``width`` and ``annotations``, a list of dicts ``bbox`` ([x, y, width, height] in pixels, the tight box of
-            the mask), ``segmentation`` (`RLE`), ``category_id`` (contiguous, from 0), ``iscrowd``, and ``id`` where the
-            file has one. (Detectron2 wants ``bbox_mode`` too, a type of its own; ``kg_detectron.d2`` adds it.)
+            the mask), ``segmentation`` (`RLE`), ``category_id`` (contiguous, from 0; None where it is not known),
+            ``iscrowd``, and ``id`` where the file has one. (Detectron2 wants ``bbox_mode`` too, a type of its own;
+            ``kg_detectron.d2`` adds it.)
         category_names: the name of every ``category_id``.
         category_ids: what the file calls every ``category_id``, rising.
     """
@@ -138,13 +140,14 @@ def rle_annotation(
     *,
     image_id: int,
     annotation_id: int,
-    category_id: int = 1,
+    category_id: int | None = 1,
     box: Sequence[float] | None = None,
     score: float | None = None,
 ) -> dict[str, Any]:
     """`coco_annotation` of a mask that is encoded already.
 
     Args:
+        category_id: None for a cell whose category is not known.
         box: (x1, y1, x2, y2) to write instead of the mask's tight box; an empty mask needs one.
         score: of a detection.
     """
@@ -205,6 +208,7 @@ def rewrite(
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
+    file_id: dict[int | None, int | None] = {None: None, **dict(enumerate(dataset.category_ids))}
     for record in dataset.records:
         file_name = Path(os.path.abspath(record["file_name"])).relative_to(os.path.abspath(folder)).as_posix()
         images.append(
@@ -215,13 +219,13 @@ def rewrite(
                 cell["segmentation"],
                 image_id=record["image_id"],
                 annotation_id=number,
-                category_id=1 if category else dataset.category_ids[cell["category_id"]],
+                category_id=1 if category else file_id[cell["category_id"]],
             )
             for number, cell in enumerate(
                 (cell for cell in record["annotations"] if not cell["iscrowd"]), start=len(annotations) + 1
             )
         ]
-    used = {annotation["category_id"] for annotation in annotations}
+    used = {annotation["category_id"] for annotation in annotations} - {None}
     categories = [
         {"id": id, "name": name}
         for id, name in zip(dataset.category_ids, dataset.category_names, strict=True)
@@ -234,9 +238,9 @@ def rewrite(
 def write_split(
     dataset: str | Path,
     split: str,
-    samples: Iterable[tuple[str, np.ndarray, Iterable[np.ndarray]]],
+    samples: Iterable[tuple[Any, ...]],
     *,
-    category: str,
+    category: str | Sequence[str],
     description: str,
 ) -> list[int]:
     """Write one split of a dataset as ``dataset/split/*.png`` and ``dataset/instances_<split>.json``.
@@ -248,8 +252,8 @@ def write_split(
         dataset: folder of the dataset; made where absent.
         split: ``train``, ``val`` or ``test``.
         samples: one after the other, a name without ending, the image (H, W, 3) BGR in 0..255 or, kept as it is,
-            uint16, and the cells' masks (H, W) bool.
-        category: name of the only category, of id 1.
+            uint16, and the cells' masks (H, W) bool; of several categories, the index of each cell's as well.
+        category: name of the only category, of id 1; or those of several, of ids 1, 2, ...
         description: what the dataset is, its licence included.
 
     Returns:
@@ -264,7 +268,8 @@ def write_split(
     images: list[dict] = []
     annotations: list[dict] = []
     counts: list[int] = []
-    for image_id, (name, image, masks) in enumerate(samples, start=1):
+    names = [category] if isinstance(category, str) else list(category)
+    for image_id, (name, image, masks, *rest) in enumerate(samples, start=1):
         if image.dtype == np.uint16:
             is_grey = (image == image[..., :1]).all()
             (folder / f"{name}.png").write_bytes(cv2.imencode(".png", image[..., 0] if is_grey else image)[1].tobytes())
@@ -273,10 +278,13 @@ def write_split(
         height, width = image.shape[:2]
         images.append({"id": image_id, "file_name": f"{name}.png", "height": height, "width": width})
         first = len(annotations)
+        kinds = iter(rest[0] if rest else itertools.repeat(0))
         for mask in masks:
-            annotations.append(coco_annotation(mask, image_id=image_id, annotation_id=len(annotations) + 1))
+            number = len(annotations) + 1
+            kind = 1 + next(kinds)
+            annotations.append(coco_annotation(mask, image_id=image_id, annotation_id=number, category_id=kind))
         counts.append(len(annotations) - first)
-    categories = [{"id": 1, "name": category}]
+    categories = [{"id": id, "name": name} for id, name in enumerate(names, start=1)]
     write_coco(Path(dataset) / f"instances_{split}.json", images, annotations, categories, description)
     return counts
 
@@ -323,8 +331,9 @@ def read_coco(
         image_root: the folder that the images' file names start from; None leaves the names as they are and asks
             for no file.
         for_evaluation: read the cells as an evaluation needs them: image ids may be text; annotations need neither ids
-            nor categories; their boxes stay as they are, under ``given_box`` (x1, y1, x2, y2), and need not be those of
-            their masks; ``score`` is there where the file has one.
+            nor categories, and ``category_id`` is as the file has it; their boxes stay as they are, under
+            ``given_box`` (x1, y1, x2, y2), and need not be those of their masks; ``score`` is there where the file has
+            one.
 
     Raises:
         ValueError: corrupt JSON, or no JSON object.
@@ -334,7 +343,13 @@ def read_coco(
     faults: list[Fault] = []
     id_types = (int, str) if for_evaluation else (int,)
     images = _by_id(data, "images", ("file_name", "height", "width"), id_types, faults)
-    categories = {} if for_evaluation else _by_id(data, "categories", ("name",), (int,), faults)
+    categories: dict[int, dict | None]
+    if for_evaluation:  # no fault of theirs matters
+        named = [one for one in data.get("categories") or () if isinstance(one, dict) and "name" in one]
+        categories = {one["id"]: one for one in named if isinstance(one.get("id"), int)}
+    else:
+        categories = _by_id(data, "categories", ("name",), (int,), faults)
+        faults += _double_names(categories)
     records: dict[int | str, dict | None] = {}  # None: known, and faulty
     for id, image in images.items():
         records[id] = None
@@ -342,15 +357,18 @@ def read_coco(
             records[id] = image and _image_record(image, None if image_root is None else Path(image_root))
     category_ids = sorted(categories)
     contiguous = {id: index for index, id in enumerate(category_ids)}
-    for where, annotation in _annotations(data, _EVALUATION_KEYS if for_evaluation else _TRAINING_KEYS, faults):
+    required = _EVALUATION_KEYS if for_evaluation else _TRAINING_KEYS
+    for where, annotation in _annotations(data, required, faults, needs_id=not for_evaluation):
         if not for_evaluation:
-            absent = [key for key in _DERIVED if key not in annotation]
+            absent = [key for key in (*_DERIVED, "category_id") if key not in annotation]
             if absent:
                 text = f"missing key {', '.join(map(repr, absent))}"
                 faults.append(Fault(fault.INCOMPLETE, where, text, "kg-detectron convert adds it"))
         with _collected(faults, where):
             record = _known(records, annotation["image_id"], "image_id")
-            category_id = 0 if for_evaluation else _known(contiguous, annotation["category_id"], "category_id")
+            category_id = annotation.get("category_id")
+            if category_id is not None and not for_evaluation:
+                category_id = _known(contiguous, category_id, "category_id")
             if record is not None:
                 cell = instance(annotation, record["height"], record["width"], for_evaluation=for_evaluation)
                 record["annotations"].append(cell | {"category_id": category_id})
@@ -478,9 +496,21 @@ def _by_id(
     return by_id
 
 
-def _annotations(data: dict, required: Iterable[str], faults: list[Fault]) -> Iterator[tuple[str, dict]]:
+def _double_names(categories: dict[int, dict | None]) -> Iterator[Fault]:
+    """Categories of one name, which nothing can tell apart."""
+    known: dict[str, int] = {}
+    for id in sorted(categories):
+        name = str((categories[id] or {}).get("name")).strip()
+        first = known.setdefault(name, id)
+        if first != id:
+            text = f"the categories {first} and {id} are both called {name!r}, expected different names"
+            yield Fault(fault.CATEGORY_NAMES, "", text, "kg-detectron convert --merge-categories makes them one")
+
+
+def _annotations(
+    data: dict, required: Iterable[str], faults: list[Fault], *, needs_id: bool
+) -> Iterator[tuple[str, dict]]:
     """The annotations that have all required keys, each with what messages call it."""
-    needs_id = "category_id" in required
     seen: set[int] = set()
     for index, entry in enumerate(_listed(data, "annotations", faults)):
         where = f"annotations[{index}]"

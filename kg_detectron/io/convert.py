@@ -9,11 +9,14 @@ import numpy as np
 import tifffile
 from tqdm import tqdm
 
+from kg_detectron.cells.run_lengths import as_text, encode_mask
 from kg_detectron.io import fault
 from kg_detectron.io.atomic import replacing
+from kg_detectron.io.class_tables import ClassTables
 from kg_detectron.io.coco import CocoDataset, read_coco, rewrite
 from kg_detectron.io.dataset_check import (
     Choice,
+    PairContent,
     cell_faults,
     dataset_faults,
     image_faults,
@@ -22,9 +25,12 @@ from kg_detectron.io.dataset_check import (
     swapped_faults,
 )
 from kg_detectron.io.fault import Fault, fatal
-from kg_detectron.io.images import read_image
+from kg_detectron.io.finding import Pair
+from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
 from kg_detectron.io.layouts import find_training_pairs
+from kg_detectron.io.qupath import GEOJSON, read_geojson
 
+BY_FOLDER = "folders"
 CROWDS = ("refuse", "cells", "leave-out")
 _NAMED = 3  # faults that the message names
 
@@ -44,6 +50,7 @@ def convert(
     *,
     layout: str | None = None,
     category: str = "cell",
+    classes: str | Path | None = None,
     choice: Choice | None = None,
 ) -> Conversion:
     """Write images and masks as a COCO dataset with run-length encoded masks.
@@ -57,6 +64,8 @@ def convert(
             cells.
         output: the JSON file; an existing one is replaced.
         category: name of the only category, of id 1.
+        classes: what tells the class of each cell, whose categories then have the ids 1, 2, ... by name: a table, see
+            `ClassTables`, or "folders", where `masks` holds a folder of masks for each class, called as the class.
         choice: what of the files to read.
 
     Raises:
@@ -68,36 +77,166 @@ def convert(
     choice = choice or Choice()
     output = Path(output)
     root = _checked_folder(output, images)
-    pairs, faults, layout = find_training_pairs(images, masks, layout)
+    tables = None if classes in (None, BY_FOLDER) else ClassTables(classes or "")
+    if classes == BY_FOLDER:
+        labelled, faults, layout = _pairs_of_classes(images, masks, layout)
+    else:
+        pairs, faults, layout = find_training_pairs(images, masks, layout)
+        labelled = [[(None, pair)] for pair in pairs]
+    if tables is not None and layout != "labels":
+        raise ValueError(f"classes: {classes} numbers the cells of label images, but the layout is {layout!r}")
     records: list[dict] = []
     seen: dict[str, Path] = {}
     swapped = 0
-    for image_id, pair in enumerate(tqdm(pairs, desc="converting", unit="image", disable=None, leave=False), start=1):
-        content = read_pair(pair, layout, choice)
-        swapped += content.is_swapped
-        faults += content.faults
-        if content.image is None:
+    for image_id, parts in enumerate(tqdm(labelled, desc="converting", unit="image", disable=None, leave=False), 1):
+        contents = [(name, read_pair(pair, layout, choice)) for name, pair in parts]
+        pair, image = parts[0][1], contents[0][1].image
+        swapped += any(content.is_swapped for _, content in contents)
+        more = [one for _, content in contents for one in content.faults]
+        if classes == BY_FOLDER:  # an image need not have cells of each class
+            more = [one for one in more if one.kind != fault.NO_CELL]
+        faults += list(dict.fromkeys(more))
+        if image is None:
             continue
-        faults += image_faults(pair.image, content.image, seen, None)
-        height, width = content.image.shape[:2]
-        file_name = root / pair.image.relative_to(images)
+        faults += image_faults(pair.image, image, seen, None)
+        height, width = image.shape[:2]
+        cells = [
+            (rle, name)
+            for of_class, content in contents
+            for rle, name in zip(
+                (rle for crops in content.cells for rle in crops.rle()),
+                _class_names(of_class, content, tables, pair.name),
+                strict=True,
+            )
+        ]
         records.append(
             {
-                "file_name": _plain_file(file_name, pair.name, content.image, choice, output, write=not fatal(faults)),
+                "file_name": _plain_file(
+                    root / pair.image.relative_to(images), pair.name, image, choice, output, write=not fatal(faults)
+                ),
                 "image_id": image_id,
                 "height": height,
                 "width": width,
-                "annotations": [
-                    {"segmentation": rle, "category_id": 0, "iscrowd": 0}
-                    for cells in content.cells
-                    for rle in cells.rle()
-                ],
+                "annotations": [{"segmentation": rle, "category": name, "iscrowd": 0} for rle, name in cells],
             }
         )
-    faults = swapped_faults(images, images if masks is None else masks, len(pairs), swapped) + faults
+    faults = swapped_faults(images, images if masks is None else masks, len(labelled), swapped) + faults
     _refuse(faults)
-    dataset = CocoDataset(records, [category], [1])
-    counts = rewrite(dataset, output, output.parent, f"converted from the layout {layout!r}", category=category)
+    description = f"converted from the layout {layout!r}"
+    counts = _write(records, output, description, None if classes else category)
+    return Conversion(*counts, faults)
+
+
+def _pairs_of_classes(
+    images: str | Path, masks: str | Path | None, layout: str | None
+) -> tuple[list[list[tuple[str | None, Pair]]], list[Fault], str]:
+    """The pairs of each image, by the class whose folder they are in; images that no folder has are faults."""
+    folders = sorted(folder for folder in Path(masks or "").iterdir() if folder.is_dir()) if masks else []
+    if not folders:
+        raise ValueError(f"{masks}: expected a folder with a folder of masks for each class, got none")
+    by_image: dict[str, list[tuple[str | None, Pair]]] = {}
+    faults: dict[Fault, int] = {}
+    layouts = set()
+    for folder in folders:
+        pairs, more, found = find_training_pairs(images, folder, layout)
+        layouts.add(found)
+        for pair in pairs:
+            by_image.setdefault(pair.name, []).append((folder.name, pair))
+        for one in more:
+            faults[one] = faults.get(one, 0) + 1
+    if len(layouts) > 1:
+        raise ValueError(f"{masks}: its folders are of different layouts, {', '.join(sorted(layouts))}")
+    with_masks = {str(parts[0][1].image) for parts in by_image.values()}
+    lacking = [one for one in faults if one.kind != fault.NO_PARTNER or one.where not in with_masks]
+    return [by_image[name] for name in sorted(by_image)], lacking, layouts.pop()
+
+
+def _class_names(of_class: str | None, content: PairContent, tables: ClassTables | None, name: str) -> list[str | None]:
+    """The class of each cell of a pair, None where it is not known."""
+    count = sum(map(len, content.cells))
+    if tables is None:
+        return [of_class] * count
+    classes = tables.of_image(name)
+    absent = sorted(classes.keys() - set(content.numbers))
+    if absent:
+        raise ValueError(f"{tables.path}: {name}: its label image has no cell {absent[0]}")
+    return [classes.get(number) for number in content.numbers]
+
+
+def _write(records: list[dict], output: Path, description: str, category: str | None) -> tuple[int, int]:
+    """Write records whose cells name their ``category``; of the single category where one is given.
+
+    Raises:
+        ValueError: no cell has a class.
+    """
+    cells = [cell for record in records for cell in record["annotations"]]
+    names = [category] if category else sorted({cell["category"] for cell in cells} - {None})
+    if not names:
+        raise ValueError(f"{output}: expected the class of at least one cell, got none")
+    for cell in cells:
+        name = cell.pop("category")
+        cell["category_id"] = 0 if category else None if name is None else names.index(name)
+    dataset = CocoDataset(records, names, list(range(1, len(names) + 1)))
+    return rewrite(dataset, output, output.parent, description, category=category)
+
+
+def convert_geojson(
+    images: str | Path, outlines: str | Path, output: str | Path, *, choice: Choice | None = None
+) -> Conversion:
+    """Write images and the GeoJSON of their cells, as QuPath exports it, as a COCO dataset; see `convert`.
+
+    Args:
+        images: folder of the images.
+        outlines: folder of files ``NAME.geojson``, each of the image NAME; see `read_geojson`. Where no cell has a
+            classification, all are of the category "cell".
+        output, choice: as for `convert`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `convert` and `read_geojson` do; files without partner.
+    """
+    choice = choice or Choice()
+    output = Path(output)
+    root = _checked_folder(output, images)
+    files = {
+        file.relative_to(outlines).with_suffix("").as_posix(): file for file in Path(outlines).rglob("*" + GEOJSON)
+    }
+    pictures = {
+        file.relative_to(images).with_suffix("").as_posix(): file
+        for file in sorted(Path(images).rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    }
+    faults = [
+        Fault(fault.NO_PARTNER, str({**files, **pictures}[name]), f"there is no {what} of it in {folder}")
+        for names, what, folder in (
+            (files.keys() - pictures.keys(), "image", images),
+            (pictures.keys() - files.keys(), f"file *{GEOJSON}", outlines),
+        )
+        for name in sorted(names)
+    ]
+    _refuse(faults)
+    records: list[dict] = []
+    seen: dict[str, Path] = {}
+    for image_id, name in enumerate(sorted(files), start=1):
+        image = choice.read_image(pictures[name])
+        faults += image_faults(pictures[name], image, seen, None)
+        _refuse(faults)
+        size = (image.shape[0], image.shape[1])
+        annotations = [
+            {"segmentation": as_text(encode_mask(cell.mask)), "category": cell.category, "iscrowd": 0}
+            for cell in read_geojson(files[name], size)
+        ]
+        file = root / pictures[name].relative_to(images)
+        records.append(
+            {
+                "file_name": _plain_file(file, name, image, choice, output, write=True),
+                "image_id": image_id,
+                "height": size[0],
+                "width": size[1],
+                "annotations": annotations,
+            }
+        )
+    classified = any(cell["category"] for record in records for cell in record["annotations"])
+    counts = _write(records, output, "converted from GeoJSON", None if classified else "cell")
     return Conversion(*counts, faults)
 
 
@@ -136,6 +275,8 @@ def convert_coco(
     output, image_root = Path(output), Path(json_file).parent if image_root is None else Path(image_root)
     root = _checked_folder(output, image_root)
     dataset, faults = read_coco(json_file, root)
+    if merge_categories:
+        faults = [one for one in faults if one.kind != fault.CATEGORY_NAMES]
     for record in dataset.records:
         if crowds == "cells":
             record["annotations"] = [cell | {"iscrowd": 0} for cell in record["annotations"]]
@@ -158,7 +299,9 @@ def convert_coco(
             name = file.relative_to(root).with_suffix("").as_posix()
             record["file_name"] = _plain_file(file, name, image, choice, output, write=not fatal(faults))
     _refuse(faults)
-    used = {cell["category_id"] for record in dataset.records for cell in record["annotations"]}
+    used = {cell["category_id"] for record in dataset.records for cell in record["annotations"]} - {None}
+    if category is not None and len(used) > 1 and not merge_categories:
+        raise ValueError(f"category: {category!r} would name one of {len(used)}; expected merge_categories with it")
     if merge_categories or len(used) < 2:
         names = [dataset.category_names[index] for index in used] if len(used) == 1 else ["cell"]
         category = category or names[0]

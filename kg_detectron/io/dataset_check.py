@@ -75,12 +75,14 @@ class PairContent:
         cells: the masks, in the order of their labels or files.
         faults: all that is wrong. Masks that cannot be read, are empty or of another size are not among the cells.
         is_swapped: the image looks like a label image, and the label image does not.
+        numbers: of the cells in their label images, in the same order; none of files of one cell each.
     """
 
     image: np.ndarray | None
     cells: list[MaskCrops]
     faults: list[Fault]
     is_swapped: bool
+    numbers: tuple[int, ...] = ()
 
 
 def check_masks(
@@ -170,16 +172,17 @@ def read_pair(pair: Pair, layout: str, choice: Choice) -> PairContent:
         faults.append(_unreadable(pair.image, error))
     cells: list[MaskCrops] = []
     is_swapped = False
+    numbers: list[int] = []
     if layout == "labels":
         for file in pair.masks:
-            more = _label_image_cells(file, image, choice, cells)
+            more = _label_image_cells(file, image, choice, cells, numbers)
             faults += more
             is_swapped = any(one.kind in (fault.NO_LABELS, fault.UNREADABLE) for one in more) and _may_be_labels(image)
     else:
         encoded: dict[str, Path] = {}
         for file in pair.masks:
             faults += _cell_file_cells(file, image, cells, encoded)
-    return PairContent(image, cells, faults, is_swapped)
+    return PairContent(image, cells, faults, is_swapped, tuple(numbers))
 
 
 def swapped_faults(images: str | Path, masks: str | Path, pairs: int, swapped: int) -> list[Fault]:
@@ -220,8 +223,10 @@ def image_faults(
         yield Fault(fault.LEVELS, str(file), text, "train with INPUT.NORMALISATION percentile", severity)
 
 
-def _label_image_cells(file: Path, image: np.ndarray | None, choice: Choice, cells: list[MaskCrops]) -> list[Fault]:
-    """The cells of a label image are added to `cells`; the result is what is wrong with it."""
+def _label_image_cells(
+    file: Path, image: np.ndarray | None, choice: Choice, cells: list[MaskCrops], numbers_of_cells: list[int]
+) -> list[Fault]:
+    """The cells of a label image are added to `cells`, and their numbers; the result is what is wrong with it."""
     try:
         labels = choice.read_labels(file)
     except (ValueError, OSError) as error:
@@ -245,6 +250,7 @@ def _label_image_cells(file: Path, image: np.ndarray | None, choice: Choice, cel
             return [*faults, Fault(fault.NO_CELL, str(file), "there is no cell in it")]
     crops = MaskCrops.from_label_image(labels)
     cells.append(crops)
+    numbers_of_cells += numbers.tolist()
     try:
         refuse_foreground_mask(labels, len(numbers))
     except ForegroundMaskError as error:
@@ -350,13 +356,19 @@ def dataset_faults(dataset: CocoDataset, json_file: str | Path) -> list[Fault]:
         remedy = "kg-detectron convert --crowds cells takes every one as a cell, --crowds leave-out none"
         faults.append(Fault(fault.CROWD, where, text, remedy))
     counts = Counter(cell["category_id"] for cell in cells)
+    unstated = counts.pop(None, 0)
     if len(counts) > 1:
         named = ", ".join(f"{dataset.category_names[index]} ({counts[index]})" for index in sorted(counts))
-        text = f"its annotations are of {len(counts)} categories, {named}; the models know one class of cells"
+        text = f"its annotations are of {len(counts)} categories, {named}, which a model learns to tell apart"
         faults.append(Fault(fault.CATEGORIES, where, text, "kg-detectron convert --merge-categories makes them one"))
-    elif counts and len(dataset.category_ids) > 1:
-        unused = [name for index, name in enumerate(dataset.category_names) if index not in counts]
-        text = f"no annotation is of the category {', '.join(unused[:_NAMED])}; the models know one class of cells"
+    if unstated and len(dataset.category_ids) > 1:
+        text = (
+            f"{unstated} of {len(cells)} annotations have no category: a training learns to find them, not their class"
+        )
+        faults.append(Fault(fault.NO_CATEGORY, where, text))
+    unused = [name for index, name in enumerate(dataset.category_names) if index not in counts]
+    if counts and unused:
+        text = f"no annotation is of the category {', '.join(unused[:_NAMED])}, which no training can learn"
         faults.append(Fault(fault.UNUSED_CATEGORY, where, text, "kg-detectron convert leaves it out"))
     if any(cell["id"] == 0 for cell in cells):
         text = "an annotation has the id 0, which COCO's evaluation takes for a missed cell"

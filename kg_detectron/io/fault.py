@@ -45,6 +45,8 @@ DUPLICATE_ID = "duplicate id"
 ID_ZERO = "annotation id 0"
 UNKNOWN_ID = "unknown image or category"
 CATEGORIES = "several categories"
+CATEGORY_NAMES = "categories of one name"
+NO_CATEGORY = "no category"
 UNUSED_CATEGORY = "unused category"
 CROWD = "crowd annotations"
 FILE_NAME = "refused file name"
@@ -69,6 +71,8 @@ _LESS_THAN_FATAL = {
     DUPLICATE_ID: Severity.HARMLESS,
     ID_ZERO: Severity.HARMLESS,
     UNUSED_CATEGORY: Severity.HARMLESS,
+    CATEGORIES: Severity.NOTE,
+    NO_CATEGORY: Severity.NOTE,
 }
 # Kinds that a COCO file has no more when `coco.rewrite` has written it anew.
 MENDED_BY_REWRITING = frozenset({INCOMPLETE, DUPLICATE_ID, ID_ZERO, UNUSED_CATEGORY})

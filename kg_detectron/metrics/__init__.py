@@ -12,6 +12,7 @@ fractions of 0..1, nan where a figure is not defined.
 """
 
 from kg_detectron.metrics.aji import AreaMetrics
+from kg_detectron.metrics.classes import ClassMetrics
 from kg_detectron.metrics.coco import CocoMetrics
 from kg_detectron.metrics.iou import RLE, ImageResult, box_iou, mask_iou
 from kg_detectron.metrics.matching import DSB_IOUS, MatchingMetrics, match
@@ -21,6 +22,7 @@ __all__ = [
     "DSB_IOUS",
     "RLE",
     "AreaMetrics",
+    "ClassMetrics",
     "CocoMetrics",
     "ImageResult",
     "MatchingMetrics",

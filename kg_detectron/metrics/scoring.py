@@ -11,7 +11,15 @@ import numpy as np
 from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.cell_sets import ImageCells, Pairing, pair_predictions, read_cells
-from kg_detectron.metrics import DSB_IOUS, AreaMetrics, CocoMetrics, ImageResult, MatchingMetrics, PaperMetrics
+from kg_detectron.metrics import (
+    DSB_IOUS,
+    AreaMetrics,
+    ClassMetrics,
+    CocoMetrics,
+    ImageResult,
+    MatchingMetrics,
+    PaperMetrics,
+)
 
 # Every figure, by its place in the result ("t" stands for a threshold), in the order in which they are shown.
 DEFINITIONS = {
@@ -37,6 +45,29 @@ DEFINITIONS = {
 }
 
 
+# Those of several classes, under ``classes``.
+CLASS_DEFINITIONS = {
+    "classes.per_class.c.mask_ap": "the paper's AP of masks of class c alone, at IoU 0.5; classes.mask_ap: mean over"
+    " the classes with a cell",
+    "classes.per_class.c.coco_mask_ap": "COCO's AP of masks of class c alone; classes.coco_mask_ap: mean over the"
+    " classes with a cell",
+    "classes.per_class.c.pq": "panoptic quality of class c from the sums over all images: sum of the IoU of the pairs /"
+    " (TP + FP/2 + FN/2), pairs of masks of the class with IoU > 0.5; sq = sum of IoU / TP,"
+    " rq = TP / (TP + FP/2 + FN/2)",
+    "classes.mpq_plus": "multi-class PQ of CoNIC (mPQ+): mean of pq over the classes with a cell or a detection",
+    "classes.per_class.c.pq_image": "PanNuke's PQ of class c: mean over the images with a cell of it of their own PQ",
+    "classes.mpq": "PanNuke's mPQ: of each image the mean PQ of the classes that its ground truth has, then the mean"
+    " over the images",
+    "classes.bpq": "PanNuke's bPQ: of each image with a cell the PQ of all classes as one, then the mean",
+    "classes.per_class.c.f1_type": "HoVer-Net's F1 of classification: 2 TP_c / (2 TP_c + 2 FP_c + 2 FN_c + FP_d +"
+    " FN_d); pairs have centroids up to 12 pixels apart, with the least sum of distances; TP_c pairs of class c on both"
+    " sides, FP_c, FN_c of class c in the prediction or the truth only; FP_d, FN_d cells of class c without a partner",
+    "classes.f1_detection": "HoVer-Net's F1 of detection: 2 pairs / (2 pairs + detections and cells without a partner)",
+    "classes.type_accuracy": "share of these pairs whose classes agree",
+    "classes.accuracy": "share of the pairs of masks with IoU > 0.5, of any classes, whose classes agree",
+}
+
+
 def evaluate(
     ground_truth: str | Path | np.ndarray | Sequence[np.ndarray],
     predictions: str | Path | np.ndarray | Sequence[np.ndarray],
@@ -46,7 +77,10 @@ def evaluate(
     max_detections: int = 10000,
     only_common: bool = False,
 ) -> dict[str, Any]:
-    """Compare predictions with ground truth. Cells of all categories are taken as one.
+    """Compare predictions with ground truth.
+
+    Cells of all categories are taken as one, but in the figures under ``classes``, which are there where the ground
+    truth has several categories and the predictions have some of them, by their names.
 
     Args:
         ground_truth: what `kg_detectron.io.cell_sets.read_cells` reads: a folder of label images or a COCO JSON; or a
@@ -65,7 +99,7 @@ def evaluate(
         ``images_without_prediction`` (names), ``images_left_out`` (names, by ``ground_truth`` and ``predictions``),
         ``has_scores``, ``min_score``, ``per_image`` (a list of dicts ``name``, ``has_prediction``, ``cells``,
         ``detections`` that count, ``matching``, ``aji``, ``foreground_dice``), ``definitions``, ``kg_detectron`` (its
-        version).
+        version). With several classes ``classes``, see `ClassMetrics.compute`.
 
         Without scores an AP has no ranking to go by, and its value would depend on the order of the files: the APs are
         None. ``mean_mask_iou`` needs a ranking only where two detections overlap one cell by t, and stays.
@@ -132,6 +166,8 @@ def evaluate_cells(
 
     ``name`` is what errors call the predictions.
     """
+    names = _class_names(truths, predictions)
+    by_class = ClassMetrics(names, max_detections=max_detections)
     paper, matching, coco = PaperMetrics(ious), MatchingMetrics(ious), CocoMetrics(max_detections)
     dsb, area = MatchingMetrics(DSB_IOUS), AreaMetrics()
     scored = {image.scores is not None for image in predictions if image is not None and len(image.masks)}
@@ -150,6 +186,8 @@ def evaluate_cells(
         paper.update(*result)
         if has_scores:
             coco.update(*result)
+        if names:
+            _update_classes(by_class, truth, prediction, scores, min_score)
         kept = [mask for mask, score in zip(prediction.masks, scores, strict=True) if score >= min_score]
         counts.append(len(kept))
         for metrics in (matching, dsb, area):
@@ -179,6 +217,12 @@ def evaluate_cells(
             truths, predictions, counts, matching.per_image(), area.per_image(), strict=True
         )
     ]
+    class_figures: dict[str, Any] = {}
+    if names:
+        class_figures["classes"] = by_class.compute()
+        if not has_scores:
+            for figures in (class_figures["classes"], *class_figures["classes"]["per_class"].values()):
+                figures |= {key: math.nan for key in figures if key.endswith(("mask_ap", "mask_ap50"))}
     return _without_nan(
         {
             "paper": paper_figures,
@@ -186,6 +230,7 @@ def evaluate_cells(
             "matching": matching_figures,
             "dsb": {"score": float(np.mean(list(per_threshold.values()))), **per_threshold},
             **area.compute(),
+            **class_figures,
             "images": len(truths),
             "cells": sum(len(truth.masks) for truth in truths),
             "detections": sum(len(image.masks) for image in predictions if image is not None),
@@ -194,10 +239,37 @@ def evaluate_cells(
             "has_scores": has_scores,
             "min_score": min_score,
             "per_image": per_image,
-            "definitions": DEFINITIONS,
+            "definitions": DEFINITIONS | (CLASS_DEFINITIONS if names else {}),
             "kg_detectron": __version__,
         }
     )
+
+
+def _class_names(truths: Sequence[ImageCells], predictions: Sequence[ImageCells | None]) -> list[str]:
+    """The classes of the figures by class; none where a side has no classes, or the two have none in common."""
+    known: list[dict[str, None]] = [{}, {}]
+    for side, images in zip(known, (truths, predictions), strict=True):
+        for image in images:
+            used = set(image.classes or ()) if image is not None else set()
+            in_order = [*image.categories.values(), *sorted(used)] if image is not None else []
+            side.update(dict.fromkeys(name for name in in_order if name in used and name))
+    truth, predicted = known
+    return (
+        [*truth, *(name for name in predicted if name not in truth)]
+        if len(truth) > 1 and truth.keys() & predicted
+        else []
+    )
+
+
+def _update_classes(
+    metrics: ClassMetrics, truth: ImageCells, prediction: ImageCells, scores: np.ndarray, min_score: float
+) -> None:
+    number = {name: index for index, name in enumerate(metrics.names, start=1)}
+    gt_classes = [number.get(name, 0) for name in truth.classes or ("",) * len(truth.masks)]
+    classes = np.array([number.get(name, 0) for name in prediction.classes or ("",) * len(prediction.masks)], np.int64)
+    kept = np.flatnonzero((scores >= min_score) & (classes > 0))
+    masks = [prediction.masks[i] for i in kept]
+    metrics.update(truth.boxes, truth.masks, prediction.boxes[kept], scores[kept], masks, gt_classes, classes[kept])
 
 
 def write_report(path: str | Path, figures: dict[str, Any]) -> None:
@@ -223,13 +295,26 @@ def report(figures: dict[str, Any]) -> str:
         lines.append(f"detections of a score below {figures['min_score']:g} count in the APs only")
     lines.append("")
     values = {name: value for name, value in _flat(figures) if name.split(".")[0] in _SHOWN}
+    values = {name: value for name, value in values.items() if not isinstance(value, list)}
     width = max(map(len, values))
     lines += [f"{name:{width}}  {_number(value)}" for name, value in values.items()]
-    lines += ["", *(f"{name}: {text}" for name, text in DEFINITIONS.items())]
+    if "classes" in figures:
+        lines += ["", *_confusion_lines(figures["classes"])]
+    lines += ["", *(f"{name}: {text}" for name, text in figures["definitions"].items())]
     return "\n".join(lines)
 
 
-_SHOWN = {name.split(".")[0] for name in DEFINITIONS}
+_SHOWN = {name.split(".")[0] for name in (*DEFINITIONS, *CLASS_DEFINITIONS)}
+
+
+def _confusion_lines(classes: dict[str, Any]) -> list[str]:
+    """The confusion matrix as text: a row a true class, a column a predicted one."""
+    rows = [["truth \\ predicted", *classes["names"], "missed"]]
+    names = [*classes["names"], "no cell"]
+    rows += [[name, *map(str, row)] for name, row in zip(names, classes["confusion"], strict=True)]
+    rows[-1][-1] = ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """The networks, their targets and losses, and the way from their maps to cells. Needs PyTorch and torchvision only."""
 
 from kg_detectron.modeling.backbone import BackboneSettings, ResNetC4, build_backbone, register_backbone
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.cornernet.network import CornerNet
 from kg_detectron.modeling.cosine_embedding.network import CosineEmbeddingNet
 from kg_detectron.modeling.dcan.network import DCANNet
@@ -34,6 +35,7 @@ from kg_detectron.modeling.trunk import Trunk, TrunkSettings, build_trunk
 __all__ = [
     "BackboneSettings",
     "CellRanking",
+    "ClassSettings",
     "CornerNet",
     "CosineEmbeddingNet",
     "DCANNet",

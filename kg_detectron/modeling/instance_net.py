@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.modeling.cell_size import estimate_scale
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.precision import autocast, check_precision
 from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing, as_tensor
 from kg_detectron.modeling.scores import Scores
@@ -58,6 +59,9 @@ class InstanceNet(nn.Module, ABC):
     def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
         """Weighted losses, by name.
 
+        A method whose settings have a part ``classes`` takes ``labels`` as well, N tensors (M,) of int64, the class of
+        each cell, 1..K, or 0 where it is not known; it gets them where it has several classes.
+
         Args:
             batch: (N, 3, h, w), the network's input.
             boxes: N tensors (M, 4), xyxy continuous, input pixels.
@@ -77,6 +81,11 @@ class InstanceNet(nn.Module, ABC):
     def preprocessing(self) -> Preprocessing:
         """The preprocessing that this model was trained with."""
         return self.settings.preprocessing
+
+    @property
+    def classes(self) -> ClassSettings:
+        """The classes that `Cells.labels` are of; methods that tell no classes apart have one."""
+        return getattr(self.settings, "classes", ClassSettings())
 
     def with_preprocessing(self, **changes: Any) -> "InstanceNet":
         """Change settings of the preprocessing, in place, and return the model."""
@@ -125,8 +134,9 @@ class InstanceNet(nn.Module, ABC):
         Args:
             images: in training N tensors (3, H, W), BGR, 0..255, sizes may differ. In evaluation raw images, (3, H, W)
                 tensors or (H, W, 3) arrays, BGR, of any type that the normalisation takes.
-            targets: in training, for each image a dict with ``boxes`` (M, 4), xyxy continuous input pixels, and
-                ``masks`` (M, H, W), bool.
+            targets: in training, for each image a dict with ``boxes`` (M, 4), xyxy continuous input pixels,
+                ``masks`` (M, H, W), bool, and where there are several classes ``labels`` (M,) int64, the class of each,
+                1..K, or 0 where it is not known.
 
         Returns:
             In training the losses by name. In evaluation the cells of each image, in its own frame.
@@ -138,7 +148,10 @@ class InstanceNet(nn.Module, ABC):
             return [self.predict_whole(_as_array(image)) for image in images]
         prepared = _checked_images(images)
         boxes, masks = _checked_targets(prepared, targets)
-        return self.losses(self.preprocessing.batch(prepared, self.divisor), boxes, masks)
+        labels: dict[str, Any] = {}
+        if len(self.classes) > 1:
+            labels["labels"] = _checked_labels(targets or (), len(self.classes))
+        return self.losses(self.preprocessing.batch(prepared, self.divisor), boxes, masks, **labels)
 
     def predict_whole(self, image: np.ndarray) -> Cells:
         """The cells of a raw image (H, W, 3), in its frame: all steps, the image at once."""
@@ -188,9 +201,9 @@ class InstanceNet(nn.Module, ABC):
         return self.scores.threshold
 
 
-def cells_of_image(boxes: Tensor, scores: Tensor, masks: MaskCrops) -> Cells:
-    """Cells of one class."""
-    return Cells(boxes, scores, torch.ones_like(scores, dtype=torch.long), masks)
+def cells_of_image(boxes: Tensor, scores: Tensor, masks: MaskCrops, labels: Tensor | None = None) -> Cells:
+    """Cells of the classes ``labels`` (R,), 1..K; of one class by default."""
+    return Cells(boxes, scores, torch.ones_like(scores, dtype=torch.long) if labels is None else labels, masks)
 
 
 def _as_array(image: Tensor | np.ndarray) -> np.ndarray:
@@ -224,3 +237,14 @@ def _checked_targets(
             expected = (len(boxes), *image.shape[1:])
             raise ValueError(f"targets[{i}]['masks']: expected shape {expected}, got {tuple(masks.shape)}")
     return [target["boxes"] for target in targets], [target["masks"] for target in targets]
+
+
+def _checked_labels(targets: Sequence[dict[str, Tensor]], classes: int) -> list[Tensor]:
+    for i, target in enumerate(targets):
+        labels = target.get("labels")
+        if labels is None or labels.shape != (len(target["boxes"]),) or labels.is_floating_point():
+            got = None if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"targets[{i}]['labels']: expected integers ({len(target['boxes'])},), got {got}")
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= classes):
+            raise ValueError(f"targets[{i}]['labels']: expected classes of 0..{classes}, got {labels.tolist()[:8]}")
+    return [target["labels"].long() for target in targets]

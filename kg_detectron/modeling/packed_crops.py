@@ -16,6 +16,7 @@ from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from kg_detectron.layers import convolve_resized, crop_pixels
+from kg_detectron.modeling.classes import masked_mean
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.segmentation_branch import SegmentationBranch
@@ -60,13 +61,14 @@ def window_sizes(windows: Tensor) -> Tensor:
 
 def packed_logits(
     branch: "SegmentationBranch", features: Sequence[Tensor], boxes: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Mask logits of all boxes, the pixels of one after those of another [P]; their places, (R,4) on the CPU."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits of all boxes, the pixels of one after those of another [P]; their places, (R,4) on the CPU; and the
+    features [R,C] by which the class head tells classes apart, of no channel where there is no such head."""
     device = features[0].device
     image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
     windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
     if not len(image):
-        return features[0].new_zeros(0), windows[0]
+        return features[0].new_zeros(0), windows[0], features[0].new_zeros(0, branch.class_channels)
     rows = [_pixel_rows(f) for f in features]
     # The nine matrices of each 3x3 kernel after resizing, [9*C',C].
     steps: Any = branch.steps
@@ -83,12 +85,14 @@ def packed_logits(
         parts.append(
             checkpoint(_segment, branch, *arguments, use_reentrant=False) if many else _segment(branch, *arguments)
         )
+    logits, class_features = (torch.cat(part) for part in zip(*parts, strict=True))
     # Back from the order of the chunks to that of the boxes.
     order = torch.cat(chunks)
     first = torch.empty_like(areas)
     first[order] = areas[order].cumsum(0) - areas[order]
     crop, y, x = crop_pixels(sizes[0], device)
-    return torch.cat(parts)[first.to(device)[crop] + y * sizes[0, :, 1].to(device)[crop] + x], windows[0]
+    logits = logits[first.to(device)[crop] + y * sizes[0, :, 1].to(device)[crop] + x]
+    return logits, windows[0], class_features[order.argsort().to(device)]
 
 
 def _chunks(branch: "SegmentationBranch", sizes: Tensor, depth: Tensor) -> list[Tensor]:
@@ -112,8 +116,8 @@ def _segment(
     image: Tensor,
     windows: Tensor,
     depth: Tensor,
-) -> Tensor:
-    """The crops of a chunk -> logits [P].
+) -> tuple[Tensor, Tensor]:
+    """The crops of a chunk -> logits [P], and the features of the class head [R,C].
 
     Args:
         rows: the L maps, [N*h*w,C].
@@ -153,7 +157,12 @@ def _segment(
     pixels = _zeroed(pixels, grid.gaps)
     hidden = branch.hidden(pixels.view(1, *grid.shape, -1).permute(0, 3, 1, 2))
     hidden = _zeroed(hidden.permute(0, 2, 3, 1).reshape(len(pixels), -1), grid.gaps)
-    return _predict(branch, hidden, grid.shape).flatten()[grid.pixels]
+    logits = _predict(branch, hidden, grid.shape).flatten()[grid.pixels]
+    if branch.class_head is None:
+        return logits, logits.new_zeros(len(image), 0)
+    inside = torch.cat((pixels[grid.pixels], hidden[grid.pixels]), dim=1)
+    crop, _, _ = crop_pixels(sizes[0], device)
+    return logits, masked_mean(inside, logits.detach().sigmoid(), crop, len(image))
 
 
 def _predict(branch: "SegmentationBranch", pixels: Tensor, shape: tuple[int, int]) -> Tensor:

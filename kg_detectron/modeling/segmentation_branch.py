@@ -5,7 +5,7 @@ Letters: N images, L maps, R boxes, M cells, C channels, P pixels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate
 from kg_detectron.cells import MaskCrops, clip_boxes
 from kg_detectron.layers import crop_pixels
 from kg_detectron.modeling.backbone import zero_bias
+from kg_detectron.modeling.classes import ClassHead, ClassSettings, masked_mean
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
 from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.processes import generators_of_images, loss_divisor
@@ -69,8 +70,29 @@ class SegmentationSettings:
             )
 
 
+class Crops(NamedTuple):
+    """What the segmentation branch makes of R boxes.
+
+    Attributes:
+        logits: R mask logits (h, w), of the box's own size.
+        windows: (R, 4) int64 xyxy on the CPU, their places.
+        class_logits: (R, K), or None where there is one class.
+    """
+
+    logits: list[Tensor]
+    windows: Tensor
+    class_logits: Tensor | None
+
+
+class Segmented(NamedTuple):
+    """The cells of one image: R masks, and ``labels`` (R,) int64, the class of each, 1..K."""
+
+    masks: MaskCrops
+    labels: Tensor
+
+
 class SegmentationBranch(nn.Module):
-    """Masks of boxes, from feature maps at strides 1, 2, 4, ...
+    """Masks and classes of boxes, from feature maps at strides 1, 2, 4, ...
 
     `segment_crop` is the branch as the paper describes it, one crop at a time: the specification. `forward` gives the
     same for many crops at once, see `packed_crops`.
@@ -79,6 +101,7 @@ class SegmentationBranch(nn.Module):
         in_channels: channels of the L maps: c0..c4, or s1 alone.
         widths: channels of the results at the first L - 1 maps (one number where L is 1).
         settings: see `SegmentationSettings`.
+        classes: what classes there are; one by default, which needs no head.
 
     Raises:
         ValueError: widths that do not fit.
@@ -89,6 +112,7 @@ class SegmentationBranch(nn.Module):
         in_channels: Sequence[int] = (64, 64, 256, 512, 1024),
         widths: Sequence[int] = (64, 64, 256, 512),
         settings: SegmentationSettings | None = None,
+        classes: ClassSettings | None = None,
     ) -> None:
         super().__init__()
         expected = max(1, len(in_channels) - 1)
@@ -105,6 +129,10 @@ class SegmentationBranch(nn.Module):
         self.predict = nn.Conv2d(widths[0], 1, 3, padding=1)
         nn.init.normal_(self.predict.weight, std=0.01)
         zero_bias(self.predict)
+        # The features of a class are those before the last two convolutions, and those between them.
+        several = classes is not None and len(classes) > 1
+        self.class_channels = 2 * widths[0] if several else 0
+        self.class_head = ClassHead(self.class_channels, classes) if classes and several else None
 
     @property
     def chunk_pixels(self) -> int:
@@ -125,6 +153,20 @@ class SegmentationBranch(nn.Module):
         Returns:
             Mask logits (h, w) of the box's own size: no RoIAlign, no fixed grid.
         """
+        return self.predict(self.hidden(self._crop_features(maps, box)))[0, 0]
+
+    def classify_crop(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
+        """The class logits (K,) of one box of one image, with a class head; arguments as of `segment_crop`."""
+        assert self.class_head is not None, "one class needs no head"
+        features = self._crop_features(maps, box)
+        hidden = self.hidden(features)
+        probability = self.predict(hidden)[0, 0].detach().sigmoid().flatten()
+        pixels = torch.cat((features, hidden), dim=1)[0].flatten(1).T
+        crop = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
+        return self.class_head(masked_mean(pixels, probability, crop, 1))[0]
+
+    def _crop_features(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
+        """(1, C, h, w) of the box's own size, what the last two convolutions take; arguments as of `segment_crop`."""
         windows = crop_windows(box[None].float().cpu(), [m.shape[1:] for m in maps])[:, 0]
         crops = [m[None, :, y1:y2, x1:x2] for m, (x1, y1, x2, y2) in zip(maps, windows.tolist(), strict=True)]
         # A level of less than 2 pixels on a side is left out, and with it all deeper ones.
@@ -135,62 +177,97 @@ class SegmentationBranch(nn.Module):
             result = self.project[len(crops) - 1](result)
         for step, shallow in zip(reversed(self.steps[: len(crops) - 1]), reversed(crops[:-1]), strict=True):
             result = step(interpolate(result, shallow.shape[2:], mode="bilinear", align_corners=False), shallow)
-        return self.predict(self.hidden(result))[0, 0]
+        return result
 
     def forward(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Segment boxes.
+        """The mask logits of boxes, and their places: those of `crops`."""
+        crops = self.crops(maps, boxes)
+        return crops.logits, crops.windows
+
+    def crops(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Crops:
+        """Segment boxes, and tell their classes.
 
         Args:
             maps: L maps (N, C, h, w) at strides 1, 2, 4, ...
             boxes: N tensors (R, 4), xyxy continuous, input pixels.
 
         Returns:
-            The mask logits of all boxes, image after image: tensors (h, w) of the box's own size; and the places of
-            these crops, (R, 4) int64 xyxy on the CPU.
+            The crops of all boxes, image after image.
         """
-        logits, windows = packed_logits(self, maps, boxes)
+        logits, windows, features = packed_logits(self, maps, boxes)
         sizes = window_sizes(windows)
         crops = logits.split(sizes.prod(1).tolist()) if len(sizes) else []
-        return [crop.view(tuple(size)) for crop, size in zip(crops, sizes.tolist(), strict=True)], windows
+        return Crops(
+            [crop.view(tuple(size)) for crop, size in zip(crops, sizes.tolist(), strict=True)],
+            windows,
+            None if self.class_head is None else self.class_head(features),
+        )
 
-    def predict_masks(
+    def predict_cells(
         self, maps: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[MaskCrops]:
-        """Mask probabilities of the boxes of each image, and of the margin around each, as crops.
+    ) -> list[Segmented]:
+        """Mask probabilities of the boxes of each image, and of the margin around each, as crops; and their classes.
 
         Args:
-            maps, boxes: as in `forward`.
+            maps, boxes: as in `crops`.
             sizes: (h, w) of each image, input pixels, without the padding; boxes lie within it.
         """
         if margin := self.settings.mask_margin:
             outwards = boxes[0].new_tensor([-margin, -margin, margin, margin])
             boxes = [clip_boxes(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
-        logits, windows = self(maps, boxes)
-        masks = []
-        for count, size in zip(map(len, boxes), sizes, strict=True):
+        logits, windows, class_logits = self.crops(maps, boxes)
+        counts = [len(b) for b in boxes]
+        device = boxes[0].device
+        labels = torch.ones(sum(counts), dtype=torch.long, device=device)
+        if class_logits is not None:
+            labels = 1 + class_logits.argmax(1).to(device)
+        cells = []
+        for count, size, labels_of_image in zip(counts, sizes, labels.split(counts), strict=True):
             crops = [crop.float().sigmoid() for crop in logits[:count]]
-            masks.append(MaskCrops(crops, windows[:count], size, self.settings.mask_threshold))
+            masks = MaskCrops(crops, windows[:count], size, self.settings.mask_threshold)
+            cells.append(Segmented(masks, labels_of_image))
             logits, windows = logits[count:], windows[count:]
-        return masks
+        return cells
+
+    def predict_masks(
+        self, maps: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[MaskCrops]:
+        """The masks of `predict_cells`."""
+        return [cells.masks for cells in self.predict_cells(maps, boxes, sizes)]
 
     def cell_boxes(self, boxes: Tensor, masks: MaskCrops) -> Tensor:
         """The boxes (R, 4) of cells with masks of `predict_masks`: with a margin those of the masks, else as given."""
         return masks.extents().to(boxes) if self.settings.mask_margin else boxes
 
-    def losses(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
-        """The weighted ``loss_mask`` of true boxes, drawn and jittered where asked for; arguments as in `loss`."""
+    def losses(
+        self,
+        maps: Sequence[Tensor],
+        boxes: list[Tensor],
+        masks: list[Tensor],
+        labels: list[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted losses of true boxes, drawn and jittered where asked for; arguments as in `loss`.
+
+        Returns:
+            ``loss_mask``, and with a class head ``loss_class``.
+        """
+        if labels is None:
+            labels = [torch.zeros(len(b), dtype=torch.long, device=b.device) for b in boxes]
         limit, amount = self.settings.cells_per_image, self.settings.box_jitter
         generators = generators_of_images(len(boxes)) if limit or amount else []
         if limit:
             drawn = [torch.randperm(len(b), generator=g)[:limit] for b, g in zip(boxes, generators, strict=True)]
             boxes = [b[index.to(b.device)] for b, index in zip(boxes, drawn, strict=True)]
             masks = [m[index.to(m.device)] for m, index in zip(masks, drawn, strict=True)]
+            labels = [of_image[index.to(of_image.device)] for of_image, index in zip(labels, drawn, strict=True)]
         if amount:
             boxes = [
                 jittered_boxes(b, (m.shape[1], m.shape[2]), amount, g)
                 for b, m, g in zip(boxes, masks, generators, strict=True)
             ]
-        return {"loss_mask": self.settings.mask_weight * self.loss(maps, boxes, masks)}
+        of_masks, of_classes = self._losses(maps, boxes, masks, labels)
+        losses = {"loss_mask": self.settings.mask_weight * of_masks}
+        return losses if of_classes is None else losses | {"loss_class": of_classes}
 
     def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
         """Mask loss of boxes; each crop's target is the mask of its cell alone.
@@ -200,22 +277,37 @@ class SegmentationBranch(nn.Module):
             boxes: N tensors (M, 4).
             masks: N tensors (M, H, W), bool, input pixels (unpadded size).
         """
+        return self._losses(maps, boxes, masks, None)[0]
+
+    def _losses(
+        self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The losses of masks, and of classes where there are labels and a head to tell them."""
         # Crops of weight 0 that begin at each of the levels: all parameters take part in every step, which distributed
         # training needs, and a batch without cells has a loss.
         sides = 2 ** torch.arange(1, len(maps) + 1)
         everywhere = torch.stack((sides * 0, sides * 0, sides, sides), dim=1).to(boxes[0])
-        logits, windows = packed_logits(self, maps, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
+        logits, windows, features = packed_logits(self, maps, [torch.cat((everywhere, boxes[0])), *boxes[1:]])
         skipped = int(window_sizes(windows[: len(sides)]).prod(1).sum())
         zero = 0 * for_losses(logits[:skipped]).sum()
         windows, logits = windows[len(sides) :], logits[skipped:]
         crops = loss_divisor(torch.tensor([len(windows)], device=logits.device))[0]  # of all processes: before a return
+        of_classes = None
+        if self.class_head is not None and labels is not None:
+            class_logits = self.class_head(features)
+            everywhere_logits, class_logits = class_logits[: len(sides)], class_logits[len(sides) :]
+            of_classes = self.class_head.loss(class_logits, torch.cat(labels)) + 0 * everywhere_logits.sum()
         if not len(windows):
-            return zero
-        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1), crops) + zero
+            return zero, of_classes
+        return mask_loss(logits, _mask_pixels(masks, windows), window_sizes(windows).prod(1), crops) + zero, of_classes
 
 
 def build_segmentation_branch(
-    settings: SegmentationSettings, in_channels: Sequence[int], widths: Sequence[int], lowest: int
+    settings: SegmentationSettings,
+    in_channels: Sequence[int],
+    widths: Sequence[int],
+    lowest: int,
+    classes: ClassSettings | None = None,
 ) -> SegmentationBranch:
     """The branch on c0..c4 with channels ``in_channels``, or on s1; ``lowest`` is the lowest scale of the trunk.
 
@@ -223,9 +315,9 @@ def build_segmentation_branch(
         ValueError: ``cut_from`` "s1" where the trunk does not go up to s1.
     """
     if settings.cut_from == "features":
-        return SegmentationBranch(in_channels, widths, settings)
+        return SegmentationBranch(in_channels, widths, settings, classes)
     require(lowest == 1, "cut_from", "features, for 's1' needs scale 1, and the lowest scale is " + str(lowest), "s1")
-    return SegmentationBranch(widths[:1], widths[:1], settings)
+    return SegmentationBranch(widths[:1], widths[:1], settings, classes)
 
 
 def mask_loss(logits: Tensor, targets: Tensor, areas: Tensor, crops: Tensor | None = None) -> Tensor:

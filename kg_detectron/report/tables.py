@@ -1,7 +1,7 @@
 """The figures of `evaluation` as tables, a row a model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -13,6 +13,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[str]]]
     note: str = ""
+    head: str = "model"
 
 
 def metric_tables(figures: Mapping[str, Mapping]) -> list[Table]:
@@ -51,6 +52,38 @@ def metric_tables(figures: Mapping[str, Mapping]) -> list[Table]:
     overall = {"DSB score": ("dsb", "score"), "AJI": ("aji",), "Dice of foreground": ("foreground_dice",)}
     note = f"DSB score: mean of TP / (TP + FP + FN) over images and IoU 0.50:0.05:0.95; AJI of Kumar et al. {counted}"
     tables.append(_table("Over thresholds and areas (%)", overall, figures, note))
+    classified = {name: of["classes"] for name, of in figures.items() if "classes" in of}
+    return [*tables, *_class_tables(classified, counted)] if classified else tables
+
+
+def _class_tables(figures: Mapping[str, Mapping], counted: str) -> list[Table]:
+    """Figures over classes, of each class, and the confusion matrix of each model."""
+    columns = {"mPQ": "mpq", "mPQ+": "mpq_plus", "bPQ": "bpq", "mask AP@0.5": "mask_ap", "COCO mask AP": "coco_mask_ap"}
+    columns |= {"F1 detection": "f1_detection", "type accuracy": "type_accuracy", "accuracy": "accuracy"}
+    note = (
+        "mPQ, bPQ as in PanNuke, mPQ+ as in CoNIC, F1 of detection and type accuracy as in HoVer-Net; accuracy of the"
+    )
+    note += f" pairs of masks with IoU above 0.5; APs are means over the classes. {counted}"
+    tables = [_table("Over classes (%)", {label: (key,) for label, key in columns.items()}, figures, note)]
+    columns = {"PQ": "pq", "SQ": "sq", "RQ": "rq", "PQ of images": "pq_image", "mask AP@0.5": "mask_ap"}
+    columns |= {"COCO mask AP": "coco_mask_ap", "F1 type": "f1_type"}
+    several = len(figures) > 1
+    for_each = {
+        f"{name}: {model}" if several else name: of["per_class"][name]
+        for model, of in figures.items()
+        for name in of["names"]
+    }
+    note = "PQ from the sums over all images (CoNIC), and as the mean over the images that have the class (PanNuke); F1"
+    note += " type: HoVer-Net's F1 of classification."
+    by_class = _table("By class (%)", {label: (key,) for label, key in columns.items()}, for_each, note)
+    tables.append(replace(by_class, head="class"))
+    for model, of in figures.items():
+        rows = [[str(number) for number in row] for row in of["confusion"]]
+        rows[-1][-1] = ""
+        title = f"Confusion of classes: {model}"
+        note = "Rows are true classes, columns predicted ones, of pairs of masks with IoU above 0.5."
+        names = [*of["names"], "no cell"]
+        tables.append(Table(title, [*of["names"], "missed"], list(zip(names, rows, strict=True)), note, "truth"))
     return tables
 
 

@@ -86,7 +86,7 @@ def random_window(
     centres: np.ndarray,
     settings: GeometrySettings,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut a random window: scaled, rotated, mirrored, stretched. See `GeometrySettings` for what lies beyond the image.
 
     Args:
@@ -98,7 +98,8 @@ def random_window(
         generator: source of the randomness.
 
     Returns:
-        The window's image (w, w, 3) float32, and its labels (w, w) int32.
+        The window's image (w, w, 3) float32, its labels (w, w) int32, and for every number 0..n of these, the number of
+        the cell in ``labels`` that it is a part or a reflection of, (n + 1,) int64.
     """
     height, width = labels.shape
     octaves = settings.wide if generator.random() < settings.wide_share else settings.narrow
@@ -127,7 +128,7 @@ def random_window(
     matrix = axes @ _rotation(turn) @ np.diag([-1.0 if mirror else 1.0, 1.0]) / scale
     border = cv2.BORDER_REFLECT if reflects else cv2.BORDER_CONSTANT
     labels = _warp(labels, matrix, np.array(centre), settings.window, cv2.INTER_NEAREST, border)
-    labels = _separated(labels) if reflects else labels.astype(np.int32)
+    labels, origin = _separated(labels) if reflects else (labels.astype(np.int32), np.arange(1 + int(labels.max())))
     if scale < _AREA_BELOW:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         factor = np.array([size[0] / width, size[1] / height])
@@ -135,7 +136,7 @@ def random_window(
         matrix, centre = factor[:, None] * matrix, np.array(centre) * factor
     border = cv2.BORDER_REFLECT if reflects else cv2.BORDER_REPLICATE
     image = _warp(image, matrix, np.array(centre), settings.window, cv2.INTER_LINEAR, border)
-    return image.astype(np.float32), labels
+    return image.astype(np.float32), labels, origin
 
 
 def _window_centre(length: int, half: float, point: float | None, generator: np.random.Generator) -> float:
@@ -159,10 +160,11 @@ def _warp(
     return cv2.warpAffine(array, affine, (side, side), flags=interpolation | cv2.WARP_INVERSE_MAP, borderMode=border)
 
 
-def _separated(labels: np.ndarray) -> np.ndarray:
-    """A cell and its reflection become two cells, unless they touch. (w, w) uint16 -> int32."""
+def _separated(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A cell and its reflection become two cells, unless they touch. (w, w) uint16 -> int32, and their origin."""
     result = labels.astype(np.int32)
     count = int(labels.max(initial=0))
+    origin = list(range(count + 1))
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
             continue
@@ -170,7 +172,8 @@ def _separated(labels: np.ndarray) -> np.ndarray:
         for part in range(2, parts):
             count += 1
             result[place][components == part] = count
-    return result
+            origin.append(number)
+    return result, np.array(origin, np.int64)
 
 
 def random_colours(image: np.ndarray, settings: ColourSettings, generator: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 H, W: height and width in pixels; M: number of cells.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kg_detectron.cells import MaskCrops
-from kg_detectron.io.coco import decode_mask, load_coco
+from kg_detectron.io.coco import decode_mask, load_coco, read_json
 from kg_detectron.io.dataset_check import Choice, read_pair
 from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
@@ -42,6 +43,7 @@ class LabelledImage:
         centres: (M, 2) x, y of the cells, pixels.
         diameters: (M,) equivalent-circle diameters 2 sqrt(area / pi), pixels.
         kind: see `kind_of_image`.
+        classes: (M,) int64, the class of each, 1..K, or 0 where it is not known; None where none is.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LabelledImage:
     centres: np.ndarray
     diameters: np.ndarray
     kind: str
+    classes: np.ndarray | None = None
 
     @property
     def diameter(self) -> float | None:
@@ -57,7 +60,13 @@ class LabelledImage:
         return float(np.median(self.diameters)) if len(self.diameters) else None
 
 
-def labelled_image(name: str, image: np.ndarray, labels: np.ndarray, preprocessing: Preprocessing) -> LabelledImage:
+def labelled_image(
+    name: str,
+    image: np.ndarray,
+    labels: np.ndarray,
+    preprocessing: Preprocessing,
+    classes: Sequence[int] | None = None,
+) -> LabelledImage:
     """Normalise an image and measure its cells.
 
     Args:
@@ -65,6 +74,7 @@ def labelled_image(name: str, image: np.ndarray, labels: np.ndarray, preprocessi
         image: (H, W, 3) BGR of any type.
         labels: (H, W) integers, 0 background.
         preprocessing: of the model; its levels are those of the whole image.
+        classes: of the numbers 0, 1, 2, ... of `labels`; that of 0 does not matter.
     """
     ids, numbers = np.unique(labels, return_inverse=True)
     labels = (numbers.reshape(labels.shape) + (ids[0] != 0)).astype(np.uint16)
@@ -74,11 +84,29 @@ def labelled_image(name: str, image: np.ndarray, labels: np.ndarray, preprocessi
     centres = np.array(ndimage.center_of_mass(labels > 0, labels, np.arange(1, count + 1))).reshape(-1, 2)
     diameters = 2 * np.sqrt(areas / np.pi)
     diameter = float(np.median(diameters)) if count else None
-    return LabelledImage(name, image, labels, centres[:, ::-1] + 0.5, diameters, kind_of_image(image, diameter))
+    of_cells = None if classes is None else np.asarray(classes, np.int64)[ids[ids > 0]]
+    kind = kind_of_image(image, diameter)
+    return LabelledImage(name, image, labels, centres[:, ::-1] + 0.5, diameters, kind, of_cells)
+
+
+def dataset_classes(images: str | Path) -> tuple[str, ...]:
+    """The names of the categories of a COCO JSON that have annotations, by rising id; () of anything else."""
+    return tuple(class_counts(images)) if Path(images).suffix.lower() == ".json" else ()
+
+
+def class_counts(images: str | Path) -> dict[str, int]:
+    """The number of annotations of each category of a COCO JSON that has any, by rising id of the category."""
+    data = read_json(images, dict)
+    annotations, categories = (
+        [one for one in data.get(key) or () if isinstance(one, dict)] for key in ("annotations", "categories")
+    )
+    counts = Counter(id for id in (cell.get("category_id") for cell in annotations) if isinstance(id, int))
+    names = {one["id"]: str(one.get("name")) for one in categories if isinstance(one.get("id"), int)}
+    return {names[id]: counts[id] for id in sorted(counts.keys() & names.keys())}
 
 
 def read_labelled_images(
-    annotations: str | Path, images: str | Path, preprocessing: Preprocessing
+    annotations: str | Path, images: str | Path, preprocessing: Preprocessing, class_names: Sequence[str] = ()
 ) -> list[LabelledImage]:
     """Read all images of a COCO dataset into memory. Where masks overlap, the later one counts.
 
@@ -86,15 +114,30 @@ def read_labelled_images(
         annotations: COCO JSON file.
         images: folder of the images.
         preprocessing: of the model.
+        class_names: of the classes 1, 2, ...; without any, no class is known. Cells of a dataset of one category, which
+            is none of them, have no known class.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_coco` and `read_image`.
+        FileNotFoundError, ValueError: as `load_coco` and `read_image`; a category that is none of the classes.
     """
-    return [image_of_record(record, preprocessing) for record in load_coco(annotations, images).records]
+    dataset = load_coco(annotations, images)
+    classes = [class_names.index(name) + 1 if name in class_names else 0 for name in dataset.category_names]
+    used = {cell["category_id"] for record in dataset.records for cell in record["annotations"]} - {None}
+    unknown = [dataset.category_names[index] for index in sorted(used) if not classes[index]]
+    if class_names and unknown and len(used) > 1:
+        raise ValueError(
+            f"{annotations}: its category {unknown[0]!r} is none of the classes of the model: {', '.join(class_names)}"
+        )
+    return [image_of_record(record, preprocessing, classes) for record in dataset.records]
 
 
-def image_of_record(record: dict[str, Any], preprocessing: Preprocessing) -> LabelledImage:
+def image_of_record(
+    record: dict[str, Any], preprocessing: Preprocessing, classes: Sequence[int] | None = None
+) -> LabelledImage:
     """Read the image of a record of `load_coco`, with its cells, crowds left out.
+
+    Args:
+        classes: of each ``category_id``; by default it is the class less 1.
 
     Raises:
         FileNotFoundError, ValueError: as `read_image`, or the image has another size than the record says.
@@ -104,7 +147,9 @@ def image_of_record(record: dict[str, Any], preprocessing: Preprocessing) -> Lab
     if image.shape[:2] != size:
         raise ValueError(f"{file}: expected {size} pixels (height, width), got {image.shape[:2]}")
     try:
-        return labelled_image(Path(file).name, image, labels_of_record(record), preprocessing)
+        ids = [None if cell.get("unclassified") else cell["category_id"] for cell in record["annotations"]]
+        of_cells = [0 if id is None else id + 1 if classes is None else classes[id] for id in ids]
+        return labelled_image(Path(file).name, image, labels_of_record(record), preprocessing, [0, *of_cells])
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -121,7 +166,11 @@ def labels_of_record(record: dict[str, Any]) -> np.ndarray:
 
 
 def read_dataset(
-    images: str | Path, masks: str | Path | None, preprocessing: Preprocessing, layout: str | None = None
+    images: str | Path,
+    masks: str | Path | None,
+    preprocessing: Preprocessing,
+    layout: str | None = None,
+    class_names: Sequence[str] = (),
 ) -> list[LabelledImage]:
     """Read images and their masks from folders, or a COCO dataset.
 
@@ -131,6 +180,7 @@ def read_dataset(
             one folder holds both.
         preprocessing: of the model.
         layout: as `find_training_pairs` takes it.
+        class_names: as `read_labelled_images` takes them; of folders no class is known.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -138,7 +188,7 @@ def read_dataset(
     """
     images = Path(images)
     if images.suffix.lower() == ".json":
-        return read_labelled_images(images, images.parent if masks is None else masks, preprocessing)
+        return read_labelled_images(images, images.parent if masks is None else masks, preprocessing, class_names)
     pairs, faults, layout = find_training_pairs(images, masks, layout)
     result = []
     for pair in pairs:
@@ -177,16 +227,18 @@ def kind_of_image(image: np.ndarray, diameter: float | None) -> str:
     return "fluorescence large" if (diameter or 0) > 22 else "fluorescence small"
 
 
-def target_of_labels(labels: np.ndarray) -> dict[str, Tensor]:
-    """Boxes and masks of a label image.
+def target_of_labels(labels: np.ndarray, classes: np.ndarray | None = None) -> dict[str, Tensor]:
+    """Boxes, masks and classes of a label image.
 
     Args:
         labels: (H, W) integers, 0 background.
+        classes: of the numbers 0, 1, 2, ...; None where none is known.
 
     Returns:
-        ``boxes`` (M, 4) float32 xyxy, x2 and y2 exclusive; ``masks`` (M, H, W) bool. Specks are left out.
+        ``boxes`` (M, 4) float32 xyxy, x2 and y2 exclusive; ``masks`` (M, H, W) bool; ``labels`` (M,) int64, classes,
+        0 where it is not known. Specks are left out.
     """
-    boxes, masks = [], []
+    boxes, masks, numbers = [], [], []
     for number, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
             continue
@@ -198,9 +250,12 @@ def target_of_labels(labels: np.ndarray) -> dict[str, Tensor]:
         mask[place] = part
         boxes.append([columns.start, rows.start, columns.stop, rows.stop])
         masks.append(mask)
+        numbers.append(number)
+    of_cells = np.zeros(len(numbers), np.int64) if classes is None else classes[numbers]
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "masks": torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, *labels.shape)),
+        "labels": torch.from_numpy(of_cells),
     }
 
 
@@ -250,9 +305,10 @@ def augmented(
         generator: source of the randomness.
     """
     natural = diameter / source.diameter if source.diameter else 1.0
-    image, labels = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
+    image, labels, origin = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
     image = random_colours(image, colours, generator)
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels)
+    classes = None if source.classes is None else np.append(0, source.classes)[origin]
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels, classes)
 
 
 def at_natural_scale(source: LabelledImage, diameter: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,5 +316,6 @@ def at_natural_scale(source: LabelledImage, diameter: float) -> tuple[Tensor, di
     scale = diameter / source.diameter if source.diameter else 1.0
     size = tuple(max(1, round(side * scale)) for side in source.labels.shape)
     image = resize_image(source.image.astype(np.float32), size)
-    target = target_of_labels(resize_labels(source.labels, size))
+    classes = None if source.classes is None else np.append(0, source.classes)
+    target = target_of_labels(resize_labels(source.labels, size), classes)
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target

@@ -35,6 +35,8 @@ VALIDATION_FILE = "validation.jsonl"
 CELLS_PER_IMAGE = 48
 # Images of a validation during the run; the last one takes all.
 VALIDATION_IMAGES = 24
+# What the names of weights of the class head have in common.
+CLASS_HEAD = ".class_head."
 # Models to start from besides a file or a kept model.
 IMAGENET, NOTHING = "imagenet", "nothing"
 
@@ -87,16 +89,21 @@ class TrainSettings:
             raise ValueError(f"freeze: expected a number of 0..4, got {self.freeze}")
 
 
-def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] | None = None) -> InstanceNet:
+def starting_model(
+    start: str, device: str = "cpu", changes: Mapping[str, Any] | None = None, classes: Sequence[str] = ()
+) -> InstanceNet:
     """The network that a training begins with.
 
     Args:
         start: a kept model's name, a model file, "imagenet" for the network of the kept models with ImageNet weights in
             its backbone, or "nothing" for random weights.
         changes: of its method and settings, see `Recipe.network`. A trained model must still fit.
+        classes: of the data. Where there are several, and the model does not know all of them, it gets a new class
+            head for these; all other weights stay.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model` does; changes that do not exist, or that the weights do not fit.
+        FileNotFoundError, ValueError: as `load_model` does; changes that do not exist, or that the weights do not fit;
+            several classes for a method that tells none apart.
         ModuleNotFoundError: the package of the ImageNet weights is not installed.
     """
     model = load_model(device=device) if start in (IMAGENET, NOTHING) else load_model(start, device)
@@ -104,6 +111,8 @@ def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] |
     method = changes.pop("method", model.method)
     settings = model.settings if method == model.method else method_class(method).Settings()
     settings = replaced(settings, changes)
+    if len(classes) > 1:
+        settings = _with_classes(settings, method, classes)
     if start in (IMAGENET, NOTHING):
         if hasattr(settings, "backbone"):
             weights = (settings.backbone.backbone_weights or "IMAGENET1K") if start == IMAGENET else ""
@@ -113,8 +122,12 @@ def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] |
     if settings == model.settings:
         return model
     changed = method_class(method).build(settings).to(device)
+    weights = model.state_dict()
+    if changed.classes.names != model.classes.names:  # the head of other classes begins anew
+        weights = {name: value for name, value in weights.items() if CLASS_HEAD not in name}
+        weights |= {name: value for name, value in changed.state_dict().items() if CLASS_HEAD in name}
     try:
-        changed.load_state_dict(model.state_dict())
+        changed.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             f"{start}: its weights do not fit the network with these settings; start from {IMAGENET} or {NOTHING}: "
@@ -122,6 +135,33 @@ def starting_model(start: str, device: str = "cpu", changes: Mapping[str, Any] |
         ) from None
     changed.scores = model.scores
     return changed
+
+
+def _with_classes(settings: Any, method: str, classes: Sequence[str]) -> Any:
+    """Settings of a network of these classes, where it does not know them all."""
+    known = getattr(settings, "classes", None)
+    if known is None:
+        raise ValueError(
+            f"method {method} tells no classes apart, and the data have {len(classes)}: {', '.join(classes)}; "
+            "--merge-categories takes them as one"
+        )
+    if set(classes) <= set(known.names):
+        return settings
+    changed = dataclasses.replace(known, names=tuple(classes), colours=(), cells_of_class=())
+    return dataclasses.replace(settings, classes=changed)
+
+
+def balance_classes(model: InstanceNet, images: Sequence[LabelledImage]) -> None:
+    """Note the cells of each class of the training data in the model, in place; its class loss is balanced by them."""
+    head = getattr(getattr(model, "segmentation", None), "class_head", None)
+    if head is None:
+        return
+    count = len(model.classes)
+    cells = sum((np.bincount(i.classes, minlength=count + 1) for i in images if i.classes is not None), np.zeros(1))
+    if cells[1:].any():
+        numbers = tuple(int(number) for number in cells[1:])
+        head.use(dataclasses.replace(model.classes, cells_of_class=numbers))
+        model.settings = dataclasses.replace(model.settings, classes=head.settings)
 
 
 def split_validation(
@@ -198,6 +238,7 @@ def train(
         log("the model now scales images by the size of their cells, no longer to one size")
     folder.mkdir(parents=True, exist_ok=True)
     geometry, colours = geometry or GeometrySettings(), colours or ColourSettings()
+    balance_classes(model, training)
     _check_folder(folder, settings, model, geometry, colours)
     torch.manual_seed(settings.seed)
     rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
@@ -290,6 +331,8 @@ class _Keeper:
             figures = validate(self.model, self.images)
             best = max((record["value"] for record in self.records), default=-1.0)
             value = float(np.nan_to_num(list(figures.mask_ap.values())).mean() + np.nan_to_num(figures.f1))
+            if figures.class_accuracy is not None:
+                value += figures.class_accuracy
             record = {
                 "iteration": self.trainer.iteration,
                 "minutes": round(self.trainer.seconds / 60, 2),
@@ -297,6 +340,8 @@ class _Keeper:
                 "f1": figures.f1,
                 **{f"mask_ap_{iou}": ap for iou, ap in figures.mask_ap.items()},
             }
+            if figures.class_accuracy is not None:
+                record["class_accuracy"] = figures.class_accuracy
             self.records.append(record)
             with replacing(self.file) as unfinished:
                 unfinished.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")

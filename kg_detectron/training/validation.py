@@ -1,7 +1,7 @@
 """How well a model finds the cells of labelled images, as its users will run it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ class Validation:
         scores: (N,) raw scores of all detections.
         right: (N,) bool, whether each matches a true cell at an IoU of 0.5.
         positives: number of true cells.
+        class_pairs: (P, 2) int64, the true and the predicted class of each detection that is right, where the true one
+            is known and there are several.
     """
 
     mask_ap: dict[str, float]
@@ -35,6 +37,12 @@ class Validation:
     scores: np.ndarray
     right: np.ndarray
     positives: int
+    class_pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    @property
+    def class_accuracy(self) -> float | None:
+        """The share of `class_pairs` that are equal; None without any."""
+        return float((self.class_pairs[:, 0] == self.class_pairs[:, 1]).mean()) if len(self.class_pairs) else None
 
     def calibration(self) -> tuple[Scores, Reliability]:
         """The function from raw scores to probabilities, with its threshold; and how reliable it is on these images.
@@ -48,7 +56,9 @@ class Validation:
 
     def __str__(self) -> str:
         aps = ", ".join(f"mask AP@{iou} {100 * value:.1f}" for iou, value in self.mask_ap.items())
-        return f"{aps}, F1@0.5 {self.f1:.3f}"
+        accuracy = self.class_accuracy
+        classes = "" if accuracy is None else f", class accuracy of matched cells {100 * accuracy:.1f}"
+        return f"{aps}, F1@0.5 {self.f1:.3f}{classes}"
 
 
 @torch.no_grad()
@@ -65,6 +75,7 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
     model.scores = Scores()
     metrics = PaperMetrics(IOUS)
     scores, right, positives = [np.zeros(0)], [np.zeros(0, bool)], 0
+    class_pairs = [np.zeros((0, 2), np.int64)]
     try:
         for image in images:
             truth = MaskCrops.from_label_image(image.labels)
@@ -74,7 +85,11 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
             values = cells.scores.double().cpu().numpy()
             metrics.update(truth.windows.numpy(), true_masks, cells.boxes.cpu().numpy(), values, masks)
             scores.append(values)
-            right.append(claim_best(mask_iou(masks, true_masks), (0.5,))[0] >= 0)
+            cell = claim_best(mask_iou(masks, true_masks), (0.5,))[0]
+            right.append(cell >= 0)
+            if image.classes is not None and len(model.classes) > 1:
+                pairs = np.stack((image.classes[cell], cells.labels.cpu().numpy()), axis=1)[cell >= 0]
+                class_pairs.append(pairs[pairs[:, 0] > 0])
             positives += len(truth)
     finally:
         model.scores = scores_before
@@ -82,4 +97,5 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
     all_scores, all_right = np.concatenate(scores), np.concatenate(right)
     figures = metrics.compute()
     _, f1 = best_threshold(all_scores, all_right, positives)
-    return Validation({iou: values["mask_ap"] for iou, values in figures.items()}, f1, all_scores, all_right, positives)
+    mask_ap = {iou: values["mask_ap"] for iou, values in figures.items()}
+    return Validation(mask_ap, f1, all_scores, all_right, positives, np.concatenate(class_pairs))

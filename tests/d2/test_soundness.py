@@ -136,13 +136,23 @@ def test_crowds_stop_a_training(content, register, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_several_categories_stop_a_training(content, register, tmp_path, caplog, skip_bad):
+def test_categories_of_one_name_stop_a_training(content, register, tmp_path, caplog, skip_bad):
+    content["categories"].append({"id": 9, "name": "nucleus"})
+    content["annotations"][4]["category_id"] = 9
+    register(content)
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"categories of one name \(1\)"):
+        check_datasets([NAME], skip_bad=skip_bad, folder=tmp_path / "sound")
+    assert "7 and 9 are both called 'nucleus'" in caplog.text and "--merge-categories" in caplog.text
+
+
+def test_several_categories_are_named_and_trained(content, register, tmp_path, caplog):
     content["categories"].append({"id": 9, "name": "mitosis"})
     content["annotations"][4]["category_id"] = 9
     register(content)
-    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match=r"several categories \(1\)"):
-        check_datasets([NAME], skip_bad=skip_bad, folder=tmp_path / "sound")
-    assert "2 categories, nucleus (14), mitosis (1)" in caplog.text and "--merge-categories" in caplog.text
+    with caplog.at_level(logging.INFO):
+        check_datasets([NAME], skip_bad=False, folder=tmp_path / "sound")
+    assert "2 categories, nucleus (14), mitosis (1)" in caplog.text
+    assert {cell["category_id"] for record in DatasetCatalog.get(NAME) for cell in record["annotations"]} == {0, 1}
 
 
 def test_images_that_the_normalisation_cannot_take(content, register, tmp_path, caplog):

@@ -397,6 +397,16 @@ def test_synthetic(tmp_path: Path, kind: str):
         assert all((record["height"], record["width"]) == (40, 48) for record in dataset.records)
 
 
+def test_synthetic_classes(tmp_path: Path):
+    made = make(tmp_path, "--classes", "--train", 4, "--val", 1)
+    folder = tmp_path / "synthetic"
+    dataset = load_coco(folder / "instances_train.json", folder / "train")
+    assert dataset.category_names == ["round", "dark", "long"] and dataset.category_ids == [1, 2, 3]
+    used = {cell["category_id"] for record in dataset.records for cell in record["annotations"]}
+    assert used == {0, 1, 2}
+    assert made == make(tmp_path / "again", "--classes", "--train", 4, "--val", 1)
+
+
 def test_synthetic_images_depend_on_the_seed_and_their_place_alone(tmp_path: Path):
     small = make(tmp_path / "small", "--seed", 3, "--train", 2, "--val", 3)
     again = make(tmp_path / "again", "--seed", 3, "--val", 3, "--train", 2)

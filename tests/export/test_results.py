@@ -229,7 +229,7 @@ def test_large_label_images_are_never_in_memory_and_in_tiles_only_above_2_gb(tmp
     cells = random_cells(5, 5, 40, 50)
     seen = []
     monkeypatch.setattr(
-        "kg_detectron.export.overlay.draw_cells", lambda image, labels: seen.append(labels) or image[..., :3]
+        "kg_detectron.export.overlay.draw_cells", lambda image, labels, **_: seen.append(labels) or image[..., :3]
     )
     for striped, tiled in ((2**31, False), (2000, True)):
         monkeypatch.setattr("kg_detectron.export.label_images._STRIPED", striped)

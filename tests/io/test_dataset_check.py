@@ -508,12 +508,15 @@ def test_coco_files_that_train_something_else_are_named_and_mended(coco, capsys)
     data["categories"] += [{"id": 5, "name": "mitosis"}, {"id": 6, "name": "debris"}]
     path.write_text(json.dumps(data))
     faults, _ = check_coco(path)
-    assert kinds(faults) == sorted([fault.ID_ZERO, fault.CATEGORIES, fault.CROWD])
+    assert kinds(faults) == sorted([fault.ID_ZERO, fault.CATEGORIES, fault.CROWD, fault.UNUSED_CATEGORY])
     text = "\n".join(map(str, faults))
     assert "2 of 9 annotations are crowds, which training leaves out; CVAT writes brush masks so" in text
     assert "2 categories, cell (8), mitosis (1)" in text
     command = ["convert", str(path), "-o", str(path.parent / "new.json")]
-    assert main(command) == main([*command, "--crowds", "cells"]) == main([*command, "--merge-categories"]) == 2
+    assert main(command) == main([*command, "--merge-categories"]) == 2
+    assert main([*command, "--crowds", "cells"]) == 0
+    several = json.loads((path.parent / "new.json").read_text())["categories"]
+    assert several == [{"id": 1, "name": "cell"}, {"id": 5, "name": "mitosis"}]
     for option, count in (("cells", 9), ("leave-out", 7)):
         assert main([*command, "--crowds", option, "--merge-categories"]) == 0
         assert check_coco(path.parent / "new.json") == ([], 3)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells import Cells
 from kg_detectron.modeling.backbone import build_backbone
 from kg_detectron.modeling.instance_net import InstanceNet, cells_of_image
 from kg_detectron.modeling.keypoint_graph.decoding import KeypointDecoder
@@ -15,7 +15,7 @@ from kg_detectron.modeling.keypoint_graph.settings import KeypointGraphSettings
 from kg_detectron.modeling.methods import register_method
 from kg_detectron.modeling.precision import full_precision
 from kg_detectron.modeling.ranking import CellRanking
-from kg_detectron.modeling.segmentation_branch import SegmentationBranch, build_segmentation_branch
+from kg_detectron.modeling.segmentation_branch import SegmentationBranch, Segmented, build_segmentation_branch
 from kg_detectron.modeling.trunk import build_trunk
 
 
@@ -66,7 +66,7 @@ class KeypointGraphNet(InstanceNet):
             keypoint_branch=build_keypoint_branch(settings.heads, trunk, norm),
             decoder=KeypointDecoder(settings.targets.radius, settings.decoding),
             segmentation=build_segmentation_branch(
-                settings.segmentation, backbone.channels, settings.trunk.widths, lowest
+                settings.segmentation, backbone.channels, settings.trunk.widths, lowest, settings.classes
             ),
             ranking=CellRanking(settings.ranking),
         )
@@ -74,16 +74,18 @@ class KeypointGraphNet(InstanceNet):
     def dense_modules(self) -> list[nn.Module]:
         return [self.backbone, self.keypoint_branch]
 
-    def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+    def losses(
+        self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         maps, crop_maps = self.maps(batch)
         losses = keypoint_losses(maps, boxes, (batch.shape[2], batch.shape[3]), self.settings.targets)
-        return losses | self.segmentation.losses(crop_maps, boxes, masks)
+        return losses | self.segmentation.losses(crop_maps, boxes, masks, labels)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
         maps, crop_maps = self.maps(batch)
         boxes, scores = self.boxes(maps, sizes)
-        masks = self.segmentation.predict_masks(crop_maps, boxes, sizes)
-        return [self.finish(*cells) for cells in zip(boxes, scores, masks, strict=True)]
+        segmented = self.segmentation.predict_cells(crop_maps, boxes, sizes)
+        return [self.finish(*cells) for cells in zip(boxes, scores, segmented, strict=True)]
 
     # The stages, which tiles and explanations call too.
 
@@ -99,15 +101,16 @@ class KeypointGraphNet(InstanceNet):
             detections = self.decoder(maps, sizes)
         return [boxes for boxes, _ in detections], [scores for _, scores in detections]
 
-    def finish(self, boxes: Tensor, scores: Tensor, masks: MaskCrops, blur: Tensor | None = None) -> Cells:
-        """Boxes, scores and masks of one image -> its cells, ranked.
+    def finish(self, boxes: Tensor, scores: Tensor, segmented: Segmented, blur: Tensor | None = None) -> Cells:
+        """Boxes, scores, masks and classes of one image -> its cells, ranked.
 
         Args:
-            boxes: (R, 4), scores: (R,), falling, masks: of the boxes.
+            boxes: (R, 4), scores: (R,), falling, segmented: masks and classes of the boxes.
             blur: (R,) `CellRanking.blur` of the masks, where they have lost their probabilities.
         """
+        masks, labels = segmented
         boxes = self.segmentation.cell_boxes(boxes, masks)
         order, scores = self.ranking.rank(
             boxes, scores, (self.ranking.blur(masks) if blur is None else blur).to(scores)
         )
-        return cells_of_image(boxes[order], scores, masks[order])
+        return cells_of_image(boxes[order], scores, masks[order], labels[order])

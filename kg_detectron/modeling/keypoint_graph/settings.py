@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from kg_detectron.modeling.backbone import BackboneSettings
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.keypoint_graph.decoding import DecodingSettings
 from kg_detectron.modeling.keypoint_graph.heads import HeadSettings
 from kg_detectron.modeling.keypoint_graph.targets import TargetSettings
@@ -28,6 +29,7 @@ class KeypointGraphSettings:
     decoding: DecodingSettings = DecodingSettings()
     segmentation: SegmentationSettings = SegmentationSettings()
     ranking: RankingSettings = RankingSettings()
+    classes: ClassSettings = ClassSettings()
 
     def __post_init__(self) -> None:
         if self.ranking.overlap_sigma and self.decoding.nms_threshold <= 0.5:
