@@ -134,10 +134,11 @@ class MaskCrops:
         high = sizes.scatter_reduce(0, crop, at + 1, "amax", include_self=False)
         return self.windows[:, :2].repeat(1, 2) + torch.cat((low, high), dim=1).cpu()
 
-    def pixels(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
-        """Each cell as a bool array (h,w) and its window x1, y1, x2, y2."""
-        for i, window in enumerate(self.windows.tolist()):
-            yield self._binary(i).numpy(force=True), tuple(window)
+    def pixels(self, order: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
+        """Each cell as a bool array (h,w) and its window x1, y1, x2, y2; in another order if one is given."""
+        windows = self.windows.tolist()
+        for i in range(len(self)) if order is None else order:
+            yield self._binary(i).numpy(force=True), tuple(windows[i])
 
     def to(self, *args: Any, **kwargs: Any) -> "MaskCrops":
         """The crops moved as by `Tensor.to`; the places stay on the CPU."""

@@ -11,6 +11,7 @@ from kg_detectron.cells import Cells
 from kg_detectron.inference.ensemble import MIRRORS, join_cells
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tiling import check_tile, detect_tiled
+from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
 
@@ -37,7 +38,8 @@ def predict(
     Args:
         model: in evaluation mode.
         image: (H, W, 3), BGR, of any type and levels that the model's normalisation takes, as `read_image` gives it: an
-            array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one, such as `numpy.memmap`.
+            array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one, such as `numpy.memmap`
+            or `kg_detectron.io.lazy.LazyPlane`.
         scale: pixels of the network's input for one of the image; 1 keeps the pixels.
         diameter: median diameter of the cells, pixels of the image; it sets the scale.
         pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three
@@ -66,6 +68,8 @@ def predict(
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
     check_tile(tile, overlap)
+    if ensemble and isinstance(image, LazyPlane):
+        raise ValueError("ensemble: the image is too large to be mirrored, for it is read piece by piece")
     preprocessing = model.preprocessing
     if normalisation is not None:
         preprocessing = dataclasses.replace(preprocessing, normalisation=normalisation)

@@ -141,10 +141,10 @@ def test_bad_files_do_not_stop_the_rest(images: Path, model: Path, tmp_path: Pat
 
 def test_any_failure_is_of_its_file_alone(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails_once(*arguments, **keywords):
-        monkeypatch.setattr("kg_detectron.inference.many_files.predict", predict)
+        monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", predict)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("kg_detectron.inference.many_files.predict", fails_once)
+    monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", fails_once)
     summary = predict_files([images], model, tmp_path / "out")
     assert [record.error for record in summary.failed] == ["RuntimeError: out of memory"]
     assert len(summary.done) == 2
@@ -255,7 +255,7 @@ def test_an_interrupted_run_keeps_its_manifest(
             raise KeyboardInterrupt
         return predict(*arguments, **keywords)
 
-    monkeypatch.setattr("kg_detectron.inference.many_files.predict", interrupted)
+    monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", interrupted)
     assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out")]) == 130
     assert "interrupted; give the same command again to go on" in capsys.readouterr().err
     assert [record["name"] for record in manifest(tmp_path / "out")["files"]] == ["good0"]
