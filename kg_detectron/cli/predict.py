@@ -29,6 +29,8 @@ _SETTINGS = (
     "fast",
     "keep_overlaps",
     "into_zarr",
+    "parquet",
+    "all_tiles",
     "max_pixels",
 )
 MODEL_HELP = f"model file, checkpoint of tools/train_net.py, or name of a kept model (default: {DEFAULT_MODEL})"
@@ -64,14 +66,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--stack",
         choices=("auto", "one", "pages"),
-        help="files of a stack: auto (default), one label image, other results page by page; one, one file for each "
-        "of labels, geojson, roi and csv; pages, all page by page",
+        help="files of a stack: auto (default), one label image and one zip of ROIs, other results page by page; one, "
+        "one file for each kind that can hold a stack; pages, all page by page",
     )
     parser.add_argument(
         "--into-zarr",
         action="store_true",
         default=None,
         help="write the labels of images in OME-Zarr into the images too, as labels/kg_detectron",
+    )
+    parser.add_argument(
+        "--parquet", action="store_true", default=None, help="write OUT/cells.parquet, with the content of cells.csv"
     )
     parser.add_argument("--overwrite", action="store_true", help="predict again what is done")
     parser.add_argument(
@@ -83,6 +88,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--axes", type=str.upper, help="axis order of stacks that do not declare it, such as ZCYX: C for channels"
+    )
+    parser.add_argument(
+        "--region",
+        action="append",
+        metavar="X,Y,W,H|FILE",
+        help="look for cells in this rectangle only (pixels), or in the polygons of a GeoJSON, such as QuPath exports; "
+        "may be given several times",
+    )
+    parser.add_argument(
+        "--all-tiles",
+        action="store_true",
+        default=None,
+        help="look everywhere in whole slides; by default where there is tissue",
     )
     parser.add_argument(
         "--scene", type=name_or_number, metavar="NAME|N", help="scene of files with several (default: all)"
@@ -194,6 +212,10 @@ def run(arguments: argparse.Namespace) -> int:
         print("note: --size is no longer needed, for cells decide about the scale; --scale 1 keeps the pixels")
         if arguments.size == "native" and given["scale"] is None and given["diameter"] is None:
             given["scale"] = 1.0
+    if arguments.region is not None:
+        from kg_detectron.inference.area import regions_of
+
+        given["regions"] = regions_of(arguments.region)
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if not inputs:
         raise ValueError("expected at least one FILE, DIR or GLOB")

@@ -48,7 +48,8 @@ EXPORTERS = {
 }
 KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if not exporter.extra)
 KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "zarr")  # those with `write_stack`
-KINDS_OF_LABELS = ("labels", "zarr")  # label images, which hold a stack in any case
+KINDS_OF_LABELS = ("labels", "zarr")  # label images
+KINDS_OF_WHOLE_STACKS = (*KINDS_OF_LABELS, "roi")  # those of which a stack has one file, unless all are wanted by page
 
 
 def fault_in_kinds(kinds: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Prediction by many processes, on this machine or a cluster, by Dask: a file is a task.
+"""Prediction by many processes, on this machine or a cluster, by Dask: a file is a task, or a tile of a large image.
 
 A worker loads the model once, reads the image where it lies, and writes the results into a hidden folder beside the
 run's; the process that gave the command moves them to their place and writes run.json. So a worker that dies leaves
@@ -27,6 +27,8 @@ from kg_detectron.inference.file_prediction import FilePredictor
 from kg_detectron.inference.manifest import FileRecord, versions
 from kg_detectron.inference.model_names import kept_models
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
+from kg_detectron.inference.tile_store import TILES
+from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
 
@@ -36,6 +38,8 @@ _AHEAD = 2  # tasks handed out for each thread of a worker
 _COUNT_EVERY = 5.0  # seconds between two looks at how many workers there are
 _PATIENCE = 60.0  # seconds without any worker after which the user is told
 _RECONNECT = 600.0  # seconds for which a scheduler that is gone is waited for
+_LARGE = 2**22  # bytes of a file below which nobody asks whether its tiles can be shared
+_DONE, _DIED, _LOST_BY_SCHEDULER = "done", "worker died", "lost"
 _LOST = 20  # times that a task is handed out again because the scheduler forgot it
 
 
@@ -68,6 +72,45 @@ class Task(NamedTuple):
     item: Input
     known: FileRecord | None
     taken: tuple[str, ...]
+
+
+class Step(NamedTuple):
+    """What a worker does at a time: a whole file, or a part of a large image.
+
+    Attributes:
+        task: the file.
+        kind: "file", or of a large image "peaks" or "masks" of a tile, or "boxes" of all; at last "join".
+        sha256: of the file, but for "file".
+        page, tile: indices, where they are of interest.
+    """
+
+    task: Task
+    kind: str = "file"
+    sha256: str = ""
+    page: int = 0
+    tile: int = 0
+
+    @property
+    def name(self) -> str:
+        """Different for all steps of a run."""
+        return f"{self.task.item.name} {self.kind} {self.page} {self.tile}"
+
+
+class Plan(NamedTuple):
+    """A file that is large enough to be shared: its SHA-256, and the number of tiles of each page."""
+
+    sha256: str
+    tiles: list[int]
+
+    def stages(self, task: Task) -> list[list[Step]]:
+        """The steps, each list of which must be done before the next one begins."""
+        pages = list(enumerate(self.tiles))
+        of_tiles = {
+            kind: [Step(task, kind, self.sha256, page, tile) for page, count in pages for tile in range(count)]
+            for kind in ("peaks", "masks")
+        }
+        boxes = [Step(task, "boxes", self.sha256, page) for page, _ in pages]
+        return [of_tiles["peaks"], boxes, of_tiles["masks"], [Step(task, "join", self.sha256)]]
 
 
 class Outcome(NamedTuple):
@@ -131,13 +174,52 @@ def describe_worker(job: Job) -> tuple[str, dict[str, str]]:
         return _predictor(job).device, versions()
 
 
-def predict_task(job: Job, task: Task) -> Outcome:
-    """Predict a file on a worker."""
-    folder = job.staging / uuid.uuid4().hex
+_opened: dict[tuple[str, str, str], list[TiledDetection]] = {}  # the large image that was looked at last
+
+
+def run_step(job: Job, step: Step) -> "Outcome | Plan | None":
+    """Do a step on a worker.
+
+    Returns:
+        Of a file its outcome, or the plan by which it is shared; of other steps nothing: their results are in a folder.
+    """
+    task = step.task
     with _one_at_a_time:
         predictor = _predictor(job)
-        folder.mkdir(parents=True)
-        record = predictor(task.item, folder, known=task.known, output=job.output, taken=task.taken)
+        if step.kind in ("file", "join"):
+            plan = _plan(predictor, job, task) if step.kind == "file" else None
+            return plan or _predict(predictor, job, task)
+        key = job.model_sha256, repr(job.settings), step.sha256
+        if key not in _opened:
+            _opened.clear()
+            _opened[key] = predictor.steps(task.item, step.sha256, job.output / TILES)
+        tiled = _opened[key][step.page]
+        with torch.no_grad():
+            if step.kind == "peaks":
+                tiled.peaks(step.tile)
+            else:
+                boxes, _, _ = tiled.boxes()
+                if step.kind == "masks":
+                    tiled.masks(step.tile, boxes)
+    return None
+
+
+def _plan(predictor: FilePredictor, job: Job, task: Task) -> Plan | None:
+    """How a file is shared, if it is; what is wrong with it is found out when it is predicted."""
+    with suppress(Exception):
+        if not task.item.path.is_dir() and task.item.path.stat().st_size < _LARGE:
+            return None
+        sha256 = file_sha256(task.item.path)
+        if task.known is None or not task.known.is_done(job.output, task.item.path, sha256):
+            tiles = [len(page.tiles) for page in predictor.steps(task.item, sha256, job.output / TILES)]
+            return Plan(sha256, tiles) if sum(tiles) > 1 else None
+    return None
+
+
+def _predict(predictor: FilePredictor, job: Job, task: Task) -> Outcome:
+    folder = job.staging / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    record = predictor(task.item, folder, known=task.known, output=job.output, taken=task.taken)
     if record.error is not None:
         record.outputs = []
     if record is task.known or record.error is not None:
@@ -193,7 +275,7 @@ class Cluster:
                     n_workers=self.workers.count,
                     threads_per_worker=1,
                     memory_limit=import_module("distributed.system").MEMORY_LIMIT // (self.workers.count or 1),
-                    dashboard_address=None,
+                    dashboard_address=":0",
                     silence_logs=logging.CRITICAL,
                 )
             address = self._local.scheduler_address
@@ -226,31 +308,32 @@ class Cluster:
     def outcomes(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """Predict files, in whatever order they are finished.
 
-        A task whose worker dies is handed out again, the last time alone, so that its file is known to be the reason.
+        A step whose worker dies is handed out again, the last time alone, so that its file is known to be the reason.
         After `Workers.tries` deaths its outcome is a record that says so.
 
         Raises:
             ConnectionError: the scheduler is gone for too long.
+            WorkerUnfit: a worker joined that cannot do this job.
         """
-        waiting = iter(tasks)
-        again: deque[Task] = deque()
-        suspects: deque[Task] = deque()
+        waiting = (Step(task) for task in tasks)
+        queue = _Queue()
         deaths: Counter[str] = Counter()
         losses: Counter[str] = Counter()
-        running: dict[Any, Task] = {}
+        suspects: deque[Step] = deque()
+        running: dict[Any, Step] = {}
         counted, window, is_alone = float("-inf"), _AHEAD, False
 
-        def hand_out(task: Task) -> None:
-            running[self.client.submit(predict_task, job, task, pure=False, retries=0)] = task
+        def hand_out(step: Step) -> None:
+            running[self.client.submit(run_step, job, step, pure=False, retries=0)] = step
 
         while True:
             if time.monotonic() - counted > _COUNT_EVERY:
                 counted, window = time.monotonic(), max(_AHEAD, _AHEAD * self._threads_of_workers())
             while len(running) < window and not is_alone:
-                task = again.popleft() if again else next(waiting, None)
-                if task is None:
+                step = queue.pop() or next(waiting, None)
+                if step is None:
                     break
-                hand_out(task)
+                hand_out(step)
             if not running:
                 if not suspects:
                     return
@@ -258,45 +341,49 @@ class Cluster:
                 is_alone = True
             self._wait(list(running))
             for future in [future for future in running if future.status != "pending"]:
-                task, is_alone = running.pop(future), False
-                name = task.item.name
-                outcome, died = self._outcome(future)
-                if outcome is not None:
-                    yield task, outcome
+                step, is_alone = running.pop(future), False
+                result, end = self._result(future)
+                if end == _DONE:
+                    outcome = queue.finish(step, result)
+                    if outcome is not None:
+                        yield step.task, outcome
                     continue
-                (deaths if died else losses)[name] += 1
-                if deaths[name] >= self.workers.tries:
+                (deaths if end == _DIED else losses)[step.name] += 1
+                if deaths[step.name] >= self.workers.tries:
                     yield (
-                        task,
-                        _failure(
-                            task,
-                            f"its worker died {deaths[name]} times, at last with no other file at hand: out of memory, "
-                            "or a crash while reading it",
+                        step.task,
+                        queue.give_up(
+                            step,
+                            f"its worker died {deaths[step.name]} times, at last with no other file at hand: out of "
+                            "memory, or a crash while reading it",
                         ),
                     )
-                elif losses[name] >= _LOST:
-                    yield task, _failure(task, f"the scheduler lost it {losses[name]} times")
-                elif died and deaths[name] + 1 == self.workers.tries:
-                    suspects.append(task)
+                elif losses[step.name] >= _LOST:
+                    yield step.task, queue.give_up(step, f"the scheduler lost it {losses[step.name]} times")
+                elif end == _DIED and deaths[step.name] + 1 == self.workers.tries:
+                    suspects.append(step)
                 else:
-                    again.append(task)
+                    queue.again(step)
+            suspects = deque(step for step in suspects if not queue.is_given_up(step))
             if self.client.status == "closed":
                 self._reconnect()
 
-    def _outcome(self, future: Any) -> tuple[Outcome | None, bool]:
-        """The outcome of a future that is no longer pending; or None, and whether its worker died.
+    def _result(self, future: Any) -> tuple[Any, str]:
+        """The result of a future that is no longer pending, if there is one, and how it ended.
 
         Raises:
             WorkerUnfit: a worker joined that cannot do this job.
         """
         try:
-            return future.result(timeout=60), False
+            return future.result(timeout=60), _DONE
         except self.dask.KilledWorker:
-            return None, True
-        except Exception:
-            if future.status == "error":  # of the task itself
-                raise
-            return None, False  # cancelled or lost with the scheduler
+            return None, _DIED
+        except WorkerUnfit:
+            raise
+        except Exception as error:
+            if future.status == "error":  # of the step itself
+                return error, _DONE
+            return None, _LOST_BY_SCHEDULER
         finally:
             with suppress(Exception):
                 future.release()
@@ -338,8 +425,59 @@ class Cluster:
         )
 
 
-def _failure(task: Task, text: str) -> Outcome:
-    return Outcome(FileRecord(str(task.item.path), task.item.name, error=text), False, None)
+class _Queue:
+    """Steps that are to be handed out before any new file, and the stages of large images that follow."""
+
+    def __init__(self) -> None:
+        self._steps: deque[Step] = deque()
+        self._stages: dict[str, list[list[Step]]] = {}  # of each large image those to come
+        self._left: Counter[str] = Counter()  # of each large image, steps of its present stage that are not done
+        self._given_up: set[str] = set()
+
+    def pop(self) -> Step | None:
+        """The next step; None where there is none."""
+        while self._steps:
+            step = self._steps.popleft()
+            if not self.is_given_up(step):
+                return step
+        return None
+
+    def again(self, step: Step) -> None:
+        """Take a step that was not done."""
+        self._steps.append(step)
+
+    def is_given_up(self, step: Step) -> bool:
+        """Whether the file of a step was given up."""
+        return step.task.item.name in self._given_up
+
+    def give_up(self, step: Step, text: str) -> Outcome:
+        """Do no more for a file; its outcome."""
+        self._given_up.add(step.task.item.name)
+        return Outcome(FileRecord(str(step.task.item.path), step.task.item.name, error=text), False, None)
+
+    def finish(self, step: Step, result: Any) -> Outcome | None:
+        """Take the result of a step, and queue what follows; the outcome of its file once that is known."""
+        name = step.task.item.name
+        if self.is_given_up(step):
+            return None
+        if isinstance(result, Outcome):
+            return result
+        if isinstance(result, Plan):
+            self._stages[name] = result.stages(step.task)
+        elif isinstance(result, Exception):
+            if step.kind in ("file", "join"):
+                return self.give_up(step, f"{type(result).__name__}: {result}")
+            # The last step, which does all that is missing, meets the same fault, and reports it as of any file.
+            self._steps = deque(s for s in self._steps if s.task.item.name != name or s.kind == "join")
+            if self._stages[name]:
+                self._stages[name], self._left[name] = self._stages[name][-1:], 0
+        else:
+            self._left[name] -= 1
+        while self._left[name] <= 0 and self._stages.get(name):
+            stage = self._stages[name].pop(0)
+            self._left[name] = len(stage)
+            self._steps.extend(stage)
+        return None
 
 
 def remove_staging(output: Path) -> None:

@@ -1,9 +1,12 @@
 """Prediction for one file: reading it, its cells, and the files of its results. What every process of a run does."""
 
+import hashlib
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +14,21 @@ import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.cells.separation import separate_cells
-from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_LABELS, KINDS_OF_STACKS, result_files
+from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_LABELS, KINDS_OF_STACKS, KINDS_OF_WHOLE_STACKS, result_files
 from kg_detectron.export.label_images import LabelStack, stack_shape
 from kg_detectron.export.ome_zarr import write_into, write_label_group
 from kg_detectron.export.results import Result, write_results
+from kg_detectron.inference.area import Area, area_of
 from kg_detectron.inference.fast import make_fast
-from kg_detectron.inference.manifest import FileRecord, PlaneRecord
+from kg_detectron.inference.manifest import FileRecord, PlaneRecord, versions
 from kg_detectron.inference.model_file import load_model
-from kg_detectron.inference.predictor import predict
+from kg_detectron.inference.predictor import predict, tiled_steps
 from kg_detectron.inference.run_settings import SettingError, Settings
+from kg_detectron.inference.tile_store import TILES, TileStore
+from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
-from kg_detectron.io.images import MAX_PIXELS, Page, open_image
+from kg_detectron.io.images import MAX_PIXELS, ImageFile, Page, open_image
 from kg_detectron.io.normalisation import UnknownWhiteLevel
 from kg_detectron.io.ome_zarr import is_ome_zarr
 
@@ -31,6 +37,9 @@ _LARGE = 8192 * 8192
 
 # Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
 _SCALES = (1 / 8, 8)
+
+# Sides of an image in tiles (of its own pixels) from which what is computed of tiles is kept on disk.
+_KEPT_FROM = 2
 
 # What label images are called in the images of OME-Zarr that they label.
 LABELS_NAME = "kg_detectron"
@@ -57,7 +66,7 @@ class FilePredictor:
     """
 
     def __init__(self, model: Path, settings: Settings, device: str | None = None) -> None:
-        self.settings = settings
+        self.settings, self.model_sha256 = settings, file_sha256(model)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
@@ -98,7 +107,8 @@ class FilePredictor:
             record.sha256 = file_sha256(item.path)
             if known is not None and known.is_done(output or folder, item.path, record.sha256):
                 return known
-            self._predict_file(item, record, folder, taken, before_writing or _nothing, progress)
+            tiles = (output or folder) / TILES
+            self._predict_file(item, record, folder, tiles, taken, before_writing or _nothing, progress)
         except Exception as error:
             record.error = reason(error, item.path)
         record.seconds = round(time.perf_counter() - start, 3)
@@ -109,25 +119,17 @@ class FilePredictor:
         item: Input,
         record: FileRecord,
         folder: Path,
+        tiles: Path,
         taken: Collection[str],
         before_writing: Callable[[], None],
         progress: Progress | None,
     ) -> None:
         """Predict and save all pages of a file, noting in its record what is done."""
         settings = self.settings
-        image = open_image(
-            item.path,
-            axes=settings.axes,
-            channels=settings.channels,
-            scene=settings.scene,
-            max_pixels=settings.max_pixels or MAX_PIXELS,
-        )
+        image = self._open(item, record)
         pages = image.pages
         record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
         note(record, *image.notes)
-        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
-        if settings.pixel_size is not None:
-            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
         names = [
             item.name if len(pages) == 1 else f"{item.name}_page{number:04d}" for number in range(1, len(pages) + 1)
         ]
@@ -140,7 +142,8 @@ class FilePredictor:
             stack.kinds_of_pages = [kind for kind in stack.kinds_of_pages if kind != "overlay"]
             note(record, "An image of this size gets no overlay.")
         for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
-            cells = self._predict_page(page, record, folder, progress)
+            store = TileStore(tiles / self._key(record, number))
+            cells = self._predict_page(page, record, folder, store, progress)
             result = Result(
                 cells,
                 page.pixels if page.is_lazy or len(page.chosen) > 1 else page.pixels[..., 0],
@@ -179,20 +182,82 @@ class FilePredictor:
             note(record, *(prefix + text for text in cells.notes))
         record.outputs += [path.relative_to(folder).as_posix() for path in stack.write(record.pixel_size)]
 
-    def _predict_page(self, page: Page, record: FileRecord, folder: Path, progress: Progress | None) -> Cells:
+        for number in range(1, len(pages) + 1):
+            TileStore(tiles / self._key(record, number)).discard()
+
+    def _open(self, item: Input, record: FileRecord) -> ImageFile:
+        """Open a file, and note its pixel size."""
+        settings = self.settings
+        image = open_image(
+            item.path,
+            axes=settings.axes,
+            channels=settings.channels,
+            scene=settings.scene,
+            max_pixels=settings.max_pixels or MAX_PIXELS,
+        )
+        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
+        if settings.pixel_size is not None:
+            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
+        return image
+
+    @torch.no_grad()
+    def steps(self, item: Input, sha256: str, tiles: Path) -> list[TiledDetection]:
+        """The steps of each page of a large image, for processes that share them by a folder.
+
+        Args:
+            item: the file.
+            sha256: of it.
+            tiles: the folder.
+
+        Returns:
+            Nothing for a file that one process had better predict: it is small, or must be read at once.
+        """
+        record = FileRecord(str(item.path), item.name, sha256)
+        pages = self._open(item, record).pages
+        if self.settings.ensemble or not all(page.is_lazy and self._is_kept(page) for page in pages):
+            return []
+        settings = self.settings
+        found = [
+            tiled_steps(
+                self.network,
+                page.pixels,
+                **self._sizes(record),
+                normalisation=settings.normalise,
+                tile=settings.tile,
+                overlap=settings.overlap,
+                area=self._area(page),
+                store=TileStore(tiles / self._key(record, number)),
+            )
+            for number, page in enumerate(pages, 1)
+        ]
+        steps = [page for page in found if page is not None]
+        return steps if len(steps) == len(found) else []
+
+    def _key(self, record: FileRecord, page: int) -> str:
+        """A name for what is computed of the tiles of a page, with all that it depends on."""
+        settings = {**asdict(self.settings), "save": None, "min_score": None, "stack": None}
+        about = [self.network.precision, record.pixel_size, versions()]
+        content = [record.sha256, self.model_sha256, page, settings, *about]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _predict_page(
+        self, page: Page, record: FileRecord, folder: Path, store: TileStore, progress: Progress | None
+    ) -> Cells:
         """The cells of a page: those of a sufficient score, separated."""
         settings = self.settings
-        sizes: dict[str, float | None] = {"scale": settings.scale, "diameter": settings.diameter}
-        if settings.scale is None and settings.diameter is None:
-            sizes["pixel_size"] = self._pixel_size_for_scale(record)
+        area = self._area(page)
+        if area is not None and self._is_slide(page) and not settings.all_tiles:
+            note(record, f"Cells were looked for in {area.share:.1%} of it; --all-tiles looks everywhere.")
         cells = predict(
             self.network,
             page.pixels,
-            **sizes,
+            **self._sizes(record),
             normalisation=settings.normalise,
             tile=settings.tile,
             overlap=settings.overlap,
             ensemble=settings.ensemble,
+            area=area,
+            store=store if self._is_kept(page) else None,
             progress=progress,
         )
         cells = cells.above(self.threshold)
@@ -202,7 +267,25 @@ class FilePredictor:
         if height * width <= _LARGE:
             return separate_cells(cells)
         with tempfile.TemporaryFile(dir=folder) as file:
-            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)))
+            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)), is_zero=True)
+
+    def _is_slide(self, page: Page) -> bool:
+        return page.is_lazy and len(page.chosen) == 3
+
+    def _is_kept(self, page: Page) -> bool:
+        """Whether what is computed of the tiles of a page is worth keeping."""
+        return max(page.pixels.shape[:2]) > _KEPT_FROM * self.settings.tile
+
+    def _area(self, page: Page) -> Area | None:
+        settings = self.settings
+        return area_of(page.pixels, settings.regions, tissue=self._is_slide(page) and not settings.all_tiles)
+
+    def _sizes(self, record: FileRecord) -> dict[str, float | None]:
+        """What sets the scale; an estimate does where all are None."""
+        settings = self.settings
+        given = settings.scale is not None or settings.diameter is not None
+        pixel_size = None if given else self._pixel_size_for_scale(record)
+        return {"scale": settings.scale, "diameter": settings.diameter, "pixel_size": pixel_size}
 
     def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
         """The pixel size, where the model knows its own and the two do not contradict each other."""
@@ -228,7 +311,7 @@ class _Stack:
         sizes = {page.pixels.shape[:2] for page in pages}
         joined: tuple[str, ...] = ()
         if len(pages) > 1 and len(sizes) == 1 and settings.stack != "pages":
-            joined = KINDS_OF_STACKS if settings.stack == "one" else KINDS_OF_LABELS
+            joined = KINDS_OF_STACKS if settings.stack == "one" else KINDS_OF_WHOLE_STACKS
         self.kinds = [kind for kind in settings.kinds if kind in joined]
         self.kinds_of_pages = [kind for kind in settings.kinds if kind not in joined]
         self.results: list[Result] = []

@@ -17,7 +17,8 @@ from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, Mani
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers, check_device, check_output
-from kg_detectron.inference.run_tables import remove_tables, write_tables
+from kg_detectron.inference.run_tables import is_parquet_installed, remove_tables, write_tables
+from kg_detectron.inference.tile_store import TILES
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input, find_images
 from kg_detectron.io.lock import locked
@@ -196,6 +197,10 @@ class _Run:
     ) -> None:
         self.settings, self.output, self.workers, self.device = settings, output, workers, device
         self.say, self.complain = say, complain or say
+        if settings.parquet and not is_parquet_installed():
+            raise SettingError(
+                "parquet", "it needs a package that is not installed: pip install 'kg_detectron[parquet]'"
+            )
         if workers is None:
             self.predictor = FilePredictor(model, settings, device)
             device, threshold = self.predictor.device, self.predictor.threshold
@@ -249,7 +254,8 @@ class _Run:
         finally:
             self.file.write()
             remove_staging(self.output)
-        write_tables(self.output, self.manifest)
+        shutil.rmtree(self.output / TILES, ignore_errors=True)  # of files whose settings or content changed since
+        write_tables(self.output, self.manifest, parquet=self.settings.parquet)
         return summary
 
     def _in_this_process(self, tasks: Iterator[Task], bar: tqdm) -> Iterator[tuple[FileRecord, bool]]:

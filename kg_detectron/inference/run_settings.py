@@ -43,7 +43,8 @@ class Settings:
     Attributes:
         save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved, unless
             `keep_overlaps` is set.
-        stack: files of a stack. "auto": one label image with its axes, other results page by page; "one": one file
+        stack: files of a stack. "auto": one label image with its axes and one file of ROIs,
+            other results page by page; "one": one file
             for each kind that can hold a stack; "pages": all page by page.
         axes: axis order of stacks, instead of the one that the file declares, such as "ZCYX".
         channels: one, or three as red, green and blue, by name or by number from 1; None takes a grey or RGB image as
@@ -61,6 +62,11 @@ class Settings:
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
         into_zarr: labels of OME-Zarr images are written into the images too.
+        parquet: the table of all cells is written as Parquet too.
+        regions: parts of the images in which cells are looked for, as `kg_detectron.inference.area.regions_of` gives
+            them; everywhere where there are none.
+        all_tiles: in slides, which are in colour and so large that they are read piece by piece, cells are looked for
+            outside the tissue too.
         max_pixels: larger images are refused; None takes the limit of the reader.
 
     Raises:
@@ -83,6 +89,9 @@ class Settings:
     min_score: float | None = None
     keep_overlaps: bool = False
     into_zarr: bool = False
+    parquet: bool = False
+    regions: tuple[str, ...] = ()
+    all_tiles: bool = False
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:

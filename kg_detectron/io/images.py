@@ -17,6 +17,7 @@ from kg_detectron.io.microscope import READERS, advice, decode_microscope
 from kg_detectron.io.ome_zarr import decode_ome_zarr, is_ome_zarr
 from kg_detectron.io.pictures import decode_picture
 from kg_detectron.io.scene import Decoded, ImageChoiceError, Scene
+from kg_detectron.io.slides import ONLY_SLIDES, decode_slide
 from kg_detectron.io.tiff import TIFF_SIGNATURES, decode_tiff
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".btf", ".tf8"),
     *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk"),  # TIFFs of slide scanners and microscopes
+    *ONLY_SLIDES,
 )
 
 _MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read
@@ -288,7 +290,8 @@ def _decode_file(path: Path, axes: str | None, scene: int | str | None, max_pixe
     try:
         with path.open("rb") as file:
             is_tiff = file.read(4) in TIFF_SIGNATURES
-        source = path if is_tiff or path.suffix.lower() in READERS else path.read_bytes()
+        is_read_by_name = is_tiff or path.suffix.lower() in (*READERS, *ONLY_SLIDES)
+        source = path if is_read_by_name else path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -307,6 +310,10 @@ def _decode(
     """A TIFF or microscope's file, or the content of any other."""
     if isinstance(source, Path) and source.suffix.lower() in READERS:
         return decode_microscope(source, scene, max_pixels)
+    if isinstance(source, Path) and axes is None and scene is None and not as_stored:
+        slide = decode_slide(source)
+        if slide is not None:
+            return slide
     if isinstance(source, Path) or source.startswith(TIFF_SIGNATURES):
         return decode_tiff(source, axes, scene, max_pixels, map_from=_MAP_FROM, as_stored=as_stored)
     return decode_picture(source, max_pixels, as_stored=as_stored)

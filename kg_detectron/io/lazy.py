@@ -5,7 +5,7 @@ H, W: height and width in pixels; C: channels.
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,10 @@ class LazyPlane:
             return self._source.coarse(step_y)[..., list(self._channels)]
         return self._window(y1, max(y1, y2), x1, max(x1, x2))[::step_y, ::step_x]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it, for functions that want an array."""
+        return np.asarray(self[:, :], dtype)
+
     def _window(self, y1: int, y2: int, x1: int, x2: int) -> np.ndarray:
         out = np.empty((y2 - y1, x2 - x1, self.shape[2]), self.dtype)
         for top in range(y1 // BLOCK * BLOCK, y2, BLOCK):
@@ -126,3 +130,19 @@ class LazyPlane:
         while len(self._blocks) * block.nbytes > _KEPT and len(self._blocks) > 4:
             self._blocks.popitem(last=False)
         return block
+
+
+class LazyStack:
+    """Planes by their place along the axes before Y, as an array (..., H, W, C) has them.
+
+    Args:
+        lengths: of the axes before Y.
+        source: the pixels of the plane at a place.
+    """
+
+    def __init__(self, lengths: Sequence[int], source: Callable[[tuple[int, ...]], PlaneSource]) -> None:
+        self._source = source
+        self.shape = (*lengths, *source((0,) * len(lengths)).shape)
+
+    def __getitem__(self, place: tuple[int, ...]) -> LazyPlane:
+        return LazyPlane(self._source(place))

@@ -20,7 +20,6 @@ EXTRA = 'pip install "kg_detectron[formats]"'
 _UNREAD = {
     **dict.fromkeys((".oir", ".oib", ".oif", ".vsi"), "an Olympus file"),
     **dict.fromkeys((".ims",), "an Imaris file"),
-    **dict.fromkeys((".mrxs", ".vms"), "a slide of several files"),
     ".n5": "an N5 folder",
     **dict.fromkeys((".dcm", ".dicom"), "a DICOM file"),
     **dict.fromkeys((".dv", ".r3d"), "a DeltaVision file"),

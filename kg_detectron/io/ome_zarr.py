@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kg_detectron.io.lazy import LazyPlane, PlaneSource
+from kg_detectron.io.lazy import LazyStack, PlaneSource
 from kg_detectron.io.limits import check_size
 from kg_detectron.io.metadata import SceneMetadata, micrometres, scene_metadata
 from kg_detectron.io.relative_path import checked_relative_path
@@ -105,10 +105,13 @@ def decode_ome_zarr(path: Path, max_pixels: int) -> Decoded:
     is_large = int(np.prod(shape)) * levels[0].dtype.itemsize >= _MAP_FROM
     if not is_large:
         check_size(size["y"], size["x"], planes, max_pixels)
-    pixels: Any = _Planes(levels, axes, is_large)
+    letters = [axis.lower() for axis in lead]
+    pixels: Any = LazyStack(
+        [size[axis] for axis in letters], lambda place: _Source(levels, axes, dict(zip(letters, place, strict=True)))
+    )
     if not is_large:
         places = np.ndindex(pixels.shape[: len(lead)])
-        pixels = np.stack([pixels[place] for place in places]).reshape(pixels.shape)
+        pixels = np.stack([pixels[place][:, :] for place in places]).reshape(pixels.shape)
     about = _metadata(attributes, image, axes, size.get("c", 1))
     names = about.channel_names
     scene = Scene(
@@ -124,20 +127,6 @@ def decode_ome_zarr(path: Path, max_pixels: int) -> Decoded:
         notes=(about.note,) if about.note else (),
     )
     return Decoded([scene])
-
-
-class _Planes:
-    """The planes of an image, indexed by their place along the axes before Y."""
-
-    def __init__(self, levels: Sequence[Any], axes: str, is_large: bool) -> None:
-        self._levels, self._axes, self._is_large = levels, axes, is_large
-        size = dict(zip(axes, levels[0].shape, strict=True))
-        self._lead = [axis for axis in axes if axis not in "cyx"]
-        self.shape = (*(size[axis] for axis in self._lead), size["y"], size["x"], size.get("c", 1))
-
-    def __getitem__(self, place: tuple[int, ...]) -> Any:
-        source = _Source(self._levels, self._axes, dict(zip(self._lead, place, strict=True)))
-        return LazyPlane(source) if self._is_large else source.read(0, 0, source.shape[0], 0, source.shape[1])
 
 
 class _Source(PlaneSource):

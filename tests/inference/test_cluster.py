@@ -4,6 +4,9 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,13 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import tiny_network
+from builders import ROOT, tiny_network
 from PIL import Image
 
 from kg_detectron.cli.main import main
+from kg_detectron.export.ome_zarr import write_label_group
+from kg_detectron.inference import cluster as cluster_module
 from kg_detectron.inference import save_model
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
+from kg_detectron.io import ome_zarr
+from kg_detectron.io.finding import Input
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
@@ -26,13 +33,15 @@ TRIES = 2
 
 
 class DeadlyFile(distributed.WorkerPlugin):
-    """A file called killer.png takes its worker with it, as a broken decoder would."""
+    """A file called killer.png takes its worker with it, as a broken decoder would; any Zarr counts as a large one."""
 
     name = "deadly"
 
     def setup(self, worker: object) -> None:
         from kg_detectron.inference import file_prediction
+        from kg_detectron.io import ome_zarr
 
+        ome_zarr._MAP_FROM = 0
         real = file_prediction.open_image
 
         def deadly(path: Path, **options: object) -> object:
@@ -49,7 +58,7 @@ def cluster() -> Iterator[str]:
     with (
         dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50, memory_limit=0
+            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50, memory_limit=0
         ) as workers,
         distributed.Client(workers, set_as_default=False) as client,
     ):
@@ -135,6 +144,51 @@ def test_a_file_that_kills_its_workers_is_named_and_the_rest_is_done(cluster: st
     assert [record["name"] for record in records(tmp_path / "out") if record["error"]] == ["killer"]
 
 
+def test_the_tiles_of_a_large_image_are_shared(
+    cluster: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zarr")
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 200), dtype=np.uint8)
+    write_label_group(tmp_path / "large.zarr", [pixels], pixels.shape, "YX", None)
+    monkeypatch.setattr(ome_zarr, "_MAP_FROM", 0)
+    monkeypatch.setattr(cluster_module, "_COUNT_EVERY", 0.0)
+    settings = Settings(save=("labels", "geojson"), scale=1.0, tile=64, normalise="percentile")
+    predict_files([tmp_path / "large.zarr"], model, tmp_path / "alone", settings)
+    steps, real = [], cluster_module._Queue.finish
+    killed: list[int] = []
+
+    def counted(self: object, step: cluster_module.Step, result: object) -> object:
+        steps.append((step.kind, step.page, step.tile))
+        if step.kind == "masks" and not killed:
+            killed.extend(workers_of(cluster)[:1])
+            os.kill(killed[0], signal.SIGKILL)
+        return real(self, step, result)
+
+    monkeypatch.setattr(cluster_module._Queue, "finish", counted)
+    summary = predict_files(
+        [tmp_path / "large.zarr"], model, tmp_path / "out", settings, workers=Workers(None, cluster)
+    )
+    assert not summary.failed and summary.cells > 50
+    tiles = [(0, tile) for tile in range(12)]
+    expected = [("file", 0, 0), ("boxes", 0, 0), ("join", 0, 0)]
+    assert sorted(steps) == sorted([*expected, *((kind, *tile) for kind in ("peaks", "masks") for tile in tiles)])
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_fault_in_a_tile_is_reported_once() -> None:
+    task = cluster_module.Task(Input(Path("a.zarr"), "a"), None, ())
+    queue = cluster_module._Queue()
+    assert queue.finish(cluster_module.Step(task), cluster_module.Plan("0", [2, 1])) is None
+    peaks = [queue.pop() for _ in range(3)]
+    assert [(step.kind, step.page, step.tile) for step in peaks] == [("peaks", 0, 0), ("peaks", 0, 1), ("peaks", 1, 0)]
+    for step, result in zip(peaks, (OSError("lost"), None, OSError("lost")), strict=True):
+        assert queue.finish(step, result) is None
+    join = queue.pop()
+    assert join is not None and join.kind == "join" and queue.pop() is None
+    outcome = queue.finish(join, OSError("lost"))
+    assert outcome is not None and outcome.record.error == "OSError: lost"
+
+
 def test_the_command_starts_workers_of_its_own(model: Path, tmp_path: Path) -> None:
     images = pictures(tmp_path / "images", 2)
     options = [str(images), "-m", str(model), "--save", "labels", "-o"]
@@ -164,6 +218,45 @@ def test_workers_are_checked_before_anything_is_done(tmp_path: Path, capsys: pyt
     assert main(["predict", str(image), "-o", str(tmp_path / "out"), "--scheduler", "login:8786"]) == 2
     assert "--scheduler: expected an address such as tcp://HOST:8786, got 'login:8786'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_restarts_is_waited_for(model: Path, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 12)
+    predict_files([images], model, tmp_path / "alone", Settings(save=("labels",)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address, processes, restarts = f"tcp://127.0.0.1:{port}", [], []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start() -> None:
+        scheduler = ["scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", "--no-show"]
+        for options in (scheduler, ["worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard"]):
+            command = [sys.executable, "-m", "dask", *options]
+            processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+
+    def restart_at_the_second_file(line: str) -> None:
+        if " cells, " in line and not restarts:
+            restarts.append(line)
+            for process in processes:
+                process.kill()
+                process.wait()
+            start()
+
+    start()
+    try:
+        workers = Workers(scheduler=address)
+        settings = Settings(save=("labels",))
+        summary = predict_files(
+            [images], model, tmp_path / "out", settings, workers=workers, say=restart_at_the_second_file
+        )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert restarts and len(summary.done) == 12 and not summary.failed
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 @pytest.mark.slow
