@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.path import Path as Outline
 
 from kg_detectron.io.lazy import LazyPlane
 
@@ -47,6 +46,8 @@ class Area:
         """Which of the points (N, 2), x and y, lie in one of the polygons; all where there are none: (N,) bool."""
         if self.polygons is None:
             return np.ones(len(points), bool)
+        from matplotlib.path import Path as Outline  # slow to import
+
         inside = np.zeros(len(points), bool)
         for outer, *holes in self.polygons:
             within = Outline(outer).contains_points(points)

@@ -111,12 +111,10 @@ class LazyPlane:
         out = np.empty((y2 - y1, x2 - x1, self.shape[2]), self.dtype)
         for top in range(y1 // BLOCK * BLOCK, y2, BLOCK):
             for left in range(x1 // BLOCK * BLOCK, x2, BLOCK):
-                block = self._block(top, left)
-                rows = slice(max(y1, top) - top, min(y2, top + BLOCK) - top)
-                columns = slice(max(x1, left) - left, min(x2, left + BLOCK) - left)
-                place = (slice(rows.start + top - y1, rows.stop + top - y1),)
-                place += (slice(columns.start + left - x1, columns.stop + left - x1),)
-                out[place] = block[rows, columns][..., list(self._channels)]
+                low_y, high_y = max(y1, top), min(y2, top + BLOCK)
+                low_x, high_x = max(x1, left), min(x2, left + BLOCK)
+                part = self._block(top, left)[low_y - top : high_y - top, low_x - left : high_x - left]
+                out[low_y - y1 : high_y - y1, low_x - x1 : high_x - x1] = part[..., list(self._channels)]
         return out
 
     def _block(self, top: int, left: int) -> np.ndarray:

@@ -43,7 +43,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("image.png --axes QQ", "--axes: expected different letters with Y and X, such as ZCYX, got 'QQ'"),
         ("image.png --axes zc", "got 'ZC'"),
         ("image.png -o README.md", "--output: expected a folder, but README.md is a file"),
-        ("image.png --save labels video", "--save: expected some of labels, overlay, coco, geojson, roi, csv, or all"),
+        (
+            "image.png --save labels video",
+            "--save: expected some of labels, overlay, coco, geojson, roi, csv, zarr",
+        ),
         ("image.png --save video", "got 'video'"),
         ("image.png --channels 1 2", "--channels: expected one or three, as names or numbers from 1, got 1 2"),
         ("image.png --channels 0", "--channels: expected one or three"),
