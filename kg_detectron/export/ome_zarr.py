@@ -115,7 +115,8 @@ def write_label_group(
                 height = level.shape[-2]
                 for first in range(0, height, _BAND):
                     last = min(first + _BAND, height)
-                    level[(*place, slice(first, last))] = page[first * step : (last - 1) * step + 1 : step, ::step]
+                    where = (*place, slice(first, last))
+                    level[where] = page[first * step : (last - 1) * step + 1 : step, ::step]
         group.attrs.update(_metadata(axes, len(levels), pixel_size, version, source))
         if path.is_dir():
             shutil.rmtree(path)
@@ -139,7 +140,7 @@ def _metadata(axes: str, levels: int, pixel_size: float | None, version: str, so
     label: dict[str, Any] = dict(of_version)
     if source is not None:
         label["source"] = {"image": source}
-    content = {"multiscales": [{**of_version, "name": "cells", "axes": named, "datasets": datasets}]}
+    content: dict[str, Any] = {"multiscales": [{**of_version, "name": "cells", "axes": named, "datasets": datasets}]}
     content |= {"image-label": label}
     return content if version == "0.4" else {"ome": {"version": version, **content}}
 
