@@ -294,16 +294,22 @@ class Cluster:
 
     def describe(self, job: Job) -> tuple[str, dict[str, str]]:
         """The device and the versions of the first worker that answers; see `describe_worker`, also for errors."""
-        future = self.client.submit(describe_worker, job, pure=False)
-        while not future.done():
-            self._wait([future])
-            self._threads_of_workers()  # tells where there are none
-        try:
-            return future.result()
-        except self.dask.KilledWorker:
-            raise WorkerUnfit("the first worker died while it loaded the model: is its memory large enough?") from None
-        except self.dask.CancelledError:
-            raise ConnectionError(f"the scheduler at {self.address} is gone") from None
+        for _ in range(self.workers.tries):
+            future = self.client.submit(describe_worker, job, pure=False)
+            while not future.done():
+                self._wait([future])
+                self._threads_of_workers()  # tells where there are none
+            description, end = self._result(future)
+            if end == _DONE and isinstance(description, Exception):
+                raise WorkerUnfit(f"a worker cannot begin: {type(description).__name__}: {description}")
+            if end == _DONE:
+                return description
+            if self.client.status == "closed":
+                self._reconnect()
+        raise WorkerUnfit(
+            f"{self.workers.tries} workers died while they loaded the model, or lost their scheduler: is their memory "
+            "large enough?"
+        )
 
     def outcomes(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
         """Predict files, in whatever order they are finished.

@@ -264,28 +264,33 @@ def test_a_scheduler_that_restarts_is_waited_for(model: Path, tmp_path: Path) ->
 def test_twenty_workers_killed_at_random_lose_nothing(cluster: str, model: Path, tmp_path: Path) -> None:
     images = pictures(tmp_path / "images", 60)
     predict_files([images], model, tmp_path / "alone", Settings(save=("labels",)))
-    chance, stop, kills = random.Random(0), threading.Event(), 0
+    chance, killers = random.Random(0), []
+    left = 2  # files until the next worker is killed
 
-    def kill() -> None:
-        nonlocal kills
-        while not stop.wait(chance.uniform(1, 3)):
-            try:
-                os.kill(chance.choice(workers_of(cluster)), signal.SIGKILL)
-                kills += 1
-            except (OSError, IndexError):  # no worker is up
-                pass
+    def kill(seconds: float) -> None:
+        time.sleep(seconds)
+        alive = workers_of(cluster)
+        if alive:  # else both are being started
+            os.kill(chance.choice(alive), signal.SIGKILL)
+            kills.append(seconds)
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    start = time.monotonic()
-    runs = 0
-    while kills < 20 and time.monotonic() - start < 1000:
-        out = tmp_path / f"out{runs}"
+    def count(line: str) -> None:
+        nonlocal left
+        left -= " cells, " in line
+        if left <= 0:
+            left = chance.randint(1, 4)
+            killers.append(threading.Thread(target=kill, args=[chance.uniform(0, 0.3)]))
+            killers[-1].start()
+
+    kills: list[float] = []
+    for run in range(6):
+        out = tmp_path / f"out{run}"
         workers = Workers(scheduler=cluster, tries=50)
-        summary = predict_files([images], model, out, Settings(save=("labels",)), workers=workers)
+        summary = predict_files([images], model, out, Settings(save=("labels",)), workers=workers, say=count)
         assert len(summary.done) == 60 and not summary.failed and not summary.skipped
         assert contents(out) == contents(tmp_path / "alone")
-        runs += 1
-    stop.set()
-    killer.join()
-    assert kills >= 20, f"only {kills} workers were killed in {runs} runs"
+        if len(kills) >= 20:
+            break
+    for killer in killers:
+        killer.join()
+    assert len(kills) >= 20
