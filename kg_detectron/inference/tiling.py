@@ -205,8 +205,8 @@ class TiledDetection:
         notes: tuple[str, ...] = ()
         if too_long:
             notes = (
-                f"{too_long} boxes longer than tile + overlap = {self.tile + self.overlap} pixels of the network's "
-                "input are left out",
+                f"{too_long} boxes longer than tile + overlap = {self.tile + self.overlap} "
+                "pixels of the network's input are left out",
             )
         crops: list[Any] = [None] * len(boxes)
         places = torch.zeros(len(boxes), 4, dtype=torch.long)
