@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from kg_detectron.io import fault
 from kg_detectron.io.cell_files import cell_mask
-from kg_detectron.io.coco import checked_relative_path, write_split
+from kg_detectron.io.coco import write_split
 from kg_detectron.io.images import decode_image
 from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.relative_path import checked_relative_path
 
 MAX_BYTES = 2**30  # of a file in a zip file, above which its header is not believed
 

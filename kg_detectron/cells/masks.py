@@ -134,10 +134,11 @@ class MaskCrops:
         high = sizes.scatter_reduce(0, crop, at + 1, "amax", include_self=False)
         return self.windows[:, :2].repeat(1, 2) + torch.cat((low, high), dim=1).cpu()
 
-    def pixels(self) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
-        """Each cell as a bool array (h,w) and its window x1, y1, x2, y2."""
-        for i, window in enumerate(self.windows.tolist()):
-            yield self._binary(i).numpy(force=True), tuple(window)
+    def pixels(self, order: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
+        """Each cell as a bool array (h,w) and its window x1, y1, x2, y2; in another order if one is given."""
+        windows = self.windows.tolist()
+        for i in range(len(self)) if order is None else order:
+            yield self._binary(i).numpy(force=True), tuple(windows[i])
 
     def to(self, *args: Any, **kwargs: Any) -> "MaskCrops":
         """The crops moved as by `Tensor.to`; the places stay on the CPU."""
@@ -190,12 +191,13 @@ class MaskCrops:
             encoded.append(encode_runs(counts, self.size))
         return encoded
 
-    def label_image(self, out: np.ndarray | None = None) -> np.ndarray:
+    def label_image(self, out: np.ndarray | None = None, *, is_zero: bool = False) -> np.ndarray:
         """(H,W) of ids: 1..N in the order of the container, 0 background. Where masks overlap, the first one wins.
 
         Args:
             out: where to write, an (H,W) integer array (a `numpy.memmap` for an image larger than memory); by default a
                 new one, uint16 up to 65,535 cells and uint32 above.
+            is_zero: `out` is 0 everywhere. A file that is new then keeps its holes, which take no space on disk.
         Returns:
             `out`, or the new array.
         Raises:
@@ -207,7 +209,7 @@ class MaskCrops:
             raise ValueError(
                 f"out: expected integers {self.size} that hold {len(self)} ids, got {out.dtype} {out.shape}"
             )
-        else:
+        elif not is_zero:
             out[...] = 0
         for i, (x1, y1, x2, y2) in reversed(list(enumerate(self.windows.tolist()))):
             out[y1:y2, x1:x2][self._binary(i).numpy(force=True)] = i + 1

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kg_detectron.export.kinds import EXPORTERS
+from kg_detectron.export.kinds import EXPORTERS, KINDS
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
-from kg_detectron.inference.run_settings import Settings, check_device, check_output
+from kg_detectron.inference.run_settings import Settings, Workers, check_device, check_output
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
@@ -28,6 +28,9 @@ _SETTINGS = (
     "ensemble",
     "fast",
     "keep_overlaps",
+    "into_zarr",
+    "parquet",
+    "all_tiles",
     "max_pixels",
 )
 MODEL_HELP = f"model file, checkpoint of tools/train_net.py, or name of a kept model (default: {DEFAULT_MODEL})"
@@ -47,7 +50,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "inputs",
         nargs="*",
         metavar="FILE|DIR|GLOB",
-        help="images (PNG, JPEG, TIFF); of a folder, those directly in it; of a pattern in quotes such as "
+        help="images (PNG, JPEG, TIFF, OME-Zarr); of a folder, those directly in it; of a pattern in quotes such as "
         "'plates/**/*.tif' all that match, with the folders below its fixed part kept in OUT",
     )
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=MODEL_HELP)
@@ -57,13 +60,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--save",
         nargs="+",
         metavar="KIND",
-        help=f"{kinds}, or all; also as a list with commas (default: {','.join(Settings.save)}). csv is always saved",
+        help=f"{kinds}, or all, which is these without zarr; also as a list with commas "
+        f"(default: {','.join(Settings.save)}). csv is always saved",
     )
     parser.add_argument(
         "--stack",
         choices=("auto", "one", "pages"),
-        help="files of a stack: auto (default), one label image, other results page by page; one, one file for each "
-        "of labels, geojson, roi and csv; pages, all page by page",
+        help="files of a stack: auto (default), one label image and one zip of ROIs, other results page by page; one, "
+        "one file for each kind that can hold a stack; pages, all page by page",
+    )
+    parser.add_argument(
+        "--into-zarr",
+        action="store_true",
+        default=None,
+        help="write the labels of images in OME-Zarr into the images too, as labels/kg_detectron",
+    )
+    parser.add_argument(
+        "--parquet", action="store_true", default=None, help="write OUT/cells.parquet, with the content of cells.csv"
     )
     parser.add_argument("--overwrite", action="store_true", help="predict again what is done")
     parser.add_argument(
@@ -75,6 +88,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--axes", type=str.upper, help="axis order of stacks that do not declare it, such as ZCYX: C for channels"
+    )
+    parser.add_argument(
+        "--region",
+        action="append",
+        metavar="X,Y,W,H|FILE",
+        help="look for cells in this rectangle only (pixels), or in the polygons of a GeoJSON, such as QuPath exports; "
+        "may be given several times",
+    )
+    parser.add_argument(
+        "--all-tiles",
+        action="store_true",
+        default=None,
+        help="look everywhere in whole slides; by default where there is tissue",
     )
     parser.add_argument(
         "--scene", type=name_or_number, metavar="NAME|N", help="scene of files with several (default: all)"
@@ -139,7 +165,36 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse images of more pixels; default: 1000000000")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")
+    add_worker_options(parser)
     parser.set_defaults(run=run)
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that share the files of a run among processes."""
+    group = parser.add_argument_group("many processes", "by Dask: pip install 'kg_detectron[dask]'")
+    group.add_argument("--workers", type=int, metavar="N", help="share the files among N processes on this machine")
+    group.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="share them among the workers of a Dask scheduler, tcp://HOST:PORT, which see the same folders",
+    )
+    group.add_argument(
+        "--tries",
+        type=int,
+        metavar="N",
+        help=f"give up a file over which N workers died (default: {Workers.tries})",
+    )
+
+
+def chosen_workers(arguments: argparse.Namespace) -> Workers | None:
+    """The processes that the options ask for; None for this one alone.
+
+    Raises:
+        SettingError: a wrong value, or both kinds.
+    """
+    values = {"count": arguments.workers, "scheduler": arguments.scheduler, "tries": arguments.tries}
+    given = {name: value for name, value in values.items() if value is not None}
+    return Workers(**given) if given else None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,7 +203,8 @@ def run(arguments: argparse.Namespace) -> int:
     given: dict[str, Any] = {name: getattr(arguments, name) for name in _SETTINGS}
     if arguments.save is not None:
         kinds = [kind for value in _list(arguments.save, inputs, set(EXPORTERS) | {"all"}) for kind in value.split(",")]
-        given["save"] = tuple(EXPORTERS) if "all" in kinds else tuple(dict.fromkeys(kinds))
+        named = [kind for kind in kinds if kind != "all"]
+        given["save"] = tuple(dict.fromkeys((*KINDS, *named) if "all" in kinds else named))
     if arguments.channels is not None:
         values = [part for value in _list(arguments.channels, inputs, set()) for part in value.split(",")]
         given["channels"] = tuple(map(name_or_number, values))
@@ -156,10 +212,15 @@ def run(arguments: argparse.Namespace) -> int:
         print("note: --size is no longer needed, for cells decide about the scale; --scale 1 keeps the pixels")
         if arguments.size == "native" and given["scale"] is None and given["diameter"] is None:
             given["scale"] = 1.0
+    if arguments.region is not None:
+        from kg_detectron.inference.area import regions_of
+
+        given["regions"] = regions_of(arguments.region)
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     if not inputs:
         raise ValueError("expected at least one FILE, DIR or GLOB")
     check_device(arguments.device)
+    workers = chosen_workers(arguments)
     check_output(arguments.output)
     model_path(arguments.model)
     for name in inputs:
@@ -179,6 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings,
         device=arguments.device,
         overwrite=arguments.overwrite,
+        workers=workers,
         command=arguments.command_line,
         say=say,
         complain=complain,

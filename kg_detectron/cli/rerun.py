@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from kg_detectron.cli.predict import complain, exit_status, say
+from kg_detectron.cli.predict import add_worker_options, chosen_workers, complain, exit_status, say
 from kg_detectron.inference.run_settings import check_device, check_output
 
 
@@ -23,6 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--run", dest="number", type=int, metavar="N", help="repeat only the Nth run into the folder, 1 for the oldest"
     )
     parser.add_argument("--device", help="default: the run's")
+    add_worker_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not Path(arguments.manifest).exists():
         raise FileNotFoundError(f"{arguments.manifest}: no such folder or file")
     check_device(arguments.device)
+    workers = chosen_workers(arguments)
     if arguments.output is not None:
         check_output(arguments.output)
 
@@ -41,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         number=arguments.number,
         device=arguments.device,
+        workers=workers,
         command=arguments.command_line,
         say=say,
         complain=complain,

@@ -20,11 +20,13 @@ class Exporter(NamedTuple):
         module: in `kg_detectron.export`. It has ``write(path, result)`` and, where one file can hold a whole stack,
             ``write_stack(path, results)``.
         text: what it is, for help texts.
+        extra: the extra of the package that its writer needs; such a kind is not among those of ``all``.
     """
 
     ending: str
     module: str
     text: str
+    extra: str = ""
 
     def write(self, path: Path, result: "Result") -> None:
         """Write the cells of one image, whole or not at all."""
@@ -43,9 +45,16 @@ EXPORTERS = {
     "roi": Exporter("_rois.zip", "imagej_rois", "regions for ImageJ's ROI Manager"),
     "csv": Exporter("_cells.csv", "measurements", "measurements"),
     "classes": Exporter("_classes.csv", "class_table", "class of each cell of the label image"),
+    "zarr": Exporter("_labels.ome.zarr", "ome_zarr", "label image, OME-Zarr", extra="zarr"),
 }
-KINDS = tuple(EXPORTERS)
-KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes")  # those with `write_stack`
+KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if not exporter.extra)
+KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes", "zarr")  # those with `write_stack`
+KINDS_OF_LABELS = ("labels", "zarr")  # label images
+KINDS_OF_WHOLE_STACKS = (
+    *KINDS_OF_LABELS,
+    "classes",
+    "roi",
+)  # those of which a stack has one file, unless all are wanted by page
 
 
 def fault_in_kinds(kinds: Sequence[str]) -> str | None:
@@ -53,7 +62,7 @@ def fault_in_kinds(kinds: Sequence[str]) -> str | None:
     unknown = [kind for kind in kinds if kind not in EXPORTERS]
     if not unknown and kinds:
         return None
-    return f"expected some of {', '.join(KINDS)}, or all; got {', '.join(map(repr, unknown)) or 'none'}"
+    return f"expected some of {', '.join(EXPORTERS)}, or all; got {', '.join(map(repr, unknown)) or 'none'}"
 
 
 def result_files(folder: Path, stem: str, kinds: Sequence[str] = KINDS) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kg_detectron.io.atomic import replacing
+from kg_detectron.io.lazy import BLOCK, LazyPlane
 
 if TYPE_CHECKING:
     from kg_detectron.cells.masks import MaskCrops
@@ -55,14 +56,18 @@ def measure(
     """
     from skimage.measure import regionprops
 
-    image = np.atleast_3d(image)
+    image = image[..., None] if image.ndim == 2 else image
     count, channels = len(masks), image.shape[2]
     area, centroid = np.zeros(count, np.int64), np.zeros((count, 2))
     shapes = {name: np.zeros(count) for name in (*_LENGTHS, *_SHAPES)}
     intensity = {name: np.zeros((count, channels)) for name in _INTENSITIES}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of hulls of single pixels
-        for i, (crop, (x1, y1, x2, y2)) in enumerate(masks.pixels()):
+        order = range(count)
+        if isinstance(image, LazyPlane):  # neighbours one after the other, for it keeps what it read last
+            rows, columns = (masks.windows[:, axis].numpy() // BLOCK for axis in (1, 0))
+            order = np.lexsort((columns, rows)).tolist()
+        for i, (crop, (x1, y1, x2, y2)) in zip(order, masks.pixels(order), strict=True):
             y, x = np.nonzero(crop)
             area[i] = len(x)
             centroid[i] = x1 + x.mean() + 0.5, y1 + y.mean() + 0.5

@@ -108,7 +108,7 @@ class Result:
             # The mapping outlives the file, which has no name and goes with it.
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 out = np.memmap(file, label_dtype(len(self)), shape=self.masks.size)
-        labels = self.masks.label_image(out=out)
+        labels = self.masks.label_image(out=out, is_zero=True)
         if np.count_nonzero(labels) != sum(np.count_nonzero(crop) for crop, _ in self.masks.pixels()):
             raise ValueError("cells: some overlap; expected the result of separate_cells")
         return labels

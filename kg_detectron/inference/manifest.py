@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from kg_detectron._version import __version__
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.coco import checked_relative_path
+from kg_detectron.io.relative_path import checked_relative_path
 
 MANIFEST = "run.json"
 
-# Seconds between two states on disk: a run of many files should not spend its time on writing what it did.
-_WRITE_EVERY = 2.0
+# Seconds between two states on disk, and how many times longer than the last writing took: a run of many files should
+# not spend its time on writing what it did.
+_WRITE_EVERY, _WRITE_PART = 2.0, 20
 
 
 def versions() -> dict[str, str]:
@@ -113,7 +116,7 @@ class FileRecord:
     def is_done(self, folder: Path, path: Path, sha256: str) -> bool:
         """Whether this is the record of a file, by its path and SHA-256, and its results are in the folder."""
         same = self.error is None and not self.superseded and (self.input, self.sha256) == (str(path), sha256)
-        return same and all((folder / output).is_file() for output in self.outputs)
+        return same and all((folder / output).exists() for output in self.outputs)
 
     @property
     def image(self) -> str:
@@ -195,7 +198,9 @@ class Manifest:
 
     def makes_the_same_as(self, other: "Manifest") -> bool:
         """Whether both runs would make the same of the same input."""
-        pairs = ((run.model_sha256, run.settings) for run in (self, other))
+        # A setting that a run of an earlier version does not have was at its default then.
+        defaults = Settings().as_json()
+        pairs = ((run.model_sha256, defaults | run.settings) for run in (self, other))
         first, second = pairs
         return first == second
 
@@ -225,11 +230,12 @@ class ManifestFile:
         self.manifest = manifest
         self.folder = folder
         self.start = self.written = time.monotonic()
+        self._pause = _WRITE_EVERY
 
     def add(self, record: FileRecord) -> None:
         """Add a record, or replace the one of its name."""
         self.manifest.files[record.name] = record
-        if time.monotonic() - self.written > _WRITE_EVERY:
+        if time.monotonic() - self.written > self._pause:
             self.write()
 
     def remove_results(self, name: str) -> list[str]:
@@ -246,7 +252,10 @@ class ManifestFile:
                 continue
             for output in record.outputs:
                 path = self.folder / checked_relative_path(output)
-                if path.is_file():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                    deleted.append(output)
+                elif path.is_file():
                     path.unlink()
                     deleted.append(output)
             if run is self.manifest:
@@ -258,6 +267,8 @@ class ManifestFile:
         return deleted
 
     def write(self) -> None:
-        self.manifest.seconds = round(time.monotonic() - self.start, 3)
+        start = time.monotonic()
+        self.manifest.seconds = round(start - self.start, 3)
         self.manifest.write(self.folder)
         self.written = time.monotonic()
+        self._pause = max(_WRITE_EVERY, _WRITE_PART * (self.written - start))

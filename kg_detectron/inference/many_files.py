@@ -1,40 +1,30 @@
 """Prediction for many files: what ``kg-detectron predict`` and ``kg-detectron rerun`` do."""
 
 import os
-import tempfile
+import re
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from kg_detectron.cells import Cells
-from kg_detectron.cells.separation import separate_cells
-from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_STACKS, result_files
-from kg_detectron.export.label_images import LabelStack, stack_shape
-from kg_detectron.export.results import Result, write_results
-from kg_detectron.inference.fast import make_fast
-from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, PlaneRecord
+from kg_detectron.inference.cluster import STAGING, Cluster, Job, Task, remove_staging
+from kg_detectron.inference.file_prediction import FilePredictor, note
+from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
-from kg_detectron.inference.predictor import predict
-from kg_detectron.inference.run_settings import SettingError, Settings, check_device, check_output
-from kg_detectron.inference.run_tables import remove_tables, write_tables
+from kg_detectron.inference.run_settings import SettingError, Settings, Workers, check_device, check_output
+from kg_detectron.inference.run_tables import is_parquet_installed, remove_tables, write_tables
+from kg_detectron.inference.tile_store import TILES
 from kg_detectron.io.checksum import file_sha256
-from kg_detectron.io.coco import checked_relative_path
 from kg_detectron.io.finding import Input, find_images
-from kg_detectron.io.images import MAX_PIXELS, Page, open_image
 from kg_detectron.io.lock import locked
-from kg_detectron.io.normalisation import UnknownWhiteLevel
+from kg_detectron.io.relative_path import checked_relative_path
 
-# Pixels of an image above which its cells are separated on disk, not in memory.
-_LARGE = 8192 * 8192
-
-# Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
-_SCALES = (1 / 8, 8)
+_PAGE = re.compile(r"(.+)_page\d{4,}")  # names of results that pages of a stack have too
 
 Say = Callable[[str], None]
 
@@ -68,6 +58,7 @@ def predict_files(
     *,
     device: str | None = None,
     overwrite: bool = False,
+    workers: Workers | None = None,
     command: str = "predict_files",
     say: Say | None = None,
     complain: Say | None = None,
@@ -88,6 +79,8 @@ def predict_files(
         settings: the defaults where None.
         device: as PyTorch names it; None takes the GPU where there is one.
         overwrite: predict again what is done.
+        workers: processes that share the files; None predicts them in this one. The results are the same, as long as
+            PyTorch has as many threads in each.
         command: how the manifest names this run.
         say: gets a line for every file, and lets a progress bar show.
         complain: gets a line for every file that fails; `say` where None.
@@ -100,7 +93,7 @@ def predict_files(
     check_device(device)
     check_output(output)
     found = find_images(inputs, output)
-    run = _Run(model_path(model), settings, device, command, Path(output), say, complain)
+    run = _Run(model_path(model), settings, device, workers, command, Path(output), say, complain)
     run.tell(*found.notes, found.passed_over_text())
     return run(found.inputs, overwrite)
 
@@ -111,6 +104,7 @@ def rerun(
     *,
     number: int | None = None,
     device: str | None = None,
+    workers: Workers | None = None,
     command: str = "rerun",
     say: Say | None = None,
     complain: Say | None = None,
@@ -125,7 +119,7 @@ def rerun(
         number: repeat this run only, whole, 1 for the oldest. By default all runs into the folder are repeated, less
             the files whose results a later one replaced, which gives the same folder again.
         device: by default the run's.
-        command, say, complain: see `predict_files`.
+        workers, command, say, complain: see `predict_files`.
 
     Raises:
         OSError, ValueError: nothing was done: `manifest` is not one, the model or an input is missing or has another
@@ -164,7 +158,7 @@ def rerun(
                 raise ValueError(
                     f"{used} is not what the run used: its SHA-256 is {checksums[used]}, in {path.name} {expected}"
                 )
-        again = _Run(Path(run.model), settings, device or run.device, command, output, say, complain)
+        again = _Run(Path(run.model), settings, device or run.device, workers, command, output, say, complain)
         for name, version in again.manifest.versions.items():
             if version != run.versions.get(name):
                 again.tell(f"{name} is {version}, was {run.versions.get(name)}: the labels may differ")
@@ -184,6 +178,7 @@ class _Run:
         model: the file.
         settings: of the prediction.
         device: as PyTorch names it; None takes the GPU where there is one.
+        workers: see `predict_files`.
         command: how the manifest names this run.
         output: folder of the results.
         say, complain: see `predict_files`.
@@ -194,23 +189,26 @@ class _Run:
         model: Path,
         settings: Settings,
         device: str | None,
+        workers: Workers | None,
         command: str,
         output: Path,
         say: Say | None,
         complain: Say | None,
     ) -> None:
-        self.settings, self.output = settings, output
+        self.settings, self.output, self.workers, self.device = settings, output, workers, device
         self.say, self.complain = say, complain or say
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.network = load_model(model, device, channels_last=device == "cpu")  # faster there
-        except (RuntimeError, AssertionError) as error:
-            raise SettingError("device", f"{device} cannot be used: {error}") from error
-        self.speed = make_fast(self.network) if settings.fast else ""
-        threshold = self.network.threshold if settings.min_score is None else settings.min_score
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-        self.threshold = threshold
-        self.manifest = Manifest(command, os.path.abspath(model), file_sha256(model), device, plain, threshold)
+        if settings.parquet and not is_parquet_installed():
+            raise SettingError(
+                "parquet", "it needs a package that is not installed: pip install 'kg_detectron[parquet]'"
+            )
+        if workers is None:
+            self.predictor = FilePredictor(model, settings, device)
+            device, threshold = self.predictor.device, self.predictor.threshold
+        else:  # the device is the workers' business
+            threshold = load_model(model).threshold if settings.min_score is None else settings.min_score
+        self.manifest = Manifest(
+            command, os.path.abspath(model), file_sha256(model), device or "cpu", settings.as_json(), threshold
+        )
 
     def tell(self, *lines: str) -> None:
         """Print lines, less empty ones."""
@@ -234,158 +232,91 @@ class _Run:
                     "replaced, the others stay"
                 )
         known = {} if overwrite else dict(self.manifest.files)
+        taken = _names_of_pages(items)
+        tasks = (Task(item, known.get(item.name), taken.get(item.name, ())) for item in items)
 
         summary = Summary([], [], [])
-        self.names = {item.name for item in items}
+        remove_staging(self.output)
         self.file = ManifestFile(self.manifest, self.output)
         self.file.write()
         try:
-            with tqdm(items, unit="image", disable=self.say is None) as bar:
-                for item in bar:
-                    record = FileRecord(str(item.path), item.name)
-                    start = time.perf_counter()
-                    try:
-                        record.sha256 = file_sha256(item.path)
-                        if item.name in known and known[item.name].is_done(self.output, item.path, record.sha256):
-                            summary.skipped.append(known[item.name])
-                            continue
-                        self._predict_file(item, record, bar)
-                    # Any failure is this file's alone: broken bytes, memory, a full disk.
-                    except Exception as error:
-                        record.error = _reason(error, item.path)
-                    record.seconds = round(time.perf_counter() - start, 3)
+            with tqdm(total=len(items), unit="image", disable=self.say is None) as bar:
+                predicted = self._in_this_process(tasks, bar) if self.workers is None else self._on_workers(tasks)
+                for record, is_known in predicted:
+                    bar.update()
+                    if is_known:
+                        summary.skipped.append(record)
+                        continue
                     (summary.done if record.error is None else summary.failed).append(record)
                     self.file.add(record)
                     bar.set_postfix(cells=summary.cells, refresh=False)
                     self._report(record)
         finally:
             self.file.write()
-        write_tables(self.output, self.manifest)
+            remove_staging(self.output)
+        shutil.rmtree(self.output / TILES, ignore_errors=True)  # of files whose settings or content changed since
+        write_tables(self.output, self.manifest, parquet=self.settings.parquet)
         return summary
 
-    def _predict_file(self, item: Input, record: FileRecord, bar: tqdm) -> None:
-        """Predict and save all pages of a file, noting in its record what is done."""
-        settings = self.settings
-        image = open_image(
-            item.path,
-            axes=settings.axes,
-            channels=settings.channels,
-            scene=settings.scene,
-            max_pixels=settings.max_pixels or MAX_PIXELS,
-        )
-        pages = image.pages
-        record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
-        _note(record, *image.notes)
-        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
-        if settings.pixel_size is not None:
-            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
-        names = [
-            item.name if len(pages) == 1 else f"{item.name}_page{number:04d}" for number in range(1, len(pages) + 1)
-        ]
-        if len(pages) > 1:
-            for number, name in enumerate(names, 1):
-                if name in self.names:
-                    raise ValueError(f"page {number} would have the same names of results as another file, {name}")
-        classes = self.network.classes
-        kinds = settings.kinds
-        if len(classes) > 1 and "labels" in kinds and "classes" not in kinds:  # a label image tells no class
-            kinds = (*kinds, "classes")
-        stack = _Stack(item, kinds, settings.stack, self.output, pages)
-        former: list[str] | None = None
-        for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
-            cells = self._predict_page(page, record, f"{item.path.name}", bar)
-            result = Result(
-                cells,
-                page.pixels[..., 0] if page.pixels.strides[2] == 0 else page.pixels,  # grey
-                item.path.name if len(pages) == 1 else Path(name).name,
-                record.pixel_size,
-                np.moveaxis(page.planes, 0, -1),
-                tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
-                number if len(pages) > 1 else 0,
-                _position(page),
-                classes.names if len(classes) > 1 else Result.category_names,
-                classes.shown_colours(),
-                scratch=self.output,
+    def _in_this_process(self, tasks: Iterator[Task], bar: tqdm) -> Iterator[tuple[FileRecord, bool]]:
+        """The record of each file, and whether it is one of an earlier run."""
+        for task in tasks:
+            former: list[str] = []
+            start = time.perf_counter()
+
+            def make_room(name: str = task.item.name, former: list[str] = former) -> None:
+                former += self._remove_results(name)
+
+            def show(step: int, steps: int, name: str = task.item.path.name, start: float = start) -> None:
+                rest = (time.perf_counter() - start) / step * (steps - step) if step else 0.0
+                left = f", {tqdm.format_interval(rest)} left" if step else ""
+                bar.set_postfix_str(f"{name}: step {step} of {steps}{left}")
+
+            record = self.predictor(
+                task.item, self.output, known=task.known, taken=task.taken, before_writing=make_room, progress=show
             )
-            if former is None:
-                # Only now, for a wrong setting should not cost the results of the right one.
-                remove_tables(self.output)
-                former = self.file.remove_results(item.name)
-            target = self.output / name
-            if stack.kinds_of_pages:
-                saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
-                record.outputs += [path.relative_to(self.output).as_posix() for path in saved.values()]
-            stack.add(result)
-            height, width = cells.size
-            scene = page.position.get("scene")
-            scale_y, scale_x = np.broadcast_to(cells.scale, 2)
-            plane = PlaneRecord(
-                name,
-                result.page,
-                dict(result.position),
-                None if scene is None else str(scene),
-                (height, width),
-                len(cells),
-                sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
-                (float(scale_y), float(scale_x)),
-                cells.scale_source,
-            )
-            record.planes.append(plane)
-            record.cells += plane.cells
-            prefix = f"page {number}: " if len(pages) > 1 else ""
-            _note(record, *(prefix + note for note in cells.notes))
-        record.outputs += [path.relative_to(self.output).as_posix() for path in stack.write(record.pixel_size)]
-        removed = [name for name in former or () if name not in record.outputs]
+            self._note_removed(record, former)
+            yield record, record is task.known
+
+    def _on_workers(self, tasks: Iterator[Task]) -> Iterator[tuple[FileRecord, bool]]:
+        """The same by Dask, in the order in which the files are finished."""
+        assert self.workers is not None
+        output = Path(os.path.abspath(self.output))
+        staging = output / (STAGING + uuid.uuid4().hex)
+        staging.mkdir()
+        with Cluster(self.workers, lambda line: self.tell(line)) as cluster:
+            model, sha256 = Path(self.manifest.model), self.manifest.model_sha256
+            job = Job(model, sha256, self.settings, self.device, output, staging, cluster.threads)
+            self.manifest.device, versions = cluster.describe(job)
+            for name, version in versions.items():
+                if version != self.manifest.versions.get(name):
+                    self.tell(f"{name} is {version} on a worker, {self.manifest.versions.get(name)} here")
+            self.manifest.versions = versions
+            for task, outcome in cluster.outcomes(job, tasks):
+                if outcome.folder is not None:
+                    former = self._remove_results(task.item.name)
+                    self._move_results(outcome.folder, outcome.record)
+                    self._note_removed(outcome.record, former)
+                yield outcome.record, outcome.is_known
+
+    def _remove_results(self, name: str) -> list[str]:
+        """Delete what earlier runs made of a file, when its new results are there: a wrong setting should not cost the
+        results of the right one."""
+        remove_tables(self.output)
+        return self.file.remove_results(name)
+
+    def _move_results(self, folder: Path, record: FileRecord) -> None:
+        for output in record.outputs:
+            place = self.output / output
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / output, place)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _note_removed(self, record: FileRecord, former: list[str]) -> None:
+        removed = [name for name in former if name not in record.outputs]
         self.manifest.removed += removed
         if removed:
-            _note(record, f"removed of an earlier run: {', '.join(removed)}.")
-
-    def _predict_page(self, page: Page, record: FileRecord, name: str, bar: tqdm) -> Cells:
-        """The cells of a page: those of a sufficient score, separated."""
-        settings = self.settings
-        start = time.perf_counter()
-
-        def show(step: int, steps: int) -> None:
-            rest = (time.perf_counter() - start) / step * (steps - step) if step else 0.0
-            left = f", {tqdm.format_interval(rest)} left" if step else ""
-            bar.set_postfix_str(f"{name}: step {step} of {steps}{left}")
-
-        sizes: dict[str, float | None] = {"scale": settings.scale, "diameter": settings.diameter}
-        if settings.scale is None and settings.diameter is None:
-            sizes["pixel_size"] = self._pixel_size_for_scale(record)
-        cells = predict(
-            self.network,
-            page.pixels,
-            **sizes,
-            normalisation=settings.normalise,
-            tile=settings.tile,
-            overlap=settings.overlap,
-            ensemble=settings.ensemble,
-            progress=show,
-        )
-        cells = cells.above(self.threshold)
-        if settings.keep_overlaps:
-            return cells
-        height, width = cells.size
-        if height * width <= _LARGE:
-            return separate_cells(cells)
-        with tempfile.TemporaryFile(dir=self.output) as file:
-            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)))
-
-    def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
-        """The pixel size, where the model knows its own and the two do not contradict each other."""
-        trained = self.network.preprocessing.pixel_size
-        if record.pixel_size is None or trained is None:
-            return None
-        low, high = _SCALES
-        if record.pixel_size_source != "given" and not low <= record.pixel_size / trained <= high:
-            _note(
-                record,
-                f"The file says {record.pixel_size:g} micrometres a pixel, which does not suit this model, trained at "
-                f"{trained:g}; the scale is estimated instead.",
-            )
-            return None
-        return record.pixel_size
+            note(record, f"removed of an earlier run: {', '.join(removed)}.")
 
     def _header(self) -> list[str]:
         settings = ", ".join(f"{name} {value}" for name, value in self.manifest.settings.items() if value is not None)
@@ -393,8 +324,8 @@ class _Run:
             f"command: {self.manifest.command}",
             "versions: " + ", ".join(f"{name} {version}" for name, version in self.manifest.versions.items()),
             f"model: {self.manifest.model}, SHA-256 {self.manifest.model_sha256}",
-            f"settings: {settings}, threshold {self.threshold:g}, device {self.manifest.device}",
-            *([f"fast: {self.speed}"] if self.speed else []),
+            f"settings: {settings}, threshold {self.manifest.threshold:g}, device {self.manifest.device}",
+            *([f"fast: {self.predictor.speed}"] if self.workers is None and self.predictor.speed else []),
         ]
 
     def _report(self, record: FileRecord) -> None:
@@ -404,63 +335,13 @@ class _Run:
             self.complain(f"failed: {record.input}: {record.error}")
 
 
-class _Stack:
-    """The files of a stack that hold all its pages; none where the file is no stack, or its pages differ in size."""
-
-    def __init__(self, item: Input, kinds: Sequence[str], stack: str, output: Path, pages: list[Page]) -> None:
-        self.target = output / item.name
-        sizes = {page.pixels.shape[:2] for page in pages}
-        joined: tuple[str, ...] = ()
-        if len(pages) > 1 and len(sizes) == 1 and stack != "pages":
-            joined = KINDS_OF_STACKS if stack == "one" else ("labels", "classes")  # which belong together
-        self.kinds = [kind for kind in kinds if kind in joined]
-        self.kinds_of_pages = [kind for kind in kinds if kind not in joined]
-        self.results: list[Result] = []
-        self.labels: LabelStack | None = None
-        if "labels" in self.kinds:
-            shape, axes = stack_shape([_position(page) for page in pages], sizes.pop())
-            self.labels = LabelStack(shape, axes, output)
-
-    def add(self, result: Result) -> None:
-        """Take a page, without its pixels."""
-        if self.labels is not None:
-            self.labels.add(result.page - 1, result.label_image)
-        if set(self.kinds) - {"labels"}:
-            result.forget_pixels()
-            self.results.append(result)
-
-    def write(self, pixel_size: float | None) -> list[Path]:
-        """Write the files."""
-        paths = result_files(self.target.parent, self.target.name, self.kinds) if self.kinds else {}
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        for kind, path in paths.items():
-            if self.labels is not None and kind == "labels":
-                self.labels.write(path, pixel_size)
-            else:
-                EXPORTERS[kind].write_stack(path, self.results)
-        return list(paths.values())
-
-
-def _position(page: Page) -> dict[str, int]:
-    """Where a page lies in its stack, by the letter of the axis; {} where only its number is known."""
-    return {axis.upper(): int(index) for axis, index in page.position.items() if axis not in ("scene", "page")}
-
-
-def _note(record: FileRecord, *notes: str) -> None:
-    record.notes += [note for note in notes if note not in record.notes]
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """What went wrong with a file, without its path, which stands before the reason everywhere."""
-    if isinstance(error, OSError) and error.strerror:
-        elsewhere = error.filename is not None and os.fspath(error.filename) != str(path)
-        return f"{error.strerror}: {error.filename}" if elsewhere else error.strerror
-    text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
-    if isinstance(error, SettingError):
-        text = error.as_options()
-    elif isinstance(error, UnknownWhiteLevel):
-        text += "; use --normalise percentile"
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+def _names_of_pages(items: Sequence[Input]) -> Mapping[str, tuple[str, ...]]:
+    """Of each name the names of other files that are called as its pages would be."""
+    names: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        if match := _PAGE.fullmatch(item.name):
+            names[match[1]] = (*names.get(match[1], ()), item.name)
+    return names
 
 
 def _line(record: FileRecord) -> str:

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 
 from kg_detectron.cells import Cells
-from kg_detectron.inference.ensemble import MIRRORS, join_cells
+from kg_detectron.inference.area import Area
+from kg_detectron.inference.ensemble import MIRRORS, Mirror, join_cells
 from kg_detectron.inference.run_settings import Settings
-from kg_detectron.inference.tiling import check_tile, detect_tiled
+from kg_detectron.inference.tile_store import TileStore
+from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
+from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
-from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
+from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing, as_tensor
 
 
 @torch.no_grad()
@@ -27,6 +30,8 @@ def predict(
     tile: int = Settings.tile,
     overlap: int = Settings.overlap,
     ensemble: bool = False,
+    area: Area | None = None,
+    store: TileStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cells:
     """Find the cells of an image.
@@ -37,7 +42,8 @@ def predict(
     Args:
         model: in evaluation mode.
         image: (H, W, 3), BGR, of any type and levels that the model's normalisation takes, as `read_image` gives it: an
-            array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one, such as `numpy.memmap`.
+            array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one, such as `numpy.memmap`
+            or `kg_detectron.io.lazy.LazyPlane`.
         scale: pixels of the network's input for one of the image; 1 keeps the pixels.
         diameter: median diameter of the cells, pixels of the image; it sets the scale.
         pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three
@@ -50,6 +56,9 @@ def predict(
             and ``notes`` of the result says so.
         ensemble: predict all four mirror images and join the cells, see `kg_detectron.inference.ensemble`: more
             accurate, and three times as slow.
+        area: the part of the image in which cells are looked for. Tiles in which nothing of it lies are left out, and
+            cells whose box has its centre outside its polygons.
+        store: where what is computed of tiles is kept, and taken from where it is there.
         progress: called after each step with the number of steps done and of all.
 
     Returns:
@@ -66,33 +75,113 @@ def predict(
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
     check_tile(tile, overlap)
-    preprocessing = model.preprocessing
-    if normalisation is not None:
-        preprocessing = dataclasses.replace(preprocessing, normalisation=normalisation)
+    if ensemble and isinstance(image, LazyPlane):
+        raise ValueError("ensemble: the image is too large to be mirrored, for it is read piece by piece")
+    preprocessing = _preprocessing(model, normalisation)
     detections: list[Cells] = []
     for mirror in MIRRORS if ensemble else MIRRORS[:1]:
+        part = None if store is None else store.part(str(len(detections)))
         mirrored = mirror.apply(image) if ensemble else image
-        seen, source = model.network_image(
-            mirrored, scale=scale, diameter=diameter, pixel_size=pixel_size, preprocessing=preprocessing
-        )
+        seen, source = _seen(model, mirrored, preprocessing, scale, diameter, pixel_size, part)
         if preprocessing.resize == "isotropic":  # the mirror images get the same scale
             scale, diameter, pixel_size = seen.scale[0], None, None
         steps = _part_of_progress(progress or _no_progress, len(detections), len(MIRRORS) if ensemble else 1)
-        cells = _detect(model, seen, tile, overlap, steps)
+        tiled = _tiled(model, seen, tile, overlap, None if area is None else _wanted(area, mirror, seen.scale), part)
+        if tiled is None:
+            (cells,) = model.detect([as_tensor(seen[:, :], model.place)])
+            steps(1, 1)
+        else:
+            cells = tiled.cells(steps)
+            cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale)
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source)))
-    return join_cells(detections) if ensemble else detections[0]
-
-
-def _detect(
-    model: InstanceNet, seen: NetworkImage, tile: int, overlap: int, progress: Callable[[int, int], None]
-) -> Cells:
-    if max(seen.shape[:2]) <= tile or not model.tiled:
-        (cells,) = model.detect([as_tensor(seen[:, :], model.place)])
-        progress(1, 1)
+    cells = join_cells(detections) if ensemble else detections[0]
+    if area is None:
         return cells
-    cells = detect_tiled(cast(KeypointGraphNet, model), seen, tile=tile, overlap=overlap, progress=progress)
-    return dataclasses.replace(cells, scores=model.scores(cells.scores))
+    centres = ((cells.boxes[:, :2] + cells.boxes[:, 2:]) / 2).cpu().double().numpy()
+    return cells[torch.from_numpy(area.contains(centres)).to(cells.boxes.device)]
+
+
+def _wanted(area: Area, mirror: Mirror, scale: tuple[float, float]) -> Callable[[Window], bool]:
+    """Whether the area touches a window of the network's input, of a mirror image too."""
+    (height, width), (scale_y, scale_x) = area.size, scale
+
+    def touches(window: Window) -> bool:
+        x1, x2 = window.x1 / scale_x, min(window.x2 / scale_x, width)
+        y1, y2 = window.y1 / scale_y, min(window.y2 / scale_y, height)
+        if mirror.flip_x:
+            x1, x2 = width - x2, width - x1
+        if mirror.flip_y:
+            y1, y2 = height - y2, height - y1
+        return area.touches(x1, y1, x2, y2)
+
+    return touches
+
+
+@torch.no_grad()
+def tiled_steps(
+    model: InstanceNet,
+    image: np.ndarray,
+    *,
+    scale: float | None,
+    diameter: float | None,
+    pixel_size: float | None,
+    normalisation: str | None,
+    tile: int,
+    overlap: int,
+    area: Area | None,
+    store: TileStore,
+) -> TiledDetection | None:
+    """The steps of `predict`, without an ensemble, for processes that share them by a store; None for an image that is
+    not predicted in tiles. The arguments are those of `predict`."""
+    preprocessing = _preprocessing(model, normalisation)
+    part = store.part("0")
+    seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, part)
+    wanted = None if area is None else _wanted(area, MIRRORS[0], seen.scale)
+    return _tiled(model, seen, tile, overlap, wanted, part)
+
+
+def _preprocessing(model: InstanceNet, normalisation: str | None) -> Preprocessing:
+    if normalisation is None:
+        return model.preprocessing
+    return dataclasses.replace(model.preprocessing, normalisation=normalisation)
+
+
+def _seen(
+    model: InstanceNet,
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    scale: float | None,
+    diameter: float | None,
+    pixel_size: float | None,
+    store: TileStore | None,
+) -> tuple[NetworkImage, str]:
+    """The image as the network sees it, and where its scale comes from; an estimate is kept in the store."""
+    if store is not None and preprocessing.resize == "isotropic" and scale is diameter is pixel_size is None:
+
+        def estimate() -> list[float | str]:
+            seen, source = model.network_image(image, preprocessing=preprocessing)
+            return [seen.scale[0], source]
+
+        value, source = store.get("scale", estimate)
+        return model.network_image(image, scale=value, preprocessing=preprocessing)[0], source
+    return model.network_image(
+        image, scale=scale, diameter=diameter, pixel_size=pixel_size, preprocessing=preprocessing
+    )
+
+
+def _tiled(
+    model: InstanceNet,
+    seen: NetworkImage,
+    tile: int,
+    overlap: int,
+    wanted: Callable[[Window], bool] | None,
+    store: TileStore | None,
+) -> TiledDetection | None:
+    """The steps of an image that is larger than a tile, where the method knows how; None for others."""
+    if max(seen.shape[:2]) <= tile or not model.tiled:
+        return None
+    return TiledDetection(cast(KeypointGraphNet, model), seen, tile=tile, overlap=overlap, wanted=wanted, store=store)
 
 
 def _no_progress(done: int, steps: int) -> None:

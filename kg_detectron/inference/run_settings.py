@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from kg_detectron.export.kinds import fault_in_kinds
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
+_ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx|ucxx)://\S+")
 
 
 class SettingError(ValueError):
@@ -42,7 +43,8 @@ class Settings:
     Attributes:
         save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved, unless
             `keep_overlaps` is set.
-        stack: files of a stack. "auto": one label image with its axes, other results page by page; "one": one file
+        stack: files of a stack. "auto": one label image with its axes and one file of ROIs,
+            other results page by page; "one": one file
             for each kind that can hold a stack; "pages": all page by page.
         axes: axis order of stacks, instead of the one that the file declares, such as "ZCYX".
         channels: one, or three as red, green and blue, by name or by number from 1; None takes a grey or RGB image as
@@ -59,6 +61,12 @@ class Settings:
         min_score: cells of a lower score are left out; None takes the model's own threshold.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
+        into_zarr: labels of OME-Zarr images are written into the images too.
+        parquet: the table of all cells is written as Parquet too.
+        regions: parts of the images in which cells are looked for, as `kg_detectron.inference.area.regions_of` gives
+            them; everywhere where there are none.
+        all_tiles: in slides, which are in colour and so large that they are read piece by piece, cells are looked for
+            outside the tissue too.
         max_pixels: larger images are refused; None takes the limit of the reader.
 
     Raises:
@@ -80,6 +88,10 @@ class Settings:
     fast: bool = False
     min_score: float | None = None
     keep_overlaps: bool = False
+    into_zarr: bool = False
+    parquet: bool = False
+    regions: tuple[str, ...] = ()
+    all_tiles: bool = False
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +102,8 @@ class Settings:
             raise SettingError(
                 ("keep_overlaps", "save"), f"only coco can hold cells that overlap, not {refused}; use --save coco"
             )
+        if self.keep_overlaps and self.into_zarr:
+            raise SettingError(("keep_overlaps", "into_zarr"), "a label image cannot hold cells that overlap")
         if self.stack not in ("auto", "one", "pages"):
             raise SettingError("stack", f"expected auto, one or pages, got {self.stack!r}")
         if self.axes is not None and not (
@@ -134,10 +148,42 @@ class Settings:
             values["scale"] = 1.0
         return cls(**values)
 
+    def as_json(self) -> dict[str, Any]:
+        """The settings as a run.json has them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds that are written: those of `save`, and the measurements."""
         return self.save if self.keep_overlaps else tuple(dict.fromkeys((*self.save, "csv")))
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that predict files. They decide about nothing in the results.
+
+    Attributes:
+        count: of workers on this machine.
+        scheduler: address of a Dask scheduler whose workers are taken instead, such as "tcp://login:8786".
+        tries: how many workers may die over a file before it is given up.
+
+    Raises:
+        SettingError: a value that is not one of these, or none or both of the first two.
+    """
+
+    count: int | None = None
+    scheduler: str | None = None
+    tries: int = 5
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.scheduler is None):
+            raise SettingError(("workers", "scheduler"), "expected one of them: a number, or an address")
+        if self.count is not None and self.count < 1:
+            raise SettingError("workers", f"expected 1 or more, got {self.count}")
+        if self.scheduler is not None and not _ADDRESS.fullmatch(self.scheduler):
+            raise SettingError("scheduler", f"expected an address such as tcp://HOST:8786, got {self.scheduler!r}")
+        if self.tries < 1:
+            raise SettingError("tries", f"expected 1 or more, got {self.tries}")
 
 
 def check_device(device: str | None) -> None:

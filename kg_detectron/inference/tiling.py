@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.modeling import KeypointGraphNet, Peaks
 from kg_detectron.modeling.backbone import STRIDES
 from kg_detectron.modeling.preprocessing import NetworkImage, as_tensor
@@ -92,15 +93,7 @@ def check_tile(tile: int, overlap: int) -> None:
         raise ValueError(f"overlap: expected 0 or more pixels, got {overlap}")
 
 
-@torch.no_grad()
-def detect_tiled(
-    model: KeypointGraphNet,
-    image: NetworkImage,
-    *,
-    tile: int,
-    overlap: int,
-    progress: Callable[[int, int], None],
-) -> Cells:
+class TiledDetection:
     """The cells of an image of any size, in memory that the tile bounds, with the result of the whole image.
 
     The same boxes, scores and masks in the same order, on seams and in corners of tiles too, up to the rounding of
@@ -109,63 +102,142 @@ def detect_tiled(
     statistics become those of a tile, and votes that travel further than twice the disc radius, which training never
     asks for; with them the result is an approximation.
 
+    The steps are peaks of every tile, boxes of all of them, masks of every tile. With a store each may run in a process
+    of its own, as long as those before it are done. All of them belong under `torch.no_grad`.
+
     Args:
         model: in evaluation mode.
         image: as the network sees it; it is only read in slices of a tile and its surroundings.
         tile, overlap: see `kg_detectron.inference.predictor.predict`.
-        progress: called after each step with the number of steps done and of all.
+        wanted: whether anything in a window is looked for; tiles in which nothing is are left out.
+        store: where the parts of the result are kept, and taken from where they are there.
+
+    Attributes:
+        tiles: the windows, pixels of the network's input.
 
     Raises:
         ValueError: the backbone states no receptive radius.
-
-    Returns:
-        The cells in the frame of ``image``, the masks as bool crops, or at a scale other than 1 as float16 crops.
     """
-    if model.backbone.receptive_radius is None:
-        raise ValueError(
-            f"tile: the backbone {model.settings.backbone.backbone} states no receptive radius, so its images are not "
-            f"cut into tiles: expected {max(image.shape[:2])} or more for an image that the network sees at "
-            f"{image.shape[1]} x {image.shape[0]} pixels, got {tile}"
-        )
-    network = _LocalNetwork(model, image)
-    tiles = network.whole.tiles(tile)
-    steps = 2 * len(tiles)
-    parts = []
-    for core in tiles:
-        parts.append(network.peaks(core))
-        progress(len(parts), steps)
-    strides = [model.keypoint_branch.head(scale).stride for scale in model.keypoint_branch.scales]
-    ((boxes, scores),) = model.decoder.assemble(_joined(parts), [image.shape[:2]], strides)
 
-    notes = []
-    longest = (boxes[:, 2:] - boxes[:, :2]).amax(1).cpu()
-    fits = longest <= tile + overlap
-    if not fits.all():
-        count = len(fits) - int(fits.sum())
-        notes.append(
-            f"{count} boxes longer than tile + overlap = {tile + overlap} pixels of the network's input are left out"
-        )
-        boxes, scores, longest = boxes[fits], scores[fits], longest[fits]
+    def __init__(
+        self,
+        model: KeypointGraphNet,
+        image: NetworkImage,
+        *,
+        tile: int,
+        overlap: int,
+        wanted: Callable[[Window], bool] | None = None,
+        store: TileStore | None = None,
+    ) -> None:
+        if model.backbone.receptive_radius is None:
+            raise ValueError(
+                f"tile: the backbone {model.settings.backbone.backbone} states no receptive radius, so its images are "
+                f"not cut into tiles: expected {max(image.shape[:2])} or more for an image that the network sees at "
+                f"{image.shape[1]} x {image.shape[0]} pixels, got {tile}"
+            )
+        self.model, self.image, self.tile, self.overlap = model, image, tile, overlap
+        self._network = _LocalNetwork(model, image)
+        self._kept = store.get if store is not None else _computed
+        tiles = self._network.whole.tiles(tile)
+        # A cell at the edge of a tile shows itself in the neighbour too.
+        self._is_part = wanted is not None
+        if wanted is not None:
+            tiles = [core for core in tiles if wanted(core.grown(overlap, self._network.whole))]
+        self.tiles = tiles
 
-    crops: list[Any] = [None] * len(boxes)
-    places = torch.zeros(len(boxes), 4, dtype=torch.long)
-    blur, labels = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.long)
-    centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
-    for done, core in enumerate(tiles, len(tiles) + 1):
+    def peaks(self, index: int) -> Peaks:
+        """The peaks of a tile."""
+        core = self.tiles[index]
+        values = self._kept(f"peaks_{core.x1}_{core.y1}", lambda: tuple(self._network.peaks(core)))
+        return Peaks(*(value.to(self.model.place.device) for value in values))
+
+    def boxes(self, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor, int]:
+        """Boxes (R, 4) and scores (R,) of all tiles, and how many were too long; `progress` gets the tiles done."""
+        found = self._kept("boxes", lambda: self._assembled(progress))
+        boxes, scores = (found[name].to(self.model.place.device) for name in ("boxes", "scores"))
+        return boxes, scores, found["too_long"]
+
+    def _assembled(self, progress: Callable[[int], None] | None) -> dict[str, Any]:
+        parts = []
+        for index in range(len(self.tiles)):
+            parts.append(self.peaks(index))
+            if progress is not None:
+                progress(len(parts))
+        model = self.model
+        strides = [model.keypoint_branch.head(scale).stride for scale in model.keypoint_branch.scales]
+        peaks = _joined(parts or [self._network.no_peaks()])
+        ((boxes, scores),) = model.decoder.assemble(peaks, [self.image.shape[:2]], strides)
+        fits = _longest(boxes) <= self.tile + self.overlap
+        return {"boxes": boxes[fits], "scores": scores[fits], "too_long": len(fits) - int(fits.sum())}
+
+    def masks(self, index: int, boxes: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Of the boxes whose centre lies in a tile: their indices, and their crops, windows, blur and classes."""
+        core = self.tiles[index]
+        centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
         inside = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1)
         cells = inside.nonzero()[:, 0]
-        large = longest[cells] > overlap
-        for together in (cells[~large], *cells[large].split(1)):
+        return cells, self._kept(f"masks_{core.x1}_{core.y1}", lambda: self._masks(boxes, cells))
+
+    def _masks(self, boxes: Tensor, cells: Tensor) -> dict[str, Any]:
+        crops: list[Any] = [None] * len(cells)
+        windows, blur = torch.zeros(len(cells), 4, dtype=torch.long), boxes.new_zeros(len(cells))
+        labels = torch.ones(len(cells), dtype=torch.long)
+        large = _longest(boxes)[cells] > self.overlap
+        rows = torch.arange(len(cells))
+        for together in (rows[~large], *rows[large].split(1)):
             if len(together):
-                (masks, labels_of_masks), blur_of_masks = network.masks(boxes[together])
+                (masks, labels_of_masks), blur_of_masks = self._network.masks(boxes[cells[together]])
                 blur[together] = blur_of_masks.to(blur)
                 labels[together] = labels_of_masks.to(labels)
-                places[together] = masks.windows
-                for cell, crop in zip(together.tolist(), masks.crops, strict=True):
-                    crops[cell] = crop
-        progress(done, steps)
-    masks = MaskCrops(crops, places, image.shape[:2], model.segmentation.settings.mask_threshold)
-    return replace(model.finish(boxes, scores, Segmented(masks, labels), blur), notes=tuple(notes))
+                windows[together] = masks.windows
+                for row, crop in zip(together.tolist(), masks.crops, strict=True):
+                    crops[row] = crop
+        return {"crops": crops, "windows": windows, "blur": blur, "labels": labels}
+
+    def cells(self, progress: Callable[[int, int], None]) -> Cells:
+        """All steps that are not done yet, and the cells.
+
+        Args:
+            progress: called after each step with the number of steps done and of all.
+
+        Returns:
+            The cells in the frame of the image, the masks as bool crops, or at a scale other than 1 as float16 crops.
+        """
+        model, count = self.model, len(self.tiles)
+        boxes, scores, too_long = self.boxes(lambda done: progress(done, 2 * count))
+        notes: tuple[str, ...] = ()
+        if too_long:
+            notes = (
+                f"{too_long} boxes longer than tile + overlap = {self.tile + self.overlap} "
+                "pixels of the network's input are left out",
+            )
+        crops: list[Any] = [None] * len(boxes)
+        places = torch.zeros(len(boxes), 4, dtype=torch.long)
+        blur, labels = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.long)
+        for index in range(count):
+            cells, found = self.masks(index, boxes)
+            blur[cells] = found["blur"].to(blur)
+            labels[cells] = found["labels"].to(labels)
+            places[cells] = found["windows"]
+            for cell, crop in zip(cells.tolist(), found["crops"], strict=True):
+                crops[cell] = crop.to(model.place.device)
+            progress(count + index + 1, 2 * count)
+        if self._is_part:
+            # Boxes may have their centre in a tile that was left out.
+            there = torch.tensor([crop is not None for crop in crops], dtype=torch.bool)
+            boxes, scores, blur, labels, places = (v[there] for v in (boxes, scores, blur, labels, places))
+            crops = [crop for crop in crops if crop is not None]
+        masks = MaskCrops(crops, places, self.image.shape[:2], model.segmentation.settings.mask_threshold)
+        return replace(model.finish(boxes, scores, Segmented(masks, labels), blur), notes=notes)
+
+
+def _longest(boxes: Tensor) -> Tensor:
+    """The longer side of each box (R,), on the CPU."""
+    return (boxes[:, 2:] - boxes[:, :2]).amax(1).cpu()
+
+
+def _computed(name: str, compute: Callable[[], Any]) -> Any:
+    return compute()
 
 
 class _LocalNetwork:
@@ -209,6 +281,11 @@ class _LocalNetwork:
         first, last = place.new_tensor([core.y1, core.x1]), place.new_tensor([core.y2, core.x2])
         inside = ((place >= first) & (place < last)).all(1)
         return Peaks(peaks[inside], scores[inside], displacements[inside])
+
+    def no_peaks(self) -> Peaks:
+        """Peaks of nothing, with the shapes and types of those of a tile."""
+        place = self.model.place
+        return Peaks(place.new_zeros(0, 4, dtype=torch.long), place.new_zeros(0), place.new_zeros(0, 4, 2))
 
     def masks(self, boxes: Tensor) -> tuple[Segmented, Tensor]:
         """Masks and classes of boxes (R,4), input pixels, that lie close together; `CellRanking.blur` (R,) of each."""

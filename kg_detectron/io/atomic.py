@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ def replacing(path: str | Path, *, durable: bool = False, temporary: str | None 
     process left behind is written over by the next one.
 
     Args:
-        path: the file.
+        path: the file, or a folder, of which an older one must be gone when the block ends.
         durable: bring the file down to the disk before it takes its name, and then the name: a crash of the machine
             leaves the former file or the new one.
         temporary: the name; by default that of `path`, hidden, with ``.tmp``.
@@ -34,4 +35,7 @@ def replacing(path: str | Path, *, durable: bool = False, temporary: str | None 
             finally:
                 os.close(folder)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            unfinished.unlink(missing_ok=True)

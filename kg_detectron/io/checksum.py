@@ -1,12 +1,25 @@
 """Checksums that tell whether a file is the same one."""
 
 import hashlib
+import os
 from pathlib import Path
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits. Raises OSError where it cannot be read."""
+    """SHA-256 of a file's content, as 64 hexadecimal digits. Raises OSError where it cannot be read.
+
+    Of a folder, such as a Zarr, that of the names and checksums of all files in it, less those in a folder ``labels``,
+    where results may lie.
+    """
+    path = Path(path)
     digest = hashlib.sha256()
+    if path.is_dir():
+        for place, folders, files in os.walk(path):
+            folders[:] = sorted(name for name in folders if name != "labels")
+            for name in sorted(files):
+                file_path = Path(place, name)
+                digest.update(f"{file_path.relative_to(path).as_posix()} {file_sha256(file_path)}\n".encode())
+        return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)

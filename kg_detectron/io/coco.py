@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ from kg_detectron.io import fault
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.fault import Fault, FaultError, Severity
 from kg_detectron.io.images import check_size, write_png
+from kg_detectron.io.relative_path import checked_relative_path
 
 _BOX_TOLERANCE = 2.0  # pixels between an annotation's box and its mask's: rasterised polygons, inclusive last pixels
 _MAX_NUMBER = 1e12  # of coordinates: a JSON file may hold integers that are beyond any float
@@ -425,26 +426,6 @@ def _check_box(box: list[float], tight: list[float], segmentation: dict | list, 
     if min(np.abs(np.subtract(_xyxy(box), one)).max() for one in expected) > _BOX_TOLERANCE:
         kind = fault.BOX_OFF_MASK if _is_inside(_xyxy(box), height, width) else fault.BOX_OUTSIDE
         raise FaultError(kind, f"bbox {box} is not the box of its mask, {tight}")
-
-
-def checked_relative_path(name: object) -> PurePosixPath:
-    """Refuse a file name that could lead out of the folder it belongs to, on any operating system.
-
-    Args:
-        name: a file name from a JSON file or an archive, with slashes or, as Windows has them, backslashes.
-
-    Returns:
-        The same with slashes.
-
-    Raises:
-        ValueError: not a name, absolute, or with a part "..".
-    """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"expected a file name, got {name!r}")
-    windows = PureWindowsPath(name)  # splits at forward slashes too
-    if windows.drive or windows.root or ".." in windows.parts:
-        raise ValueError(f"refused the file name {name!r}: it must be relative, without '..'")
-    return PurePosixPath(windows.as_posix())
 
 
 def read_json(json_file: str | Path, *kinds: type) -> Any:

@@ -11,8 +11,10 @@ from typing import NamedTuple
 from kg_detectron.io.fault import NO_PARTNER, Fault
 from kg_detectron.io.images import IMAGE_SUFFIXES
 from kg_detectron.io.microscope import READERS, advice, is_installed
+from kg_detectron.io.ome_zarr import ZARR, images_of, is_ome_zarr, name_of
 
 LAYOUTS = ("labels", "cells")
+_STORES = (ZARR, ".n5")  # endings of folders that hold an image
 
 _MASK_ENDINGS = ("_labels", "_masks", "_mask")  # of the names of label images, before the suffix
 _IMAGE_ENDING = "_img"  # of the names of images beside them, as Cellpose has it
@@ -57,7 +59,8 @@ def find_images(inputs: Sequence[str | Path], output: str | Path) -> Found:
     Of a folder, the image files directly in it are taken; where there is none, those in its subfolders, and results
     keep the subfolders. Of a pattern with ``*``, ``?``, ``[...]`` or ``**``, all files that match; where it names no
     ending, such as ``tree/**/*``, the image files among them. Results of a pattern keep the folders below its fixed
-    part: ``plates/*/image.tif`` gives ``well1/image``. Hidden files are left out, and the results of earlier runs in
+    part: ``plates/*/image.tif`` gives ``well1/image``. A plate of OME-Zarr stands for all fields of all wells, with
+    results such as ``plate/A/1/0``. Hidden files are left out, and the results of earlier runs in
     `output`. Images that differ in their ending alone have it in the names of their results: ``a_tif``, ``a_png``.
 
     What does not exist, or holds no image, stays as it is, to be missed when it is read, unless it is all there is.
@@ -84,9 +87,11 @@ def find_images(inputs: Sequence[str | Path], output: str | Path) -> Found:
         notes += part.notes
         problems += [part.problem] if part.problem else []
         for path in part.paths:
-            name = path.relative_to(part.root)
-            name = name.with_suffix("") if _is_image(path) else name
-            items.setdefault(path, Input(path, name.as_posix()))
+            for image in images_of(path) if path.is_dir() and is_ome_zarr(path) else (path,):
+                name = image.relative_to(part.root)
+                text = name_of(name.as_posix()) if is_ome_zarr(image) else ""
+                name = name.with_suffix("") if _is_image(path) and not text else name
+                items.setdefault(image, Input(image, text or name.as_posix()))
     if len(problems) == len(inputs):
         raise FileNotFoundError("; ".join(problems))
     named, renamed = _distinct_names(list(items.values()))
@@ -124,7 +129,7 @@ def _expand(given: str, output: Path) -> _Part:
         images = [file for file in files if _is_image(file)]
         passed_over = Counter(file.suffix.lower() for file in files if not _is_image(file))
     else:
-        images = [match for match in matching if not match.is_dir() or _is_image(match)]
+        images = [match for match in matching if not match.is_dir() or _is_image(match) or is_ome_zarr(match)]
         passed_over = Counter()
     if images:
         return _Part(root, images, passed_over)
@@ -141,6 +146,8 @@ def _folder(given: str, folder: Path, output: Path) -> _Part:
         others = Counter(_ending(path) for path in kept if not _is_image(path) and _is_file(path))
         return images, others
 
+    if is_installed(ZARR) and (is_ome_zarr(folder) or folder.suffix.lower() == ZARR):
+        return _Part(folder.parent, [folder])
     if advice(folder.suffix) is not None:  # a Zarr
         return _Part(folder.parent, [folder], problem=f"{given}: {advice(folder.suffix)}")
     images, others = listed(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -183,7 +190,12 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_file(path: Path) -> bool:
-    return not path.is_dir() or advice(path.suffix) is not None
+    return not path.is_dir() or _is_store(path)
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a folder is one image or plate to the user."""
+    return path.suffix.lower() in _STORES
 
 
 def _ending(path: Path) -> str:
@@ -193,7 +205,7 @@ def _ending(path: Path) -> str:
 def _files_below(folder: Path) -> Iterator[Path]:
     """All files that are not hidden; Zarr folders count as files."""
     for place, folders, files in os.walk(folder):
-        zarrs = [name for name in folders if advice(Path(name).suffix) is not None]
+        zarrs = [name for name in folders if _is_store(Path(name))]
         folders[:] = [name for name in folders if not name.startswith(".") and name not in zarrs]
         yield from (Path(place, name) for name in (*files, *zarrs) if not name.startswith("."))
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.limits import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
 from kg_detectron.io.microscope import READERS, advice, decode_microscope
+from kg_detectron.io.ome_zarr import decode_ome_zarr, is_ome_zarr
 from kg_detectron.io.pictures import decode_picture
 from kg_detectron.io.scene import Decoded, ImageChoiceError, Scene
+from kg_detectron.io.slides import ONLY_SLIDES, decode_slide
 from kg_detectron.io.tiff import TIFF_SIGNATURES, decode_tiff
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".btf", ".tf8"),
     *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk"),  # TIFFs of slide scanners and microscopes
+    *ONLY_SLIDES,
 )
 
 _MAP_FROM = 2**28  # bytes from which a TIFF is mapped into memory instead of read
@@ -77,8 +81,13 @@ class Page:
 
     @property
     def planes(self) -> np.ndarray:
-        """(C, H, W), all channels: a view of `source`."""
+        """(C, H, W), all channels: a view of `source`, which must be an array."""
         return np.moveaxis(self.source, 2, 0)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the pixels are read when they are sliced, see `LazyPlane`."""
+        return isinstance(self.source, LazyPlane)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +124,11 @@ def open_image(
 ) -> ImageFile:
     """Read all images of a file, one of each plane of a stack, and what the file says of them.
 
-    PNG, JPEG, BMP, GIF, PPM and TIFF of any kind and codec are read, and with the extra ``formats`` also CZI, ND2 and
-    LIF. The content decides the format, not the file name's ending. Alpha is dropped. Orientation (TIFF, EXIF) is
-    applied. Every plane along T, Z and other axes is a page of its own, in the order of the file; of a pyramid the
-    largest level is read; labels, macro images and thumbnails of slides are left out. An RGB image that is a grey one
-    in one colour is read as grey. Large uncompressed TIFFs are mapped into memory.
+    PNG, JPEG, BMP, GIF, PPM and TIFF of any kind and codec are read, with the extra ``formats`` also CZI, ND2 and LIF,
+    with ``zarr`` images of OME-Zarr. The content decides the format, not the file name's ending. Alpha is dropped.
+    Orientation (TIFF, EXIF) is applied. Every plane along T, Z and other axes is a page of its own, in the order of the
+    file; of a pyramid the largest level is read; labels, macro images and thumbnails of slides are left out. An RGB
+    image that is a grey one in one colour is read as grey. Large uncompressed TIFFs are mapped into memory.
 
     Args:
         path: the file.
@@ -273,12 +282,16 @@ def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
 
 
 def _decode_file(path: Path, axes: str | None, scene: int | str | None, max_pixels: int, *, as_stored: bool) -> Decoded:
+    if path.is_dir() and is_ome_zarr(path) and not as_stored:
+        with _naming(str(path)):
+            return decode_ome_zarr(path, max_pixels)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: {advice(path.suffix) or 'it is a folder, expected an image file'}")
     try:
         with path.open("rb") as file:
             is_tiff = file.read(4) in TIFF_SIGNATURES
-        source = path if is_tiff or path.suffix.lower() in READERS else path.read_bytes()
+        is_read_by_name = is_tiff or path.suffix.lower() in (*READERS, *ONLY_SLIDES)
+        source = path if is_read_by_name else path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -297,6 +310,10 @@ def _decode(
     """A TIFF or microscope's file, or the content of any other."""
     if isinstance(source, Path) and source.suffix.lower() in READERS:
         return decode_microscope(source, scene, max_pixels)
+    if isinstance(source, Path) and axes is None and scene is None and not as_stored:
+        slide = decode_slide(source)
+        if slide is not None:
+            return slide
     if isinstance(source, Path) or source.startswith(TIFF_SIGNATURES):
         return decode_tiff(source, axes, scene, max_pixels, map_from=_MAP_FROM, as_stored=as_stored)
     return decode_picture(source, max_pixels, as_stored=as_stored)
@@ -336,7 +353,14 @@ def _pages(
             raise ValueError(f"its values are of type {plane.dtype}, expected integers or real numbers")
         names = _channel_names(scene, plane.shape[2])
         is_colour = scene.is_colour
-        if is_colour and plane.shape[2] == 3 and (grey := _grey_channel(plane, scene.is_lossy)) is not None:
+        # A plane that is read piece by piece is not read whole to see whether it is grey.
+        is_small = not isinstance(plane, LazyPlane)
+        if (
+            is_small
+            and is_colour
+            and plane.shape[2] == 3
+            and (grey := _grey_channel(plane, scene.is_lossy)) is not None
+        ):
             shown, is_equal = grey
             what = "its red, green and blue are equal" if is_equal else f"it is a grey image in {_tint(plane, shown)}"
             notes.append(f"{what}: it was read as one grey image")
@@ -359,6 +383,8 @@ def _pages(
 def _bgr(plane: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:
     """(H, W, C) and channels as red, green, blue from 1 -> (H, W, 3) BGR, a view where it can be one."""
     order = [number - 1 for number in chosen]
+    if isinstance(plane, LazyPlane):
+        return plane.take(order * 3 if len(order) == 1 else order[::-1])
     if len(order) == 1:
         return np.broadcast_to(plane[..., order[0] : order[0] + 1], (*plane.shape[:2], 3))
     return plane[..., 2::-1] if order == [0, 1, 2] else plane[..., order[::-1]]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import tifffile
 
-# Micrometres of the units of OME and ImageJ.
+# Micrometres of the units of OME, OME-Zarr and ImageJ.
 _MICROMETRES = {
     "m": 1e6,
     "dm": 1e5,
@@ -22,6 +22,12 @@ _MICROMETRES = {
     "microns": 1.0,
     "micrometer": 1.0,
     "micrometre": 1.0,
+    "nanometer": 1e-3,
+    "picometer": 1e-6,
+    "millimeter": 1e3,
+    "centimeter": 1e4,
+    "meter": 1e6,
+    "angstrom": 1e-4,
     "nm": 1e-3,
     "pm": 1e-6,
     "å": 1e-4,
@@ -82,9 +88,9 @@ def _ome(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
             continue
         names = [channel.get("Name") or channel.get("Fluor") or "" for channel in pixels.iterfind("{*}Channel")]
         sides = [
-            _length(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "XY"
+            micrometres(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "XY"
         ]
-        scenes.append(_scene(image.get("Name") or "", names, sides, "OME"))
+        scenes.append(scene_metadata(image.get("Name") or "", names, sides, "OME"))
     return scenes
 
 
@@ -94,11 +100,11 @@ def _imagej(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
         return None
     page = tiff.pages.first
     unit = str(about.get("unit", "")).replace("\\u00B5", "µ")
-    sides = [_length(_inverse(page.tags.valueof(tag)), unit) for tag in (282, 283)]
+    sides = [micrometres(_inverse(page.tags.valueof(tag)), unit) for tag in (282, 283)]
     count = about.get("channels", 1)
     labels = about.get("Labels") or []
     names = [str(label).strip() for label in labels[:count]] if 1 < count <= len(labels) else []
-    return [_scene("", names if len(set(names)) == count else [], sides, "ImageJ")]
+    return [scene_metadata("", names if len(set(names)) == count else [], sides, "ImageJ")]
 
 
 def _lsm(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
@@ -106,8 +112,8 @@ def _lsm(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
     if about is None:
         return None
     names = (about.get("ChannelColors") or {}).get("ColorNames") or []
-    sides = [_length(about.get(f"VoxelSize{axis}"), "m") for axis in "XY"]
-    scene = _scene(about.get("Name", ""), list(names), sides, "LSM")
+    sides = [micrometres(about.get(f"VoxelSize{axis}"), "m") for axis in "XY"]
+    scene = scene_metadata(about.get("Name", ""), list(names), sides, "LSM")
     return [scene, *[SceneMetadata(series.name) for series in tiff.series[1:]]]
 
 
@@ -116,11 +122,12 @@ def _metamorph(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
     if about is None:
         return None
     unit = str(about.get("CalibrationUnits", ""))
-    sides = [_length(about.get(f"{axis}Calibration"), unit) for axis in "XY"]
-    return [_scene(str(about.get("Name", "")), [], sides, "MetaMorph")]
+    sides = [micrometres(about.get(f"{axis}Calibration"), unit) for axis in "XY"]
+    return [scene_metadata(str(about.get("Name", "")), [], sides, "MetaMorph")]
 
 
-def _scene(name: str, channels: Sequence[str], sides: Sequence[float | None], source: str) -> SceneMetadata:
+def scene_metadata(name: str, channels: Sequence[str], sides: Sequence[float | None], source: str) -> SceneMetadata:
+    """What is known of a scene: its channels' names, micrometres of a pixel along x and y, and their source."""
     names = tuple(channel or str(number) for number, channel in enumerate(channels, 1)) or None
     if names is not None and not any(channels):
         names = None
@@ -137,7 +144,7 @@ def _scene(name: str, channels: Sequence[str], sides: Sequence[float | None], so
 def _with_resolution(scene: SceneMetadata, page: tifffile.TiffPage) -> SceneMetadata:
     """With the pixel size of Aperio's description or of the resolution tags, where they tell one."""
     match = re.search(r"\bMPP\s*=\s*([0-9.]+)", page.description) if page.is_svs else None
-    size = _length(match[1], "µm") if match else None
+    size = micrometres(match[1], "µm") if match else None
     source = "Aperio MPP" if size else None
     if size is None and not page.parent.is_imagej:
         x, y = (_resolution_size(page, tag) for tag in (282, 283))
@@ -168,7 +175,7 @@ def _inverse(value: Any) -> float | None:
         return None
 
 
-def _length(value: Any, unit: str) -> float | None:
+def micrometres(value: Any, unit: str) -> float | None:
     """A length -> micrometres above 0, or None."""
     factor: Any = _MICROMETRES.get(unit.strip().strip("\0").lower())
     try:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from kg_detectron.io.limits import check_size
+from kg_detectron.io.ome_zarr import EXTRA as EXTRA_OF_ZARR
+from kg_detectron.io.ome_zarr import ZARR, is_zarr_installed
 from kg_detectron.io.scene import Decoded, Scene, pick_scene
 
-# Endings, and the packages whose readers open them. OME-Zarr is not among them: a Zarr array can name a codec that
-# runs code.
+# Endings, and the packages whose readers open them. OME-Zarr has a reader of ours, in `ome_zarr`.
 READERS = {".czi": "bioio_czi", ".nd2": "bioio_nd2", ".lif": "bioio_lif"}
 EXTRA = 'pip install "kg_detectron[formats]"'
 
@@ -19,8 +20,7 @@ EXTRA = 'pip install "kg_detectron[formats]"'
 _UNREAD = {
     **dict.fromkeys((".oir", ".oib", ".oif", ".vsi"), "an Olympus file"),
     **dict.fromkeys((".ims",), "an Imaris file"),
-    **dict.fromkeys((".mrxs", ".vms"), "a slide of several files"),
-    **dict.fromkeys((".zarr", ".n5"), "a Zarr folder"),
+    ".n5": "an N5 folder",
     **dict.fromkeys((".dcm", ".dicom"), "a DICOM file"),
     **dict.fromkeys((".dv", ".r3d"), "a DeltaVision file"),
     **dict.fromkeys((".lsm5", ".zvi"), "an old Zeiss file"),
@@ -29,7 +29,9 @@ _UNREAD = {
 
 
 def is_installed(ending: str) -> bool:
-    """Whether the reader of a microscope's format is installed; False for all other endings."""
+    """Whether the reader of a microscope's format, or of OME-Zarr, is installed; False for all other endings."""
+    if ending.lower() == ZARR:
+        return is_zarr_installed()
     name = READERS.get(ending.lower())
     return name is not None and all(importlib.util.find_spec(part) is not None for part in ("bioio", name))
 
@@ -39,6 +41,8 @@ def advice(ending: str) -> str | None:
     ending = ending.lower()
     if ending in READERS and not is_installed(ending):
         return f"{ending} files need a reader that is not installed: {EXTRA}"
+    if ending == ZARR and not is_installed(ending):
+        return f"{ending} folders need a reader that is not installed: {EXTRA_OF_ZARR}"
     if ending in _UNREAD:
         return f"{_UNREAD[ending]} cannot be read: save it as OME-TIFF, in Fiji by File > Save As > OME-TIFF"
     return None

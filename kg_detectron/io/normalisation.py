@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kg_detectron.io.lazy import LazyPlane
+
 _BLOCK = 2**22  # values looked at together, which bounds the memory
 _IN_MEMORY = 2**27  # values up to which a channel that is in memory is sorted in memory
 
@@ -97,7 +99,7 @@ class Normalisation:
         """The levels of a whole image, by which any part of it can be normalised later.
 
         Percentiles are values of the image, exact for every type. Those of a memory map are found block by block, in
-        bounded memory. NaN and infinite values do not count.
+        bounded memory; of a `LazyPlane` they are those of its overview. NaN and infinite values do not count.
 
         Args:
             image: (H,W,C), integer, bool or float; may be a `numpy.memmap`.
@@ -109,6 +111,8 @@ class Normalisation:
         """
         if image.ndim != 3 or 0 in image.shape or image.dtype.kind not in "buif":
             raise ValueError(f"image: expected shape (H,W,C) of real numbers, got {image.shape} of type {image.dtype}")
+        if isinstance(image, LazyPlane):
+            image = image.overview()
         channels = image.shape[2]
         if self.kind == "fixed":
             return Levels(np.zeros(channels), np.full(channels, _white(image)))

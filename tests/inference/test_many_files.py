@@ -141,10 +141,10 @@ def test_bad_files_do_not_stop_the_rest(images: Path, model: Path, tmp_path: Pat
 
 def test_any_failure_is_of_its_file_alone(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fails_once(*arguments, **keywords):
-        monkeypatch.setattr("kg_detectron.inference.many_files.predict", predict)
+        monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", predict)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("kg_detectron.inference.many_files.predict", fails_once)
+    monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", fails_once)
     summary = predict_files([images], model, tmp_path / "out")
     assert [record.error for record in summary.failed] == ["RuntimeError: out of memory"]
     assert len(summary.done) == 2
@@ -255,7 +255,7 @@ def test_an_interrupted_run_keeps_its_manifest(
             raise KeyboardInterrupt
         return predict(*arguments, **keywords)
 
-    monkeypatch.setattr("kg_detectron.inference.many_files.predict", interrupted)
+    monkeypatch.setattr("kg_detectron.inference.file_prediction.predict", interrupted)
     assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out")]) == 130
     assert "interrupted; give the same command again to go on" in capsys.readouterr().err
     assert [record["name"] for record in manifest(tmp_path / "out")["files"]] == ["good0"]
@@ -337,7 +337,7 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("auto", {"s_labels.tif", "s_page000{}.geojson", "s_page000{}_rois.zip", "s_page000{}_cells.csv"}),
+        ("auto", {"s_labels.tif", "s_page000{}.geojson", "s_rois.zip", "s_page000{}_cells.csv"}),
         ("one", {"s_labels.tif", "s.geojson", "s_rois.zip", "s_cells.csv"}),
         ("pages", {f"s_page000{{}}{end}" for end in ("_labels.tif", ".geojson", "_rois.zip", "_cells.csv")}),
     ],
@@ -363,9 +363,9 @@ def test_files_of_a_stack(model: Path, tmp_path: Path, option: str, expected: se
             if (row["image"], row["page"], row["t"], row["z"]) == ("s.tif", str(page), str(t + 1), str(z + 1))
         ]
         assert ids == [str(id) for id in range(1, read[t, z].max() + 1)]
-    rois = "s_rois.zip" if option == "one" else "s_page0004_rois.zip"
+    rois = "s_page0004_rois.zip" if option == "pages" else "s_rois.zip"
     positions = {(roi.z_position, roi.t_position) for roi in roifile.roiread(out / rois)}
-    assert (2, 2) in positions if option == "one" else positions == {(2, 2)}
+    assert positions == ({(2, 2)} if option == "pages" else {(z, t) for z in (1, 2) for t in (1, 2, 3)})
     images = list(csv.DictReader(open(out / "images.csv", newline="")))
     assert [int(row["cells"]) for row in images] == [plane.max() for plane in read.reshape(6, 40, 60)]
     assert [(row["t"], row["z"]) for row in images] == [(str(t + 1), str(z + 1)) for t, z in np.ndindex(3, 2)]
@@ -438,7 +438,7 @@ def test_other_settings_leave_nothing_of_the_former_results(
 
 
 def test_a_stack_that_became_one_page_leaves_no_pages(model: Path, tmp_path: Path):
-    out, settings = tmp_path / "out", Settings(save=("labels", "roi"))
+    out, settings = tmp_path / "out", Settings(save=("labels", "roi"), stack="pages")
     tifffile.imwrite(tmp_path / "a.tif", np.stack([picture(1), picture(2)]), metadata={"axes": "ZYX"})
     predict_files([tmp_path / "a.tif"], model, out, settings)
     assert "a_page0002_rois.zip" in files(out)
@@ -556,3 +556,17 @@ def test_rerun_of_nothing(tmp_path: Path, images: Path, model: Path):
 def test_absurd_sizes_are_refused(images: Path, model: Path, tmp_path: Path):
     summary = predict_files([images], model, tmp_path / "out", Settings(max_pixels=2399))
     assert len(summary.failed) == 3 and "60 x 40 pixels, more than the limit of 2399" in summary.failed[0].error
+
+
+def test_the_table_of_all_cells_comes_as_parquet_too(images: Path, model: Path, tmp_path: Path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    Image.fromarray(np.stack([picture(7)] * 2 + [picture(8)], axis=2)).save(images / "colour.png")
+    out = tmp_path / "out"
+    predict_files([images], model, out, Settings(save=("csv",), parquet=True))
+    table = parquet.read_table(out / "cells.parquet").to_pydict()
+    rows = list(csv.DictReader(open(out / "cells.csv", newline="")))
+    assert table.keys() == rows[0].keys() and len(rows) == len(table["image"]) > 40
+    for i, row in enumerate(rows):
+        assert (row["image"], int(row["id"])) == (table["image"][i], table["id"][i])
+        for name in ("score", "mean_intensity", "mean_intensity_red"):
+            assert table[name][i] == (float(row[name]) if row[name] else None)

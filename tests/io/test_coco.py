@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as npst
 from pycocotools import mask as coco_mask
 
 from kg_detectron.io.coco import (
-    checked_relative_path,
     coco_annotation,
     decode_mask,
     decode_runs,
@@ -27,6 +26,7 @@ from kg_detectron.io.coco import (
 )
 from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
+from kg_detectron.io.relative_path import checked_relative_path
 
 MASKS = npst.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
 

@@ -508,9 +508,11 @@ def test_files_of_other_formats_say_what_to_do(
     assert str(error.value).count(name) == 1
 
 
-def test_a_zarr_folder_says_what_to_do(tmp_path: Path):
+def test_a_zarr_folder_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.ome.zarr").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"a\.ome\.zarr: a Zarr folder cannot be read: save it as OME-TIFF"):
+    (tmp_path / "a.ome.zarr" / ".zattrs").write_text("{}")
+    monkeypatch.setattr("kg_detectron.io.ome_zarr.is_zarr_installed", lambda: False)
+    with pytest.raises(ValueError, match=r'a\.ome\.zarr: .*not installed: pip install "kg_detectron\[zarr\]"'):
         read_image(tmp_path / "a.ome.zarr")
 
 

@@ -1,0 +1,151 @@
+"""Cells as label images in OME-Zarr, as multiscale pyramids: NGFF 0.4, and 0.5 in images of that version."""
+
+import importlib
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kg_detectron.export.label_images import stack_shape
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.ome_zarr import EXTRA, is_zarr_installed, ngff_version
+
+if TYPE_CHECKING:
+    from kg_detectron.export.result import Result
+
+_CHUNK = 1024  # pixels a side
+_SMALLEST = 256  # pixels of the longer side, from which no coarser level is made
+_BAND = 4096  # rows that are worked on at a time, which bounds the memory; a multiple of the chunk
+_TYPES = {"T": "time"}  # of axes; others are of space
+_LABELS = "labels"  # the group of an image that lists its label images
+
+
+def write(path: Path, result: "Result") -> None:
+    """Write the label image of one image: a store of its own, whole or not at all."""
+    write_label_group(path, [result.label_image], result.masks.size, "YX", result.pixel_size)
+
+
+def write_stack(path: Path, results: Sequence["Result"]) -> None:
+    """Write the label images of all planes of a stack as one store with its axes, in the order of the results."""
+    shape, axes = stack_shape([result.position for result in results], results[0].masks.size)
+    write_label_group(path, (result.label_image for result in results), shape, axes, results[0].pixel_size)
+
+
+def write_into(
+    image: Path,
+    name: str,
+    pages: Iterable[np.ndarray],
+    shape: Sequence[int],
+    axes: str,
+    pixel_size: float | None,
+) -> Path:
+    """Write a label image into the group ``labels`` of an OME-Zarr image, in its version, and list it there.
+
+    Args:
+        image: folder of the image.
+        name: of the label image; an older one of that name is replaced.
+        pages, shape, axes, pixel_size: see `write_label_group`.
+
+    Returns:
+        The folder of the label image.
+    """
+    version = ngff_version(image)
+    zarr, zarr_format = _zarr(), 3 if version == "0.5" else 2
+    labels = image / _LABELS
+    group = zarr.open_group(str(labels), mode="a", zarr_format=zarr_format)
+    write_label_group(labels / name, pages, shape, axes, pixel_size, version=version, source="../../")
+    listed = dict(group.attrs)
+    about = listed.setdefault("ome", {"version": version}) if version == "0.5" else listed
+    about["labels"] = sorted({*about.get("labels", ()), name})
+    group.attrs.update(listed)
+    return labels / name
+
+
+def write_label_group(
+    path: Path,
+    pages: Iterable[np.ndarray],
+    shape: Sequence[int],
+    axes: str,
+    pixel_size: float | None,
+    *,
+    version: str = "0.4",
+    source: str | None = None,
+) -> None:
+    """Write label images as one multiscale group: whole or not at all.
+
+    Every level has each second pixel of the one before along y and x, so ids stay ids.
+
+    Args:
+        path: folder of the group; an existing one is replaced.
+        pages: (H, W) integers each, as many as the axes before Y and X have places.
+        shape: of all axes.
+        axes: a letter for each, Y and X last.
+        pixel_size: micrometres.
+        version: of NGFF, "0.4" (Zarr 2) or "0.5" (Zarr 3).
+        source: path from the group to the image that it labels.
+
+    Raises:
+        ValueError: the package zarr is not installed.
+    """
+    zarr = _zarr()
+    with replacing(path) as unfinished:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        zarr_format = 3 if version == "0.5" else 2
+        group = zarr.create_group(str(unfinished), zarr_format=zarr_format, overwrite=True)
+        sides = [tuple(shape[-2:])]
+        while max(sides[-1]) > _SMALLEST:
+            sides.append((-(-sides[-1][0] // 2), -(-sides[-1][1] // 2)))
+        levels = [
+            group.create_array(
+                str(number),
+                shape=(*shape[:-2], *side),
+                chunks=(*(1 for _ in shape[:-2]), min(_CHUNK, side[0]), min(_CHUNK, side[1])),
+                dtype="uint32",
+                chunk_key_encoding={"name": "default" if zarr_format == 3 else "v2", "separator": "/"},
+                dimension_names=tuple(axes.lower()) if zarr_format == 3 else None,
+                fill_value=0,
+            )
+            for number, side in enumerate(sides)
+        ]
+        for place, page in zip(np.ndindex(*shape[:-2]), pages, strict=True):
+            for number, level in enumerate(levels):
+                step = 2**number
+                height = level.shape[-2]
+                for first in range(0, height, _BAND):
+                    last = min(first + _BAND, height)
+                    where = (*place, slice(first, last))
+                    level[where] = page[first * step : (last - 1) * step + 1 : step, ::step]
+        group.attrs.update(_metadata(axes, len(levels), pixel_size, version, source))
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def _metadata(axes: str, levels: int, pixel_size: float | None, version: str, source: str | None) -> dict[str, Any]:
+    named: list[dict[str, str]] = [{"name": axis.lower(), "type": _TYPES.get(axis, "space")} for axis in axes]
+    if pixel_size is not None:
+        for axis in named[-2:]:
+            axis["unit"] = "micrometer"
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [1.0] * (len(axes) - 2) + [(pixel_size or 1.0) * 2**level] * 2}
+            ],
+        }
+        for level in range(levels)
+    ]
+    of_version = {"version": version} if version == "0.4" else {}
+    label: dict[str, Any] = dict(of_version)
+    if source is not None:
+        label["source"] = {"image": source}
+    content: dict[str, Any] = {"multiscales": [{**of_version, "name": "cells", "axes": named, "datasets": datasets}]}
+    content |= {"image-label": label}
+    return content if version == "0.4" else {"ome": {"version": version, **content}}
+
+
+def _zarr() -> Any:
+    if not is_zarr_installed():
+        raise ValueError(f"OME-Zarr needs a package that is not installed: {EXTRA}")
+    return importlib.import_module("zarr")

@@ -1,0 +1,381 @@
+"""Prediction for one file: reading it, its cells, and the files of its results. What every process of a run does."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kg_detectron.cells import Cells
+from kg_detectron.cells.separation import separate_cells
+from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_LABELS, KINDS_OF_STACKS, KINDS_OF_WHOLE_STACKS, result_files
+from kg_detectron.export.label_images import LabelStack, stack_shape
+from kg_detectron.export.ome_zarr import write_into, write_label_group
+from kg_detectron.export.results import Result, write_results
+from kg_detectron.inference.area import Area, area_of
+from kg_detectron.inference.fast import make_fast
+from kg_detectron.inference.manifest import FileRecord, PlaneRecord, versions
+from kg_detectron.inference.model_file import load_model
+from kg_detectron.inference.predictor import predict, tiled_steps
+from kg_detectron.inference.run_settings import SettingError, Settings
+from kg_detectron.inference.tile_store import TILES, TileStore
+from kg_detectron.inference.tiling import TiledDetection
+from kg_detectron.io.checksum import file_sha256
+from kg_detectron.io.finding import Input
+from kg_detectron.io.images import MAX_PIXELS, ImageFile, Page, open_image
+from kg_detectron.io.normalisation import UnknownWhiteLevel
+from kg_detectron.io.ome_zarr import is_ome_zarr
+
+# Pixels of an image above which its cells are separated on disk, not in memory.
+_LARGE = 8192 * 8192
+
+# Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
+_SCALES = (1 / 8, 8)
+
+# Sides of an image in tiles (of its own pixels) from which what is computed of tiles is kept on disk.
+_KEPT_FROM = 2
+
+# What label images are called in the images of OME-Zarr that they label.
+LABELS_NAME = "kg_detectron"
+
+Progress = Callable[[int, int], None]
+
+
+class FilePredictor:
+    """A model with the settings of a run, ready for files.
+
+    Args:
+        model: the file.
+        settings: of the prediction.
+        device: as PyTorch names it; None takes the GPU where there is one.
+
+    Attributes:
+        device: the name.
+        speed: what the setting ``fast`` chose, and why; empty without it.
+        threshold: score from which cells are kept: the one of the settings, or the model's own.
+
+    Raises:
+        OSError, ValueError: a model that cannot be loaded.
+        SettingError: a device that is not there.
+    """
+
+    def __init__(self, model: Path, settings: Settings, device: str | None = None) -> None:
+        self.settings, self.model_sha256 = settings, file_sha256(model)
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
+        except (RuntimeError, AssertionError) as error:
+            raise SettingError("device", f"{self.device} cannot be used: {error}") from error
+        self.speed = make_fast(self.network) if settings.fast else ""
+        self.threshold = self.network.threshold if settings.min_score is None else settings.min_score
+
+    def __call__(
+        self,
+        item: Input,
+        folder: Path,
+        *,
+        known: FileRecord | None = None,
+        output: Path | None = None,
+        taken: Collection[str] = (),
+        before_writing: Callable[[], None] | None = None,
+        progress: Progress | None = None,
+    ) -> FileRecord:
+        """Predict all pages of a file and save the results.
+
+        Args:
+            item: the file, and the name of its results.
+            folder: where the results are written.
+            known: the record of an earlier run with the same model and settings.
+            output: folder of the results of that run; `folder` where None.
+            taken: names of other files of the run.
+            before_writing: called when the first result is about to be written.
+            progress: called after each step of a page with the number of steps done and of all.
+
+        Returns:
+            The record. It is `known` itself, and nothing was done, where that is of the same content and its results
+            are there. A failure is in its `error`: broken bytes, memory, a full disk are the file's alone.
+        """
+        record = FileRecord(str(item.path), item.name)
+        start = time.perf_counter()
+        try:
+            record.sha256 = file_sha256(item.path)
+            if known is not None and known.is_done(output or folder, item.path, record.sha256):
+                return known
+            tiles = (output or folder) / TILES
+            self._predict_file(item, record, folder, tiles, taken, before_writing or _nothing, progress)
+        except Exception as error:
+            record.error = reason(error, item.path)
+        record.seconds = round(time.perf_counter() - start, 3)
+        return record
+
+    def _predict_file(
+        self,
+        item: Input,
+        record: FileRecord,
+        folder: Path,
+        tiles: Path,
+        taken: Collection[str],
+        before_writing: Callable[[], None],
+        progress: Progress | None,
+    ) -> None:
+        """Predict and save all pages of a file, noting in its record what is done."""
+        settings = self.settings
+        image = self._open(item, record)
+        pages = image.pages
+        record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
+        note(record, *image.notes)
+        names = [
+            item.name if len(pages) == 1 else f"{item.name}_page{number:04d}" for number in range(1, len(pages) + 1)
+        ]
+        if len(pages) > 1:
+            for number, name in enumerate(names, 1):
+                if name in taken:
+                    raise ValueError(f"page {number} would have the same names of results as another file, {name}")
+        classes = self.network.classes
+        kinds = settings.kinds
+        if len(classes) > 1 and set(kinds) & set(KINDS_OF_LABELS) and "classes" not in kinds:
+            kinds = (*kinds, "classes")  # a label image tells no class
+        stack = _Stack(item, kinds, settings, folder, pages)
+        if any(page.is_lazy for page in pages) and "overlay" in settings.kinds:
+            stack.kinds_of_pages = [kind for kind in stack.kinds_of_pages if kind != "overlay"]
+            note(record, "An image of this size gets no overlay.")
+        for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
+            store = TileStore(tiles / self._key(record, number))
+            cells = self._predict_page(page, record, folder, store, progress)
+            result = Result(
+                cells,
+                page.pixels if page.is_lazy or len(page.chosen) > 1 else page.pixels[..., 0],
+                item.path.name if len(pages) == 1 else Path(name).name,
+                record.pixel_size,
+                page.source,
+                tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
+                number if len(pages) > 1 else 0,
+                _position(page),
+                classes.names if len(classes) > 1 else Result.category_names,
+                classes.shown_colours(),
+                scratch=folder,
+            )
+            if number == 1:
+                before_writing()
+            target = folder / name
+            if stack.kinds_of_pages:
+                saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
+                record.outputs += [path.relative_to(folder).as_posix() for path in saved.values()]
+            stack.add(result)
+            height, width = cells.size
+            scene = page.position.get("scene")
+            scale_y, scale_x = np.broadcast_to(cells.scale, 2)
+            plane = PlaneRecord(
+                name,
+                result.page,
+                dict(result.position),
+                None if scene is None else str(scene),
+                (height, width),
+                len(cells),
+                sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
+                (float(scale_y), float(scale_x)),
+                cells.scale_source,
+            )
+            record.planes.append(plane)
+            record.cells += plane.cells
+            prefix = f"page {number}: " if len(pages) > 1 else ""
+            note(record, *(prefix + text for text in cells.notes))
+        record.outputs += [path.relative_to(folder).as_posix() for path in stack.write(record.pixel_size)]
+
+        for number in range(1, len(pages) + 1):
+            TileStore(tiles / self._key(record, number)).discard()
+
+    def _open(self, item: Input, record: FileRecord) -> ImageFile:
+        """Open a file, and note its pixel size."""
+        settings = self.settings
+        image = open_image(
+            item.path,
+            axes=settings.axes,
+            channels=settings.channels,
+            scene=settings.scene,
+            max_pixels=settings.max_pixels or MAX_PIXELS,
+        )
+        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
+        if settings.pixel_size is not None:
+            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
+        return image
+
+    @torch.no_grad()
+    def steps(self, item: Input, sha256: str, tiles: Path) -> list[TiledDetection]:
+        """The steps of each page of a large image, for processes that share them by a folder.
+
+        Args:
+            item: the file.
+            sha256: of it.
+            tiles: the folder.
+
+        Returns:
+            Nothing for a file that one process had better predict: it is small, or must be read at once.
+        """
+        record = FileRecord(str(item.path), item.name, sha256)
+        pages = self._open(item, record).pages
+        if self.settings.ensemble or not all(page.is_lazy and self._is_kept(page) for page in pages):
+            return []
+        settings = self.settings
+        found = [
+            tiled_steps(
+                self.network,
+                page.pixels,
+                **self._sizes(record),
+                normalisation=settings.normalise,
+                tile=settings.tile,
+                overlap=settings.overlap,
+                area=self._area(page),
+                store=TileStore(tiles / self._key(record, number)),
+            )
+            for number, page in enumerate(pages, 1)
+        ]
+        steps = [page for page in found if page is not None]
+        return steps if len(steps) == len(found) else []
+
+    def _key(self, record: FileRecord, page: int) -> str:
+        """A name for what is computed of the tiles of a page, with all that it depends on."""
+        settings = {**asdict(self.settings), "save": None, "min_score": None, "stack": None}
+        about = [self.network.precision, record.pixel_size, versions()]
+        content = [record.sha256, self.model_sha256, page, settings, *about]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _predict_page(
+        self, page: Page, record: FileRecord, folder: Path, store: TileStore, progress: Progress | None
+    ) -> Cells:
+        """The cells of a page: those of a sufficient score, separated."""
+        settings = self.settings
+        area = self._area(page)
+        if area is not None and self._is_slide(page) and not settings.all_tiles:
+            note(record, f"Cells were looked for in {area.share:.1%} of it; --all-tiles looks everywhere.")
+        cells = predict(
+            self.network,
+            page.pixels,
+            **self._sizes(record),
+            normalisation=settings.normalise,
+            tile=settings.tile,
+            overlap=settings.overlap,
+            ensemble=settings.ensemble,
+            area=area,
+            store=store if self._is_kept(page) else None,
+            progress=progress,
+        )
+        cells = cells.above(self.threshold)
+        if settings.keep_overlaps:
+            return cells
+        height, width = cells.size
+        if height * width <= _LARGE:
+            return separate_cells(cells)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)), is_zero=True)
+
+    def _is_slide(self, page: Page) -> bool:
+        return page.is_lazy and len(page.chosen) == 3
+
+    def _is_kept(self, page: Page) -> bool:
+        """Whether what is computed of the tiles of a page is worth keeping."""
+        return max(page.pixels.shape[:2]) > _KEPT_FROM * self.settings.tile
+
+    def _area(self, page: Page) -> Area | None:
+        settings = self.settings
+        return area_of(page.pixels, settings.regions, tissue=self._is_slide(page) and not settings.all_tiles)
+
+    def _sizes(self, record: FileRecord) -> dict[str, float | None]:
+        """What sets the scale; an estimate does where all are None."""
+        settings = self.settings
+        given = settings.scale is not None or settings.diameter is not None
+        pixel_size = None if given else self._pixel_size_for_scale(record)
+        return {"scale": settings.scale, "diameter": settings.diameter, "pixel_size": pixel_size}
+
+    def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
+        """The pixel size, where the model knows its own and the two do not contradict each other."""
+        trained = self.network.preprocessing.pixel_size
+        if record.pixel_size is None or trained is None:
+            return None
+        low, high = _SCALES
+        if record.pixel_size_source != "given" and not low <= record.pixel_size / trained <= high:
+            note(
+                record,
+                f"The file says {record.pixel_size:g} micrometres a pixel, which does not suit this model, trained at "
+                f"{trained:g}; the scale is estimated instead.",
+            )
+            return None
+        return record.pixel_size
+
+
+class _Stack:
+    """The files of a stack that hold all its pages; none where the file is no stack, or its pages differ in size."""
+
+    def __init__(self, item: Input, kinds: Sequence[str], settings: Settings, output: Path, pages: list[Page]) -> None:
+        self.target = output / item.name
+        sizes = {page.pixels.shape[:2] for page in pages}
+        joined: tuple[str, ...] = ()
+        if len(pages) > 1 and len(sizes) == 1 and settings.stack != "pages":
+            joined = KINDS_OF_STACKS if settings.stack == "one" else KINDS_OF_WHOLE_STACKS
+        self.kinds = [kind for kind in kinds if kind in joined]
+        self.kinds_of_pages = [kind for kind in kinds if kind not in joined]
+        self.results: list[Result] = []
+        self.labels: LabelStack | None = None
+        is_into = settings.into_zarr and is_ome_zarr(item.path)
+        self.image = item.path if is_into else None
+        if set(self.kinds) & set(KINDS_OF_LABELS) or is_into:
+            if len(sizes) > 1:
+                raise ValueError("its planes differ in size: they make no label image of the whole")
+            shape, axes = stack_shape([_position(page) for page in pages], sizes.pop())
+            self.labels = LabelStack(shape, axes, output)
+
+    def add(self, result: Result) -> None:
+        """Take a page, without its pixels."""
+        if self.labels is not None:
+            self.labels.add(max(result.page - 1, 0), result.label_image)
+        if set(self.kinds) - set(KINDS_OF_LABELS):
+            result.forget_pixels()
+            self.results.append(result)
+
+    def write(self, pixel_size: float | None) -> list[Path]:
+        """Write the files."""
+        paths = result_files(self.target.parent, self.target.name, self.kinds) if self.kinds else {}
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        for kind, path in paths.items():
+            if self.labels is not None and kind == "labels":
+                self.labels.write(path, pixel_size)
+            elif self.labels is not None and kind == "zarr":
+                write_label_group(path, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size)
+            else:
+                EXPORTERS[kind].write_stack(path, self.results)
+        if self.image is not None and self.labels is not None:
+            write_into(self.image, LABELS_NAME, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size)
+        return list(paths.values())
+
+
+def _position(page: Page) -> dict[str, int]:
+    """Where a page lies in its stack, by the letter of the axis; {} where only its number is known."""
+    return {axis.upper(): int(index) for axis, index in page.position.items() if axis not in ("scene", "page")}
+
+
+def note(record: FileRecord, *notes: str) -> None:
+    """Add sentences to a record, each once."""
+    record.notes += [text for text in notes if text not in record.notes]
+
+
+def reason(error: Exception, path: Path) -> str:
+    """What went wrong with a file, without its path, which stands before the reason everywhere."""
+    if isinstance(error, OSError) and error.strerror:
+        elsewhere = error.filename is not None and os.fspath(error.filename) != str(path)
+        return f"{error.strerror}: {error.filename}" if elsewhere else error.strerror
+    text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+    if isinstance(error, SettingError):
+        text = error.as_options()
+    elif isinstance(error, UnknownWhiteLevel):
+        text += "; use --normalise percentile"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+def _nothing() -> None:
+    pass

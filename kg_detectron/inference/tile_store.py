@@ -1,0 +1,46 @@
+"""What is computed of the tiles of a large image, kept on disk, so that a run which was stopped goes on there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.safe_load import read_checkpoint
+
+TILES = ".kg-detectron-tiles"  # folder in the folder of results
+
+
+class TileStore:
+    """Values by name, each in a file.
+
+    Args:
+        folder: made with the first value. It belongs to one image, model and choice of settings.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def part(self, name: str) -> "TileStore":
+        """A store within this one."""
+        return TileStore(self.folder / name)
+
+    def get(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A value, of tensors, lists and dicts: the one that is kept, or else the one that is computed, and kept."""
+        path = self.folder / f"{name}.pt"
+        if path.is_file():
+            try:
+                return read_checkpoint(path)
+            except ValueError:  # damaged
+                path.unlink()
+        value = compute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as unfinished:
+            torch.save(value, unfinished)
+        return value
+
+    def discard(self) -> None:
+        """Delete all values."""
+        shutil.rmtree(self.folder, ignore_errors=True)
