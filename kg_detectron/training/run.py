@@ -407,17 +407,19 @@ def _check_folder(
     content = json.loads(json.dumps(content | {"model": model.description()}))
     if file.exists() and (folder / "checkpoint.pth").exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        # What a run of an earlier version did not note is not compared.
-        changed = [
-            key
-            for key, values in content.items()
-            if any(known.get(key, {}).get(name, value) != value for name, value in values.items())
-        ]
+        changed = [key for key, values in content.items() if _differ(known.get(key, {}), values)]
         if changed:
             raise ValueError(f"{folder} holds a run of another {' and '.join(changed)}; choose another folder")
         return
     with replacing(file) as unfinished:
         unfinished.write_text(json.dumps(content | {"started": time.strftime("%F %T")}, indent=2), encoding="utf-8")
+
+
+def _differ(known: Any, values: Any) -> bool:
+    """Whether settings are others than those of a run; what an earlier version did not note is not compared."""
+    if isinstance(known, dict) and isinstance(values, dict):
+        return any(_differ(known[name], value) for name, value in values.items() if name in known)
+    return known != values
 
 
 def _some(images: Sequence[LabelledImage], count: int) -> list[LabelledImage]:

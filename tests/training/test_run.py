@@ -66,6 +66,24 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
         train(training_network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """It has not noted settings that came later; one that it noted must be the same."""
+    images = labelled(training_network(), 4)
+    settings = TrainSettings(minutes=None, iterations=1, batch_size=1, validations=0)
+    train(training_network(), images, images, tmp_path, settings, geometry=SMALL)
+    file = tmp_path / "train.json"
+    noted = json.loads(file.read_text())
+    for part, name in (("model", "classes"), ("model", "ranking")):
+        del noted[part]["settings"][name]
+    del noted["settings"]["freeze"]
+    file.write_text(json.dumps(noted))
+    assert train(training_network(), images, images, tmp_path, settings, geometry=SMALL) is not None
+    noted["model"]["settings"]["decoding"]["hops"] += 1
+    file.write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match="another model"):
+        train(training_network(), images, images, tmp_path, settings, geometry=SMALL)
+
+
 @pytest.mark.slow
 def test_the_command_adapts_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images, masks = write_folders(tmp_path, 5)
