@@ -1,6 +1,7 @@
 """Classes in Detectron2: the same names in the config, the datasets and the model, whatever ids the files have."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -57,7 +58,10 @@ def classes_from_datasets(cfg: CfgNode) -> None:
     """
     counts: dict[str, int] = {}
     for name in _cell_datasets(cfg.DATASETS.TRAIN):
-        for category, number in class_counts(MetadataCatalog.get(name).json_file).items():
+        json_file = MetadataCatalog.get(name).json_file
+        if not Path(json_file).is_file():  # an evaluation needs no training data, and a training names the file
+            continue
+        for category, number in class_counts(json_file).items():
             counts[category] = counts.get(category, 0) + number
     names = list(cfg.MODEL.CELLS.CLASSES.NAMES)
     if len(names) < 2:

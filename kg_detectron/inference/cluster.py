@@ -7,7 +7,6 @@ workers busy: memory does not depend on the number of files.
 """
 
 import logging
-import os
 import shutil
 import socket
 import threading
@@ -259,8 +258,7 @@ class Cluster:
         """Threads of PyTorch on a worker of this machine; None on a cluster."""
         if self.workers.count is None:
             return None
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cpus // self.workers.count)
+        return max(1, torch.get_num_threads() // self.workers.count)
 
     def __enter__(self) -> "Cluster":
         self._local = None

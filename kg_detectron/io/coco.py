@@ -346,7 +346,8 @@ def read_coco(
     images = _by_id(data, "images", ("file_name", "height", "width"), id_types, faults)
     categories: dict[int, dict | None]
     if for_evaluation:  # no fault of theirs matters
-        named = [one for one in data.get("categories") or () if isinstance(one, dict) and "name" in one]
+        listed = data.get("categories")
+        named = [one for one in listed if isinstance(one, dict) and "name" in one] if isinstance(listed, list) else []
         categories = {one["id"]: one for one in named if isinstance(one.get("id"), int)}
     else:
         categories = _by_id(data, "categories", ("name",), (int,), faults)
