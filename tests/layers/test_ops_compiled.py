@@ -80,6 +80,7 @@ def test_peaks(device, seed, levels, dtype, broken):
     assert same(layers.find_peaks(scores.to(device), 0.4), reference.find_peaks(scores, 0.4))
 
 
+@settings(max_examples=40)
 @given(
     seed=seeds,
     whole=st.booleans(),
@@ -104,7 +105,7 @@ def test_graphs_and_boxes(device, seed, whole, hops, match, reject, shuffled, dt
         assert same(layers.graphs_to_boxes(graphs[0], option), reference.graphs_to_boxes(expected[0], option))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     seed=seeds,
     hops=st.sampled_from([1, 2]),
