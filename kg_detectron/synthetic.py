@@ -104,9 +104,7 @@ def neural_image(rng: np.random.Generator, height: int, width: int, n: int) -> t
     """
     _check(height, width, n)
     bodies = _place(rng, height, width, n, coverage=0.04, spread=0.25)
-    owner = np.zeros((height, width), np.int32)  # 0, or 1 + the index of the body
-    for index, body in enumerate(bodies):
-        owner[body.window][body.pixels] = index + 1
+    owner = _owners(bodies, height, width)
     cells = [_grow_processes(rng, body, index + 1, owner) for index, body in enumerate(bodies)]
 
     optical: np.ndarray = np.zeros((height, width), np.float32)  # path length in matter
@@ -154,9 +152,7 @@ def classes_image(
     sizes = np.array([1.15, 0.7, 0.8])[wanted]
     bodies, numbers = _place_sized(rng, height, width, n, coverage=0.15, spread=0.18, sizes=sizes)
     classes = [int(wanted[number]) for number in numbers]
-    owner = np.zeros((height, width), np.int32)
-    for index, body in enumerate(bodies):
-        owner[body.window][body.pixels] = index + 1
+    owner = _owners(bodies, height, width)
     cells = [
         _grow_processes(rng, body, index + 1, owner, reach=(2.5, 5)) if CLASSES[kind] == "long" else body
         for index, (body, kind) in enumerate(zip(bodies, classes, strict=True))
@@ -180,6 +176,14 @@ def _check(height: int, width: int, n: int) -> None:
         raise ValueError(f"height and width must be at least {_MIN_SIDE} pixels, got {height} x {width}")
     if n < 0:
         raise ValueError(f"n must be 0 or more cells, got {n}")
+
+
+def _owners(bodies: list[_Cell], height: int, width: int) -> np.ndarray:
+    """(H, W) int32: 0, or 1 + the index of the body that owns the pixel."""
+    owner = np.zeros((height, width), np.int32)
+    for index, body in enumerate(bodies):
+        owner[body.window][body.pixels] = index + 1
+    return owner
 
 
 def _place(rng: np.random.Generator, height: int, width: int, n: int, coverage: float, spread: float) -> list[_Cell]:

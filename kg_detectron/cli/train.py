@@ -102,15 +102,13 @@ def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSet
 
 def _cells_of_classes(names: "Sequence[str]", images: "Sequence[LabelledImage]") -> str:
     """What the training learns of each class; in words where it cannot."""
-    counts = [0] * (len(names) + 1)
-    for image in images:
-        for number in range(len(counts)):
-            counts[number] += 0 if image.classes is None else int((image.classes == number).sum())
+    from kg_detectron.training.dataset import cells_of_classes
+
+    unknown, *counts = cells_of_classes(images, len(names))
     parts = [
-        f"{name} {count}" if count else f"{name} none, so not learnt"
-        for name, count in zip(names, counts[1:], strict=True)
+        f"{name} {count}" if count else f"{name} none, so not learnt" for name, count in zip(names, counts, strict=True)
     ]
-    return ", ".join(parts + ([f"{counts[0]} of no known class"] if counts[0] else []))
+    return ", ".join(parts + ([f"{unknown} of no known class"] if unknown else []))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kg_detectron._version import __version__
-from kg_detectron.inference.dense_part import INPUT, OPSET, output_names, save_onnx
+from kg_detectron.inference.dense_part import INPUT, OPSET, DensePart, output_names, save_onnx
 from kg_detectron.io.atomic import replacing
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.backbone import STRIDES
@@ -25,6 +25,7 @@ PAPER_DOI = "10.1007/978-3-030-32239-7_41"
 # Added to the range of the levels, as bioimageio.core does, so that an image of one level is no division by zero.
 EPSILON = 1e-6
 _TEST_SIDE, _TEST_CELLS = 128, 6
+_COVER_SIZE = (512, 256)  # width and height, of which bioimage.io asks for 2 to 1
 
 
 def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> None:
@@ -77,13 +78,11 @@ def _described(model: KeypointGraphNet, folder: Path, name: str) -> Any:
     image, _ = nuclei_image(np.random.default_rng(0), _TEST_SIDE, _TEST_SIDE, _TEST_CELLS)
     given = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
     with torch.no_grad():
-        maps, crop_maps = model.maps(torch.from_numpy(preprocessed(model, given)))
-    results = [getattr(scale, kind) for scale in maps for kind in ("heatmap", "single_offset", "group_offset")]
+        results = DensePart(model)(torch.from_numpy(preprocessed(model, given)))
     np.save(folder / "image.npy", given)
-    shown = image if max(image.shape) >= 256 else cv2.resize(image, (512, 256), interpolation=cv2.INTER_CUBIC)
-    cv2.imwrite(str(folder / "cover.png"), shown)
+    cv2.imwrite(str(folder / "cover.png"), cv2.resize(image, _COVER_SIZE, interpolation=cv2.INTER_CUBIC))
     outputs = []
-    for output, result in zip(output_names(model), [*results, *crop_maps], strict=True):
+    for output, result in zip(output_names(model), results, strict=True):
         np.save(folder / f"{output}.npy", result.numpy())
         stride = _TEST_SIDE / result.shape[-1]
         axes: list[Any] = [spec.BatchAxis(), _channels(spec, result.shape[1])]

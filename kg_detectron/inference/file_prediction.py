@@ -66,7 +66,7 @@ class FilePredictor:
     """
 
     def __init__(self, model: Path, settings: Settings, device: str | None = None) -> None:
-        self.settings, self.model_sha256 = settings, file_sha256(model)
+        self.settings, self.model_sha256, self.versions = settings, file_sha256(model), versions()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
@@ -146,7 +146,7 @@ class FilePredictor:
             stack.kinds_of_pages = [kind for kind in stack.kinds_of_pages if kind != "overlay"]
             note(record, "An image of this size gets no overlay.")
         for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
-            store = TileStore(tiles / self._key(record, number))
+            store = TileStore(tiles / self._key(record, number)) if self._is_kept(page) else None
             cells = self._predict_page(page, record, folder, store, progress)
             result = Result(
                 cells,
@@ -188,8 +188,9 @@ class FilePredictor:
             note(record, *(prefix + text for text in cells.notes))
         record.outputs += [path.relative_to(folder).as_posix() for path in stack.write(record.pixel_size)]
 
-        for number in range(1, len(pages) + 1):
-            TileStore(tiles / self._key(record, number)).discard()
+        for number, page in enumerate(pages, 1):
+            if self._is_kept(page):
+                TileStore(tiles / self._key(record, number)).discard()
 
     def _open(self, item: Input, record: FileRecord) -> ImageFile:
         """Open a file, and note its pixel size."""
@@ -242,12 +243,12 @@ class FilePredictor:
     def _key(self, record: FileRecord, page: int) -> str:
         """A name for what is computed of the tiles of a page, with all that it depends on."""
         settings = {**asdict(self.settings), "save": None, "min_score": None, "stack": None}
-        about = [self.network.precision, record.pixel_size, versions()]
+        about = [self.network.precision, record.pixel_size, self.versions]
         content = [record.sha256, self.model_sha256, page, settings, *about]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def _predict_page(
-        self, page: Page, record: FileRecord, folder: Path, store: TileStore, progress: Progress | None
+        self, page: Page, record: FileRecord, folder: Path, store: TileStore | None, progress: Progress | None
     ) -> Cells:
         """The cells of a page: those of a sufficient score, separated."""
         settings = self.settings
@@ -263,7 +264,7 @@ class FilePredictor:
             overlap=settings.overlap,
             ensemble=settings.ensemble,
             area=area,
-            store=store if self._is_kept(page) else None,
+            store=store,
             progress=progress,
         )
         cells = cells.above(self.threshold)

@@ -203,11 +203,12 @@ class _Run:
             )
         if workers is None:
             self.predictor = FilePredictor(model, settings, device)
-            device, threshold = self.predictor.device, self.predictor.threshold
+            device, threshold, sha256 = self.predictor.device, self.predictor.threshold, self.predictor.model_sha256
         else:  # the device is the workers' business
             threshold = load_model(model).threshold if settings.min_score is None else settings.min_score
+            sha256 = file_sha256(model)
         self.manifest = Manifest(
-            command, os.path.abspath(model), file_sha256(model), device or "cpu", settings.as_json(), threshold
+            command, os.path.abspath(model), sha256, device or "cpu", settings.as_json(), threshold
         )
 
     def tell(self, *lines: str) -> None:

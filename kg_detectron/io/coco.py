@@ -346,8 +346,7 @@ def read_coco(
     images = _by_id(data, "images", ("file_name", "height", "width"), id_types, faults)
     categories: dict[int, dict | None]
     if for_evaluation:  # no fault of theirs matters
-        listed = data.get("categories")
-        named = [one for one in listed if isinstance(one, dict) and "name" in one] if isinstance(listed, list) else []
+        named = [one for one in entries_of(data, "categories", []) if isinstance(one, dict) and "name" in one]
         categories = {one["id"]: one for one in named if isinstance(one.get("id"), int)}
     else:
         categories = _by_id(data, "categories", ("name",), (int,), faults)
@@ -449,7 +448,8 @@ def _collected(faults: list[Fault], where: str) -> Iterator[None]:
         faults.append(Fault(getattr(error, "kind", fault.MASK), where, str(error)))
 
 
-def _listed(data: dict, key: str, faults: list[Fault]) -> list:
+def entries_of(data: dict, key: str, faults: list[Fault]) -> list:
+    """One of the dataset's lists; where it is none, an empty one, and a fault is added."""
     entries = data.get(key)
     if isinstance(entries, list):
         return entries
@@ -462,7 +462,7 @@ def _by_id(
 ) -> dict[Any, dict | None]:
     """One of the dataset's lists as {id: entry}, every entry with its required keys, or None where it lacks one."""
     by_id: dict[Any, dict | None] = {}
-    for index, entry in enumerate(_listed(data, key, faults)):
+    for index, entry in enumerate(entries_of(data, key, faults)):
         id = entry.get("id") if isinstance(entry, dict) else None
         where = f"{key}[{index}]"
         if not isinstance(id, id_types):
@@ -494,7 +494,7 @@ def _annotations(
 ) -> Iterator[tuple[str, dict]]:
     """The annotations that have all required keys, each with what messages call it."""
     seen: set[int] = set()
-    for index, entry in enumerate(_listed(data, "annotations", faults)):
+    for index, entry in enumerate(entries_of(data, "annotations", faults)):
         where = f"annotations[{index}]"
         if not isinstance(entry, dict):
             faults.append(Fault(fault.ENTRY, where, f"expected an object with an integer 'id', got {str(entry)[:80]}"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kg_detectron.cells import MaskCrops
-from kg_detectron.io.coco import decode_mask, load_coco, read_json
+from kg_detectron.io.coco import decode_mask, entries_of, load_coco, read_json
 from kg_detectron.io.dataset_check import Choice, read_pair
 from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
@@ -98,11 +98,17 @@ def class_counts(images: str | Path) -> dict[str, int]:
     """The number of annotations of each category of a COCO JSON that has any, by rising id of the category."""
     data = read_json(images, dict)
     annotations, categories = (
-        [one for one in data.get(key) or () if isinstance(one, dict)] for key in ("annotations", "categories")
+        [one for one in entries_of(data, key, []) if isinstance(one, dict)] for key in ("annotations", "categories")
     )
     counts = Counter(id for id in (cell.get("category_id") for cell in annotations) if isinstance(id, int))
     names = {one["id"]: str(one.get("name")) for one in categories if isinstance(one.get("id"), int)}
     return {names[id]: counts[id] for id in sorted(counts.keys() & names.keys())}
+
+
+def cells_of_classes(images: Sequence[LabelledImage], classes: int) -> list[int]:
+    """The number of cells of no known class, and of each of so many classes, in labelled images."""
+    known = [image.classes for image in images if image.classes is not None]
+    return np.bincount(np.concatenate([*known, np.zeros(0, int)]), minlength=classes + 1).tolist()
 
 
 def read_labelled_images(

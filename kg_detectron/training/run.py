@@ -20,7 +20,7 @@ from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
-from kg_detectron.training.dataset import LabelledImage, TrainingSamples
+from kg_detectron.training.dataset import LabelledImage, TrainingSamples, cells_of_classes
 from kg_detectron.training.freezing import freeze
 from kg_detectron.training.loop import LoopSettings, Trainer
 from kg_detectron.training.sampler import EndlessSampler, balanced_weights
@@ -156,11 +156,9 @@ def balance_classes(model: InstanceNet, images: Sequence[LabelledImage]) -> None
     head = getattr(getattr(model, "segmentation", None), "class_head", None)
     if head is None:
         return
-    count = len(model.classes)
-    cells = sum((np.bincount(i.classes, minlength=count + 1) for i in images if i.classes is not None), np.zeros(1))
-    if cells[1:].any():
-        numbers = tuple(int(number) for number in cells[1:])
-        head.use(dataclasses.replace(model.classes, cells_of_class=numbers))
+    _, *counts = cells_of_classes(images, len(model.classes))
+    if any(counts):
+        head.use(dataclasses.replace(model.classes, cells_of_class=tuple(counts)))
         model.settings = dataclasses.replace(model.settings, classes=head.settings)
 
 

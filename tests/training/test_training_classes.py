@@ -16,7 +16,7 @@ from kg_detectron.io.images import write_png
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.synthetic import nuclei_image
 from kg_detectron.training.augmentation import GeometrySettings, random_window
-from kg_detectron.training.dataset import augmented, dataset_classes, labelled_image, read_dataset
+from kg_detectron.training.dataset import augmented, class_counts, dataset_classes, labelled_image, read_dataset
 from kg_detectron.training.run import balance_classes, starting_model
 from kg_detectron.training.validation import validate
 
@@ -188,3 +188,11 @@ def test_categories_that_the_model_does_not_know_are_refused(tmp_path, capsys):
     command = ["train", str(training), "-o", str(tmp_path / "run"), "-m", str(tmp_path / "start.safetensors")]
     assert main([*command, "--validation", str(other), "--device", "cpu"]) == 2
     assert "its category 'pale' is none of the classes of the model: round, dark, long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", [True, 3, None, {"a": 1}])
+def test_lists_that_are_none_have_no_classes(tmp_path: Path, broken: object):
+    """What is wrong with such a file, reading it says."""
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"images": [], "annotations": broken, "categories": broken}))
+    assert class_counts(file) == {}
