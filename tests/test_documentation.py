@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import cv2
@@ -81,37 +82,85 @@ def test_the_program_has_the_messages() -> None:
 
 @pytest.fixture
 def laboratory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that README's commands name."""
+    """A folder with the files that the commands of README and docs name."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    for folder in ("images", "masks", "new_images", "new_masks"):
-        Path(folder).mkdir()
     for images, masks, names in (("images", "masks", "abcd"), ("new_images", "new_masks", "e")):
         for name in names:
-            image, cells = nuclei_image(rng, 96, 96, 6)
-            labels = np.zeros((96, 96), np.uint8)
-            for number, mask in enumerate(cells, start=1):
-                labels[np.asarray(mask, bool)] = number
-            cv2.imwrite(f"{images}/{name}.png", image)
-            cv2.imwrite(f"{masks}/{name}.png", labels)
-    Path("examples").mkdir()
-    cv2.imwrite("examples/a.png", image)  # in place of the checkout's own, which take longer
+            image, labels = drawn_cells(rng)
+            write_png(f"{images}/{name}.png", image)
+            write_png(f"{masks}/{name}.png", labels)
+    write_png("examples/a.png", image)  # in place of the checkout's own, which take longer
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     metadata = {"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP"]}}
     tifffile.imwrite("plate.ome.tif", np.stack((grey, grey[::-1])), metadata=metadata)
     return tmp_path
 
 
-def test_commands_of_the_readme_run(laboratory: Path) -> None:
-    """Prediction, and training on one's own data, with few iterations instead of twenty minutes."""
-    shown = [words for name, words in OURS if name == "README.md"]
-    assert {"doctor", "predict", "explain", "check-data", "train", "evaluate"} <= {words[0] for words in shown}
+def drawn_cells(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An image of six nuclei, (96, 96, 3), and its label image."""
+    image, cells = nuclei_image(rng, 96, 96, 6)
+    labels = np.zeros((96, 96), np.uint8)
+    for number, mask in enumerate(cells, start=1):
+        labels[np.asarray(mask, bool)] = number
+    return image, labels
+
+
+def write_png(path: str, image: np.ndarray) -> None:
+    """Write an image, and make its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(path, image)
+
+
+def run_commands(page: str, *left_out: str) -> set[str]:
+    """Run the commands of a page but those of some names. Trainings get two iterations instead of twenty minutes."""
+    shown = [words for name, words in OURS if name == page and words[0] not in left_out]
     for words in shown:
-        if words[0] == "doctor":  # it judges this machine; tests/cli/test_doctor.py runs it
-            continue
         short = ["--iterations", "2"] if words[0] == "train" else []
-        assert main([*words, *short]) == 0, shlex.join(words)
+        assert main([*words, *short]) == 0, f"{page}: {shlex.join(words)}"
+    return {words[0] for words in shown}
+
+
+def test_commands_of_the_readme_run(laboratory: Path) -> None:
+    """Prediction, and training on one's own data. `doctor` judges this machine; tests/cli/test_doctor.py runs it."""
+    ran = run_commands("README.md", "doctor")
+    assert {"predict", "explain", "check-data", "train", "evaluate"} <= ran
     assert (laboratory / "new_cells" / "e_labels.tif").exists() and (laboratory / "run" / "model.safetensors").exists()
     assert (laboratory / "explained.png").exists() and (laboratory / "cells" / "cells.csv").exists()
     (program,) = blocks(ROOT / "README.md", "python")
     exec(compile(program, "README.md", "exec"), {})
+
+
+def test_commands_of_prediction_and_evaluation_run(laboratory: Path) -> None:
+    """Those of predict.md and evaluate.md; `export` needs packages of its own and has tests of its own."""
+    image = cv2.imread("images/a.png")
+    assert image is not None
+    Path("plates/1").mkdir(parents=True)
+    tifffile.imwrite("plates/1/well_1.tif", image, photometric="rgb")
+    for name in "bcd":  # one image is enough
+        Path(f"images/{name}.png").unlink()
+        Path(f"masks/{name}.png").unlink()
+    assert {"predict", "rerun", "models"} <= run_commands("docs/predict.md", "export")
+    assert main(["convert", "images", "masks", "-o", "instances_val.json"]) == 0
+    assert main(["predict", "images", "-o", "predicted", "--save", "labels,coco"]) == 0
+    for run in ("kg", "mask_rcnn", "output/comparison/kg_dsb2018"):
+        Path(run).mkdir(parents=True)
+        shutil.copy("predicted/a_coco.json", f"{run}/predictions.json")
+    Path("masks").rename("truth")
+    shutil.copytree("images", "val")
+    assert {"evaluate", "report"} <= run_commands("docs/evaluate.md")
+    assert (laboratory / "report.html").stat().st_size > 1000 and (laboratory / "figures.json").exists()
+
+
+def test_commands_of_classes_run(laboratory: Path) -> None:
+    """Those of classes.md: a table, folders of classes and QuPath's GeoJSON give data that a network learns from."""
+    rows = [f"{name}.png,{cell},{'AB'[cell % 2]}" for name in "abcd" for cell in range(1, 7)]
+    Path("classes.csv").write_text("\n".join(["image,id,class", *rows]), encoding="utf-8")
+    for name in "abcd":
+        labels = cv2.imread(f"masks/{name}.png", cv2.IMREAD_GRAYSCALE)
+        assert labels is not None
+        for parity, folder in enumerate(("B", "A")):
+            write_png(f"by_class/{folder}/{name}.png", np.where(labels % 2 == parity, labels, 0).astype(np.uint8))
+    assert main(["predict", "images", "-o", "qupath", "--save", "geojson"]) == 0
+    assert {"convert", "check-data", "train", "predict"} <= run_commands("docs/classes.md")
+    assert (laboratory / "cells" / "e.geojson").exists()
