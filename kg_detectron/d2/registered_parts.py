@@ -13,12 +13,14 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
+    FPN,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
     Backbone,
     build_mask_head,
 )
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
@@ -75,6 +77,44 @@ class CellBackbone(Backbone):
 def build_kg_resnet_c4_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CellBackbone:
     """The backbone ``MODEL.CELLS.BACKBONE``, of any that is registered with the core."""
     return CellBackbone(build_backbone(settings_of(cfg, BackboneSettings)))
+
+
+class CellPyramid(FPN):
+    """A feature pyramid p2..p5, strides 4..32, on c2..c4 of a backbone of the core. p5 is every other value of p4.
+
+    Args:
+        core: the backbone; its layers for c0 are taken out, as nothing would train them.
+        channels: of every level.
+        norm: norm layers of the pyramid, by Detectron2's name.
+    """
+
+    def __init__(self, core: nn.Module, channels: int, norm: str) -> None:
+        top = LastLevelMaxPool()
+        top.in_feature = "p4"
+        super().__init__(DeepCellBackbone(core), FEATURES[2:], channels, norm, top)
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(self.bottom_up.size_divisibility, STRIDES[-1])
+
+
+class DeepCellBackbone(CellBackbone):
+    """A backbone of the core without c0, and without the layers that only c0 needs."""
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__(core)
+        del self.core.c0_conv
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> {"c1": ..., ..., "c4": ...}."""
+        return dict(zip(FEATURES[1:], self.core.deep_features(image), strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_kg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CellPyramid:
+    """A feature pyramid on the backbone ``MODEL.CELLS.BACKBONE``: Mask R-CNN on the backbone of a keypoint graph."""
+    core = build_backbone(settings_of(cfg, BackboneSettings))
+    return CellPyramid(core, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FPN.NORM)
 
 
 def _core_features(features: dict[str, Tensor]) -> list[Tensor]:

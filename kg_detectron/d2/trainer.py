@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import nn
@@ -33,6 +34,7 @@ from kg_detectron.d2.meta_architecture import Description
 from kg_detectron.d2.solver import build_lr_scheduler
 from kg_detectron.d2.writers import build_writers
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
+from kg_detectron.modeling.backbone import may_be_pretrained
 from kg_detectron.modeling.processes import shared_losses
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
@@ -89,19 +91,23 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "ADAM":
-            raise ValueError(f"SOLVER.OPTIMIZER: expected SGD or ADAM, got {cfg.SOLVER.OPTIMIZER!r}")
+        solver = cfg.SOLVER
+        if solver.OPTIMIZER not in ("SGD", "ADAM"):
+            raise ValueError(f"SOLVER.OPTIMIZER: expected SGD or ADAM, got {solver.OPTIMIZER!r}")
+        factor = cfg.MODEL.CELLS.BACKBONE_LR_FACTOR
         parameters = get_default_optimizer_params(
             model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            lr_factor_func=lambda name: factor if may_be_pretrained(name) else 1.0,
         )
-        return torch.optim.Adam(parameters, cfg.SOLVER.BASE_LR)
+        if solver.OPTIMIZER == "ADAM":
+            return maybe_add_gradient_clipping(cfg, torch.optim.Adam)(parameters, solver.BASE_LR)
+        sgd = maybe_add_gradient_clipping(cfg, torch.optim.SGD)
+        return sgd(parameters, solver.BASE_LR, solver.MOMENTUM, nesterov=solver.NESTEROV)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

@@ -127,6 +127,11 @@ def image_convolutions(channels: int) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True))
 
 
+def may_be_pretrained(parameter: str) -> bool:
+    """Whether a parameter of a model, by its name, is of the layers that `backbone_weights` fill: all but c0's."""
+    return "backbone." in parameter and "c0_conv" not in parameter and ".fpn_" not in parameter
+
+
 def zero_bias(layer: nn.Conv2d) -> None:
     """Set the bias of a convolution that has one to zeros (in place)."""
     if layer.bias is not None:

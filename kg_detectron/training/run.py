@@ -16,6 +16,7 @@ from tqdm import tqdm
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.modeling import InstanceNet, Scores, method_class
+from kg_detectron.modeling.backbone import may_be_pretrained
 from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
@@ -184,7 +185,7 @@ def parameter_groups(model: InstanceNet, learning_rate: float, weight_decay: flo
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        pretrained = name.startswith("backbone.") and "c0_conv" not in name
+        pretrained = may_be_pretrained(name)
         groups.setdefault((pretrained, parameter.dim() > 1), []).append(parameter)
     return [
         {

@@ -15,10 +15,11 @@ from kg_detectron.d2.config import merge_config, method_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-METHODS = ("kg_lite", "kg_r18", "kg", "mask_rcnn_c4_narrow", "mask_rcnn_c4", "mask_rcnn_fpn_r18", "mask_rcnn_fpn")
+METHODS = ("kg_lite", "kg_r18", "kg", "mask_rcnn_c4_narrow", "mask_rcnn_c4", "mask_rcnn_fpn_r18", "mask_rcnn_fpn_lite0")
+METHODS += ("mask_rcnn_fpn",)
 METHODS += ("stardist", "dcan", "cornernet", "cosine_embedding")
 DATA = ("dsb2018", "neural", "synthetic", "usiigaci")
-RECIPES = ("plus", "seg_s1", "single_scale", "plus_single_scale")
+RECIPES = ("plus", "plus_imagenet", "seg_s1", "single_scale", "plus_single_scale")
 
 
 def load(file: Path) -> CfgNode:
@@ -38,8 +39,9 @@ def test_a_leaf_is_what_its_name_says(name):
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.LR_SCHEDULER_NAME) == (
         (4, "WarmupCosineLR") if cpu else (2, "WarmupStepWithFixedGammaLR")
     )
-    initial = cfg.MODEL.WEIGHTS if name.startswith("mask_rcnn") else cfg.MODEL.CELLS.BACKBONE_WEIGHTS
-    assert bool(initial) != cpu
+    ours = not name.startswith("mask_rcnn") or "lite0" in name
+    initial = cfg.MODEL.CELLS.BACKBONE_WEIGHTS if ours else cfg.MODEL.WEIGHTS
+    assert bool(initial) != (cpu and "lite0" not in name and not name.endswith("imagenet_cpu"))
     if name == "mask_rcnn_dsb2018":  # the paper's baseline
         return
     method = next(method for method in METHODS if name.startswith(f"{method}_"))
