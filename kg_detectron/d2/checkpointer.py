@@ -10,16 +10,15 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from kg_detectron.inference.model_file import HOST_PREFIX, SAFETENSORS, read_model
+from kg_detectron.d2.model_files import model_file_of
+from kg_detectron.inference.model_file import read_model
+from kg_detectron.inference.model_names import SAFETENSORS
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.training.checkpoint import save_checkpoint
 
 # Where a file is written before it takes its name. One name for all: what a killed process leaves, the next save takes.
 _UNFINISHED = ".unfinished"
-
-# Entry of a checkpoint that was read: the name of a file whose weights must all be there.
-_WHOLE = "whole"
 
 
 class WholeCheckpointer(DetectionCheckpointer):
@@ -116,12 +115,11 @@ class WholeCheckpointer(DetectionCheckpointer):
                 "If you trust where it comes from, allow it with --trust-pickle"
             )
         if filename.endswith(SAFETENSORS):
-            _, weights = read_model(filename)
-            return {"model": {HOST_PREFIX + name: value for name, value in weights.items()}, _WHOLE: filename}
+            read_model(filename)  # refuses it: model files of the core come as checkpoints, by `model_files`
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        file = checkpoint.pop(_WHOLE, "the file" if self.complete else None)
+        file = model_file_of(checkpoint["model"]) or ("the file" if self.complete else None)
         result = super()._load_model(checkpoint)
         lost = [*result.missing_keys, *(name for name, *_ in result.incorrect_shapes)]
         if file and lost:

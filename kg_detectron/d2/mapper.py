@@ -76,7 +76,7 @@ def _class_of(cell: dict[str, Any]) -> int:
 
 
 # Meta-architectures that do all preprocessing of an evaluation themselves.
-PREPARING = ("KGInstanceSegmentation", "CellInstanceSegmentation")
+PREPARING = ("KGInstanceSegmentation", "CellInstanceSegmentation", "CellGeneralizedRCNN")
 
 
 class CellMapper:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.d2.classes import check_classes
 from kg_detectron.d2.config import check_input, method_settings, settings_of
+from kg_detectron.d2.model_files import require_all_weights, take_description, without_needless_weights
 from kg_detectron.d2.registered_parts import CellBackbone, CellMaskHead, KeypointGraph, KGROIHeads
 from kg_detectron.modeling import (
     InstanceNet,
@@ -53,6 +54,7 @@ class CellInstanceSegmentation(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_input(cfg)
         check_classes(cfg)
+        cfg = without_needless_weights(cfg)
         network = method_class(cfg.MODEL.CELLS.METHOD).build(method_settings(cfg))
         network.scores = settings_of(cfg, Scores)
         return {"network": network.accelerate(cfg.MODEL.CELLS.PRECISION, compiled=cfg.MODEL.CELLS.COMPILED)}
@@ -60,6 +62,14 @@ class CellInstanceSegmentation(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.network.place.device
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        require_all_weights(self, state_dict, prefix, local_metadata)
+        if not self.training:
+            take_description(self.network, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """Losses in training; in evaluation for each image ``instances`` in the frame of its file.
@@ -116,22 +126,18 @@ def instances_of(cells: Cells) -> Instances:
 def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name of a meta-architecture)
     """The keypoint graph, its parts built through Detectron2's registries.
 
-    Where all of them are ours, this is the core's network in `CellInstanceSegmentation`; otherwise a `MixedRCNN`.
+    Where all of them are ours, this is the core's network in `CellInstanceSegmentation`; otherwise a
+    `CellGeneralizedRCNN`.
     """
     check_input(cfg)
     check_classes(cfg)
+    cfg = without_needless_weights(cfg)
     backbone = build_backbone(cfg)
     proposals = build_proposal_generator(cfg, backbone.output_shape())
     heads = build_roi_heads(cfg, backbone.output_shape())
     ours = isinstance(backbone, CellBackbone) and isinstance(proposals, KeypointGraph) and isinstance(heads, KGROIHeads)
     if not (ours and isinstance(heads.mask_head, CellMaskHead)):
-        return MixedRCNN(
-            backbone=backbone,
-            proposal_generator=proposals,
-            roi_heads=heads,
-            preprocessing=settings_of(cfg, Preprocessing),
-            precision=cfg.MODEL.CELLS.PRECISION,
-        )
+        return CellGeneralizedRCNN(backbone=backbone, proposal_generator=proposals, roi_heads=heads, **_preparing(cfg))
     # What a registered part decides itself, as SegS1MaskHead what masks are cut from, belongs to the description.
     settings = dataclasses.replace(
         settings_of(cfg, KeypointGraphSettings),
@@ -153,8 +159,17 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
     return CellInstanceSegmentation(network=network)
 
 
-class MixedRCNN(GeneralizedRCNN):
-    """Generalised R-CNN with some parts of ours: its masks may be crops of any size, its preprocessing is the core's.
+def _preparing(cfg: CfgNode) -> dict[str, Any]:
+    """What `CellGeneralizedRCNN` takes beside its parts."""
+    return {"preprocessing": settings_of(cfg, Preprocessing), "precision": cfg.MODEL.CELLS.PRECISION}
+
+
+@META_ARCH_REGISTRY.register()
+class CellGeneralizedRCNN(GeneralizedRCNN):
+    """Detectron2's generalised R-CNN, such as Mask R-CNN, with the core's preprocessing.
+
+    In training it takes images that `CellMapper` prepared; in evaluation raw ones, from `DefaultPredictor` too. Its
+    parts may be ours, and its masks crops of any size.
 
     Args:
         backbone, proposal_generator, roi_heads: see `GeneralizedRCNN`.
@@ -162,6 +177,7 @@ class MixedRCNN(GeneralizedRCNN):
         precision: of the convolutions in evaluation: "float32", "bfloat16" or "float16".
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -181,10 +197,27 @@ class MixedRCNN(GeneralizedRCNN):
         self.preprocessing = preprocessing
         self.precision = check_precision(precision)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_input(cfg)
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
+            "roi_heads": build_roi_heads(cfg, backbone.output_shape()),
+            **_preparing(cfg),
+        }
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        require_all_weights(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Prepared images in training, raw ones in evaluation -> the network's input."""
         images = [self._prepared(inputs["image"]) for inputs in batched_inputs]
-        batch = self.preprocessing.batch(images, self.backbone.size_divisibility)
+        batch = self.preprocessing.batch(images, self.backbone.size_divisibility or 1)  # ResNets say 0
         return ImageList(batch, [(image.shape[1], image.shape[2]) for image in images])
 
     def _prepared(self, image: Tensor) -> Tensor:

@@ -54,10 +54,12 @@ def save_results(
         channel_names: of `channels`, for the columns of the measurements.
         page: number of the image in a stack, from 1; 0 where it is none.
         position: of the image in its stack, by the letter of the axis, from 0, such as ``{"T": 4}``.
-        category_names, category_colours: of the labels 1, 2, ..., such as ``model.classes.names`` and
-            ``model.classes.shown_colours()``.
+        category_names: of the labels 1, 2, ..., such as ``model.classes.names``.
+        category_colours: of the same, such as ``model.classes.shown_colours()``.
+
     Returns:
         The files by kind.
+
     Raises:
         ValueError: for an unknown kind, a pixel size that is not above 0, an image of another size, and cells that
             overlap or are in pieces.

@@ -69,7 +69,9 @@ def load_model(
         path: a model file, a checkpoint of a training, or the name of a kept model. Files are read as data only
             (``.safetensors``, or else ``weights_only``).
         device: where the model goes.
-        precision, channels_last, compiled: how it runs, see `InstanceNet.accelerate`.
+        precision: of the convolutions, see `InstanceNet.accelerate`.
+        channels_last: keep the maps with the channels last, see there.
+        compiled: let `torch.compile` compile the dense modules, see there.
 
     Returns:
         The network, in evaluation mode.

@@ -259,7 +259,9 @@ def group_keypoints(
         peaks: (P, 4) int64, columns image, keypoint, y, x, in the order of `find_peaks`.
         scores: (P,) positive scores.
         group_offsets: (N, 40, H, W), in pixels.
-        match_radius, reject_radius, hops: see `group_peaks`.
+        match_radius: see `group_peaks`.
+        reject_radius: see there.
+        hops: see there.
 
     Returns:
         graphs: (G, 5, 3) and image: (G,), see `group_peaks`.
@@ -387,7 +389,8 @@ def render_targets(
         boxes: (M, 4) float32, xyxy continuous (x2 = last pixel + 1), input pixels.
         image: (M,) int64, the image of each box.
         images: N, their number.
-        height, width: H, W of the maps.
+        height: H of the maps.
+        width: W of the maps.
         stride: of the scale.
         radius: of the discs, pixels of the scale.
         min_side: boxes are targets where both sides, last minus first pixel, exceed it; pixels of the scale.

@@ -216,11 +216,13 @@ def train(
 
     Args:
         model: to train, in place.
-        training, validation: labelled images.
+        training: labelled images to learn from.
+        validation: those to choose the weights and the threshold by.
         folder: of the run, made where absent.
         settings: budget and optimiser.
         adapts: the model is trained already: it learns at a lower rate, and has to get better to be kept.
-        geometry, colours: augmentation.
+        geometry: augmentation of places and sizes.
+        colours: augmentation of grey levels and colours.
         log: gets a line for every validation.
 
     Returns:

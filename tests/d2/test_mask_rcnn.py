@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from builders import load_config
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.events import EventStorage
@@ -86,6 +87,37 @@ def test_model_trains_and_predicts(name, record):
     assert instances.pred_masks.shape == (len(instances), 60, 110)
 
 
+@torch.no_grad()
+def test_detectron2s_predictor_prepares_images_as_the_evaluation_does(record, tmp_path):
+    """Levels by percentiles, and the size of the training: the same cells as of a prepared image, bit for bit."""
+    rng = np.random.default_rng(0)
+    noise = cv2.GaussianBlur(rng.normal(9000, 90000, (60, 110, 3)), (0, 0), 4).clip(0, 40000).astype(np.uint16)
+    cv2.imwrite(record["file_name"], noise)
+    small = ["INPUT.SIZE", (64, 96), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 20]
+    cfg = load_config("mask_rcnn_fpn_r18_dsb2018_cpu", *small, "MODEL.DEVICE", "cpu")
+    assert cfg.INPUT.NORMALISATION == "percentile"
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    instances = DefaultPredictor(cfg)(noise)["instances"]
+    (evaluated,) = model([CellMapper(cfg, is_train=False)(record)])
+    assert instances.image_size == (60, 110) and len(instances) > 3
+
+    plain = cfg.clone()  # the model of earlier runs, which takes images that the mapper has prepared
+    plain.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    host = build_model(plain).eval()
+    host.load_state_dict(model.state_dict())
+    (prepared,) = host([CellMapper(plain, is_train=False)(record)])
+    for other in (evaluated["instances"], prepared["instances"]):
+        assert torch.equal(instances.pred_boxes.tensor, other.pred_boxes.tensor)
+        assert torch.equal(instances.scores, other.scores) and torch.equal(instances.pred_masks, other.pred_masks)
+
+    cfg.INPUT.MIN_SIZE_TEST = 800
+    with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TEST: expected 0, got 800"):
+        DefaultPredictor(cfg)
+
+
 class Oracle(nn.Module):
     """In the place of the ROI heads: finds the given cells of the network input, each as a mask that fills its box."""
 
@@ -109,9 +141,8 @@ def test_predictions_return_to_the_frame_of_the_file(record):
     cfg = load_config("mask_rcnn_fpn_r18_dsb2018_cpu")
     cfg.INPUT.SIZE = (240, 330)  # x 4 and x 3, not multiples of 32
     model = build_model(cfg).eval()
-    mapped = CellMapper(cfg, is_train=False, with_targets=True)(record)
-    model.roi_heads = Oracle(mapped.pop("instances"))
-    (output,) = model([mapped])
+    model.roi_heads = Oracle(CellMapper(cfg, is_train=False, with_targets=True)(record)["instances"])
+    (output,) = model([CellMapper(cfg, is_train=False)(record)])
     instances = output["instances"]
     expected = torch.tensor([[5, 10, 25, 22], [40, 20, 73, 50], [80, 5, 89, 45]])
     assert instances.image_size == (60, 110)

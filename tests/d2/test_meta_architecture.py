@@ -16,7 +16,7 @@ from torch import nn
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.d2.config import method_settings
-from kg_detectron.d2.meta_architecture import CellInstanceSegmentation, Description, MixedRCNN
+from kg_detectron.d2.meta_architecture import CellInstanceSegmentation, Description, CellGeneralizedRCNN
 from kg_detectron.inference import load_model, predict
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
 from kg_detectron.modeling import KeypointGraphNet, KeypointGraphSettings
@@ -133,7 +133,7 @@ def test_parts_can_be_swapped_by_name(changes, keys):
     """RPN in the place of the keypoint graph; Mask R-CNN's heads on its proposals."""
     torch.manual_seed(0)
     model = build_model(small_config(*changes))
-    assert isinstance(model, MixedRCNN) and Description.of(model) is None
+    assert isinstance(model, CellGeneralizedRCNN) and Description.of(model) is None
     with EventStorage():
         losses = model(scene())
     assert keys <= set(losses)
