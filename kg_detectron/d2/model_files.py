@@ -133,9 +133,9 @@ def require_all_weights(
     unknown = sorted(name for name in state_dict.keys() - expected if name.startswith(prefix)) if file else []
     for names, fault in ((lost, "are missing or have another shape"), (unknown, "are not in the model of the config")):
         if names:
-            source = file or "MODEL.WEIGHTS"
             raise ValueError(
-                f"{source} does not fit the model of the config: {len(names)} weights {fault}, such as {names[0]}"
+                f"{file or 'MODEL.WEIGHTS'} does not fit the model of the config: {len(names)} weights {fault}, such "
+                f"as {names[0]}"
             )
 
 

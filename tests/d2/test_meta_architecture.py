@@ -16,7 +16,7 @@ from torch import nn
 
 from kg_detectron.cells import MaskCrops
 from kg_detectron.d2.config import method_settings
-from kg_detectron.d2.meta_architecture import CellInstanceSegmentation, Description, CellGeneralizedRCNN
+from kg_detectron.d2.meta_architecture import CellGeneralizedRCNN, CellInstanceSegmentation, Description
 from kg_detectron.inference import load_model, predict
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
 from kg_detectron.modeling import KeypointGraphNet, KeypointGraphSettings
