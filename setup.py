@@ -2,8 +2,10 @@
 
 The C++ operators are always built; the CUDA ones too where a CUDA toolkit is found (``CUDA_HOME``) or ``FORCE_CUDA=1``,
 and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is reported,
-the PyTorch reference stands in for it, and the installation goes on; only with ``FORCE_CUDA=1`` it fails. It needs the
-installed PyTorch, so ``--no-build-isolation``.
+the PyTorch reference stands in for it, and the installation goes on; only with ``FORCE_CUDA=1`` it fails.
+
+pip builds in an environment of its own, with the newest PyTorch of the declared range; with ``--no-build-isolation`` the
+operators belong to the PyTorch that is installed.
 """
 
 import os
@@ -83,7 +85,7 @@ class BuildOperators(build_ext):
             import torch
             from torch.utils.cpp_extension import CUDA_HOME
         except ImportError:
-            say("NOT BUILT: PyTorch is not installed here. Install it first, then use pip's --no-build-isolation.")
+            say("NOT BUILT: PyTorch is not installed here. Install it, or leave out pip's --no-build-isolation.")
             if force == "1":
                 sys.exit("kg_detectron operators: FORCE_CUDA=1, and PyTorch is not installed.")
             return

@@ -1,9 +1,14 @@
 """Links between the pages, in the checkout and on the site. `mkdocs build --strict` checks the rest in CI."""
 
+from pathlib import Path
+
+import docs_pictures
 import pytest
 import yaml
-from builders import ROOT
+from builders import ROOT, drawn_image
 from docs_site import _LINK, OUTSIDE, rewritten, site_path
+
+from kg_detectron.io.images import read_image, write_png
 
 PAGES = [*OUTSIDE, *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -19,6 +24,23 @@ def test_every_page_is_in_the_navigation() -> None:
     leaves = str(yaml.safe_load(text)["nav"])
     for page in PAGES:
         assert f"'{site_path(page)}'" in leaves, page
+
+
+def test_the_site_has_a_page_for_each_need() -> None:
+    needs = "install first_steps tables settings train cluster detectron2 api messages add_a_method".split()
+    assert {f"docs/{need}.md" for need in needs} <= set(PAGES)
+
+
+def test_pictures_are_made_by_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the site are the script's, and that of the models, which tools/figures.py makes."""
+    pictures = {path.stem for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert pictures == {*docs_pictures.PICTURES, "comparison"}
+    for name in "ab":
+        write_png(tmp_path / f"{name}.png", drawn_image(48, 64))
+    monkeypatch.setattr(docs_pictures, "EXAMPLES", tmp_path)
+    docs_pictures.main(["first_steps", "-o", str(tmp_path / "out")])
+    height, gap = docs_pictures.HEIGHT, docs_pictures.GAP
+    assert read_image(tmp_path / "out" / "first_steps.png").shape == (height, 2 * height * 4 // 3 + gap, 3)
 
 
 @pytest.mark.parametrize(

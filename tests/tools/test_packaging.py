@@ -38,6 +38,15 @@ print(*command.get_outputs(include_bytecode=False), sep="\\n")
     assert ours - packed == set()
 
 
+def test_a_wheel_is_built_against_the_declared_range_of_pytorch() -> None:
+    """`pip wheel .` builds in an environment of its own, and left the operators out where PyTorch was missing there."""
+    needs = PYPROJECT["build-system"]["requires"]
+    assert [line for line in PYPROJECT["project"]["dependencies"] if line.startswith("torch>")] == [
+        line for line in needs if line.startswith("torch>")
+    ]
+    assert "ninja" in needs
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=[path.stem for path in WORKFLOWS])
 def test_workflow_is_yaml_with_jobs_that_run_something(path: Path) -> None:
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
