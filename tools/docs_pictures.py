@@ -54,7 +54,7 @@ def napari(output: Path) -> None:
     widget = SegmentCells(viewer)
     viewer.window.add_dock_widget(widget, name="Segment cells")
     widget.graphs.value = True
-    widget.fine_tune.folder.value = Path("corrected")
+    widget.fine_tune.folder.value = Path("/data/corrected")
     assert widget.segment() is not None
     while not widget.segment_button.enabled:
         QApplication.processEvents()
