@@ -4,8 +4,8 @@ The C++ operators are always built; the CUDA ones too where a CUDA toolkit is fo
 and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is reported,
 the PyTorch reference stands in for it, and the installation goes on; only with ``FORCE_CUDA=1`` it fails.
 
-pip builds in an environment of its own, with the newest PyTorch of the declared range; with ``--no-build-isolation`` the
-operators belong to the PyTorch that is installed.
+pip builds in an environment of its own, with the newest PyTorch of the declared range; with ``--no-build-isolation``
+the operators belong to the PyTorch that is installed.
 """
 
 import os

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kg_detectron.export.kinds import EXPORTERS, KINDS
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
-from kg_detectron.inference.run_settings import Settings, Workers, check_device, check_output
+from kg_detectron.inference.run_settings import RUNTIMES, Settings, Workers, check_device, check_output
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
@@ -27,6 +27,7 @@ _SETTINGS = (
     "min_score",
     "ensemble",
     "fast",
+    "runtime",
     "keep_overlaps",
     "into_zarr",
     "parquet",
@@ -156,6 +157,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         action="store_true",
         default=None,
         help="16-bit numbers, if a test at the start shows that this is faster here and finds the same cells",
+    )
+    parser.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        help=f"what runs the network (default: {RUNTIMES[0]}); onnxruntime is faster on CPUs, for images without tiles",
     )
     parser.add_argument(
         "--keep-overlaps",

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kg_detectron.inference.file_prediction import FilePredictor
-from kg_detectron.inference.manifest import FileRecord, versions
+from kg_detectron.inference.manifest import FileRecord
 from kg_detectron.inference.model_names import kept_models
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
 from kg_detectron.inference.tile_store import TILES
@@ -170,7 +170,8 @@ def describe_worker(job: Job) -> tuple[str, dict[str, str]]:
             "that all machines have under the same names"
         )
     with _one_at_a_time:
-        return _predictor(job).device, versions()
+        predictor = _predictor(job)
+        return predictor.device, predictor.versions
 
 
 _opened: dict[tuple[str, str, str], list[TiledDetection]] = {}  # the large image that was looked at last

@@ -10,6 +10,7 @@ import copy
 import importlib
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,18 @@ def with_onnx(model: InstanceNet, path: str | Path) -> KeypointGraphNet:
     network = copy.deepcopy(network)
     network.maps = maps  # type: ignore[method-assign, assignment]
     return network
+
+
+def by_onnxruntime(model: InstanceNet) -> KeypointGraphNet:
+    """A copy of a model whose dense part is exported, and run by onnxruntime on the CPU. It takes some seconds.
+
+    Raises:
+        ImportError, ValueError: see `save_onnx` and `with_onnx`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "dense_part.onnx")
+        save_onnx(model, file)
+        return with_onnx(model, file)
 
 
 def _onnx_maps(

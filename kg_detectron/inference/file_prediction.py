@@ -62,18 +62,27 @@ class FilePredictor:
 
     Raises:
         OSError, ValueError: a model that cannot be loaded.
-        SettingError: a device that is not there.
+        SettingError: a device that is not there, or that the runtime does not use.
     """
 
     def __init__(self, model: Path, settings: Settings, device: str | None = None) -> None:
-        self.settings, self.model_sha256, self.versions = settings, file_sha256(model), versions()
+        self.settings, self.model_sha256, self.versions = settings, file_sha256(model), versions(settings.runtime)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{self.device} cannot be used: {error}") from error
         self.speed = make_fast(self.network) if settings.fast else ""
+        if settings.runtime == "onnxruntime":
+            self._run_by_onnxruntime()
         self.threshold = self.network.threshold if settings.min_score is None else settings.min_score
+
+    def _run_by_onnxruntime(self) -> None:
+        if self.device != "cpu":
+            raise SettingError("runtime", f"onnxruntime runs on the CPU here, not on {self.device}; add --device cpu")
+        from kg_detectron.inference.dense_part import by_onnxruntime
+
+        self.network = by_onnxruntime(self.network)
 
     def __call__(
         self,

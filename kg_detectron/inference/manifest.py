@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kg_detectron._version import __version__
-from kg_detectron.inference.run_settings import Settings
+from kg_detectron.inference.run_settings import RUNTIMES, Settings
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.relative_path import checked_relative_path
 
@@ -24,8 +24,8 @@ MANIFEST = "run.json"
 _WRITE_EVERY, _WRITE_PART = 2.0, 20
 
 
-def versions() -> dict[str, str]:
-    """What the result of a prediction may depend on."""
+def versions(runtime: str = RUNTIMES[0]) -> dict[str, str]:
+    """What the result of a prediction by one of `RUNTIMES` may depend on."""
     import cv2
     import numpy as np
     import torch
@@ -37,6 +37,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "Python": platform.python_version(),
+        **({} if runtime == RUNTIMES[0] else {runtime: installed_version(runtime)}),
     }
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kg_detectron.inference.cluster import STAGING, Cluster, Job, Task, remove_staging
 from kg_detectron.inference.file_prediction import FilePredictor, note
-from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile
+from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, versions
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.model_names import model_path
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers, check_device, check_output
@@ -208,7 +208,13 @@ class _Run:
             threshold = load_model(model).threshold if settings.min_score is None else settings.min_score
             sha256 = file_sha256(model)
         self.manifest = Manifest(
-            command, os.path.abspath(model), sha256, device or "cpu", settings.as_json(), threshold
+            command,
+            os.path.abspath(model),
+            sha256,
+            device or "cpu",
+            settings.as_json(),
+            threshold,
+            versions=versions(settings.runtime),
         )
 
     def tell(self, *lines: str) -> None:

@@ -1,5 +1,6 @@
 """Settings of a prediction of many files, and what can be checked of a run before PyTorch is imported."""
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from typing import Any
 from kg_detectron.export.kinds import fault_in_kinds
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
+RUNTIMES = ("pytorch", "onnxruntime")
+_FOR_ONNXRUNTIME = ("onnx", "onnxscript", "onnxruntime")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 _ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx|ucxx)://\S+")
 
@@ -58,6 +61,8 @@ class Settings:
         tile, overlap: larger images are predicted in such tiles, network pixels.
         ensemble: the four mirror images are predicted and joined.
         fast: 16-bit numbers where that is faster here and finds the same cells, see `make_fast`.
+        runtime: what runs the dense part of the network: "pytorch", or "onnxruntime" on the CPU, see
+            `kg_detectron.inference.dense_part.by_onnxruntime`.
         min_score: cells of a lower score are left out; None takes the model's own threshold.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
@@ -86,6 +91,7 @@ class Settings:
     overlap: int = 256
     ensemble: bool = False
     fast: bool = False
+    runtime: str = RUNTIMES[0]
     min_score: float | None = None
     keep_overlaps: bool = False
     into_zarr: bool = False
@@ -133,6 +139,16 @@ class Settings:
             raise SettingError("max_pixels", f"expected 1 or more, got {self.max_pixels}")
         if self.normalise not in (None, "fixed", "percentile"):
             raise SettingError("normalise", f"expected fixed or percentile, got {self.normalise!r}")
+        if self.runtime not in RUNTIMES:
+            raise SettingError("runtime", f"expected {' or '.join(RUNTIMES)}, got {self.runtime!r}")
+        if self.runtime == "onnxruntime":
+            if self.fast:
+                raise SettingError(("runtime", "fast"), "onnxruntime has no 16-bit numbers here; expected one of them")
+            missing = [name for name in _FOR_ONNXRUNTIME if importlib.util.find_spec(name) is None]
+            if missing:
+                raise SettingError(
+                    "runtime", f'{" and ".join(missing)} not installed: pip install "kg_detectron[onnx]"'
+                )
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":

@@ -102,6 +102,17 @@ def test_the_pixel_size_of_a_label_image(tmp_path: Path, pixel_size: float | Non
     assert (tmp_path / "a.tif").read_bytes() == first
 
 
+@pytest.mark.parametrize(("reader", "pixel_size"), [("bioio_tifffile", None), ("bioio_ome_tiff", 0.325)])
+def test_bioio_reads_labels_and_pixel_size(tmp_path: Path, reader: str, pixel_size: float | None):
+    bioio, reading = pytest.importorskip("bioio"), pytest.importorskip(reader)
+    labels = np.arange(600, dtype=np.uint16).reshape(20, 30)
+    write_labels(tmp_path / "a.tif", labels, pixel_size)
+    image = bioio.BioImage(tmp_path / "a.tif", reader=reading.Reader)
+    np.testing.assert_array_equal(image.get_image_data("YX"), labels)
+    if pixel_size is not None:
+        assert image.physical_pixel_sizes.X == image.physical_pixel_sizes.Y == pixel_size
+
+
 @pytest.mark.parametrize(("axes", "shape"), STACKS)
 def test_regions_and_polygons_know_their_plane(tmp_path: Path, axes: str, shape: tuple[int, ...]):
     for result in stack(axes, shape):

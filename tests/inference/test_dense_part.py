@@ -1,9 +1,11 @@
 """The dense part in ONNX and as an exported program: the same maps at any size, and the same cells."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from builders import drawn_image, tiny_network
 from toy_method import ToyNet
@@ -11,6 +13,9 @@ from toy_method import ToyNet
 from kg_detectron.cli.main import main
 from kg_detectron.inference import predict, save_model
 from kg_detectron.inference.dense_part import OPSET, DensePart, output_names, save_onnx, save_program, with_onnx
+from kg_detectron.inference.file_prediction import FilePredictor
+from kg_detectron.inference.run_settings import RUNTIMES, SettingError, Settings
+from kg_detectron.io.images import write_png
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,48 @@ def test_onnx_gives_the_same_maps_and_cells(model, tmp_path, capsys):
     (tmp_path / "no.onnx").write_text("nothing")
     with pytest.raises(ValueError, match="no.onnx cannot be read as ONNX"):
         with_onnx(model, tmp_path / "no.onnx")
+
+
+def test_predict_by_onnxruntime_gives_the_same_cells(model, tmp_path, capsys):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    save_model(model, tmp_path / "model.safetensors")
+    write_png(tmp_path / "a.png", drawn_image(64, 96))
+    options = [
+        str(tmp_path / "a.png"),
+        "-m",
+        str(tmp_path / "model.safetensors"),
+        "--device",
+        "cpu",
+        "--min-score",
+        "0",
+    ]
+    for runtime in RUNTIMES:
+        assert main(["predict", *options, "-o", str(tmp_path / runtime), "--save", "labels", "--runtime", runtime]) == 0
+    labels = [tifffile.imread(tmp_path / runtime / "a_labels.tif") for runtime in RUNTIMES]
+    assert labels[0].max() == labels[1].max() > 3 and np.count_nonzero((labels[0] > 0) != (labels[1] > 0)) <= 2
+    runs = [json.loads((tmp_path / runtime / "run.json").read_text()) for runtime in RUNTIMES]
+    assert [run["settings"]["runtime"] for run in runs] == list(RUNTIMES)
+    assert ["onnxruntime" in run["versions"] for run in runs] == [False, True]
+    predictor = FilePredictor(tmp_path / "model.safetensors", Settings(runtime="onnxruntime"), "cpu")
+    with torch.no_grad():
+        (scale,), _ = predictor.network.maps(torch.zeros(1, 3, 32, 32))
+    assert scale.heatmap.shape == (1, 5, 16, 16) and "maps" in vars(predictor.network)
+
+
+def test_a_runtime_that_cannot_be_had_is_answered(monkeypatch, tmp_path):
+    with pytest.raises(SettingError, match="runtime: expected pytorch or onnxruntime, got 'openvino'"):
+        Settings(runtime="openvino")
+    with pytest.raises(SettingError, match="runtime, fast: onnxruntime has no 16-bit numbers"):
+        Settings(runtime="onnxruntime", fast=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match="onnx and onnxscript and onnxruntime not installed: pip install"):
+        Settings(runtime="onnxruntime")
+    monkeypatch.undo()
+    save_model(tiny_network(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(SettingError, match="runtime: onnxruntime runs on the CPU here, not on meta; add --device cpu"):
+        FilePredictor(tmp_path / "model.safetensors", Settings(runtime="onnxruntime"), "meta")
 
 
 def test_an_exported_program_gives_the_same_maps(model, tmp_path):
