@@ -75,9 +75,9 @@ def test_names_come_from_the_data_and_count_for_all_datasets(datasets):
     assert [cell["category_id"] for cell in cells] == [{1: 1, 2: 0}[one["category_id"]] for one in file["annotations"]]
     with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.NUM_CLASSES: expected 3, .* got 5"):
         classes_from_datasets(configured("MODEL.ROI_HEADS.NUM_CLASSES", 5))
-    with pytest.raises(ValueError, match="method stardist tells no classes apart, and the data have 3"):
+    with pytest.raises(ValueError, match="method dcan tells no classes apart, and the data have 3"):
         classes_from_datasets(
-            configured("MODEL.META_ARCHITECTURE", "CellInstanceSegmentation", "MODEL.CELLS.METHOD", "stardist")
+            configured("MODEL.META_ARCHITECTURE", "CellInstanceSegmentation", "MODEL.CELLS.METHOD", "dcan")
         )
 
 
