@@ -20,5 +20,7 @@ def class_colormap(
         colours: (red, green, blue), 0..255, of the classes.
     """
     shades = {label: (*(value / 255 for value in colour), 1.0) for label, colour in enumerate(colours, start=1)}
-    of_ids = {int(id_): np.array(shades[int(label)]) for id_, label in zip(ids, classes, strict=True)}
-    return DirectLabelColormap(color_dict={0: np.zeros(4), None: np.array(_UNKNOWN), **of_ids})
+    of_ids: dict[int | None, np.ndarray] = {0: np.zeros(4), None: np.array(_UNKNOWN)}
+    for id_, label in zip(ids, classes, strict=True):
+        of_ids[int(id_)] = np.array(shades[int(label)])
+    return DirectLabelColormap(color_dict=of_ids)
