@@ -5,6 +5,10 @@
 A run is a folder that `train_net.py` wrote: ``config.yaml``, ``model_best.pth`` or ``model_final.pth``, and
 ``metrics.json``. The output folder gets ``comparison.md``, ``comparison.csv``, ``comparison.json`` and, for every run,
 its predictions as COCO results in ``<run>/predictions.json``; with ``--report``, a page to look at in ``report.html``.
+
+Classes of a run and categories of the dataset are the same where they have the same name, whatever their order. On a
+dataset of one category all classes count as that one. COCO AP is the mean over the categories; the paper's figures know
+no classes. `kg-detectron evaluate` gives the figures by class of ``predictions.json``.
 """
 
 import argparse
@@ -38,8 +42,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode, Instances
 
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
+from kg_detectron.d2.classes import check_classes
 from kg_detectron.d2.config import add_kg_config, drop_initial_weights, merge_config
-from kg_detectron.d2.datasets import register_files
+from kg_detectron.d2.datasets import register_cells, register_files
 from kg_detectron.d2.evaluators import CellEvaluators, build_evaluators, mask_rles
 from kg_detectron.d2.mapper import CellMapper
 from kg_detectron.inference.model_file import WEIGHTS
@@ -47,6 +52,7 @@ from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.metrics import RLE
 from kg_detectron.report import report_dataset
+from kg_detectron.training.dataset import class_counts
 
 # The same for every run, whatever its own config says: one table, one ruler.
 IOUS = (0.5, 0.7)
@@ -150,6 +156,7 @@ def load_model(run: Run, device: str) -> tuple[CfgNode, nn.Module]:
         )
         cfg.TEST.PAPER_IOUS = list(IOUS)
         cfg.TEST.COCO_MAX_DETECTIONS = COCO_MAX_DETECTIONS
+        check_classes(cfg)
         model = build_model(cfg).eval()
     except Exception as error:
         raise CompareError(f"cannot use {run.config}: {error}") from error
@@ -179,6 +186,38 @@ def load_records(dataset: str, limit: int | None = None) -> list[dict]:
         raise CompareError(f"cannot read dataset {dataset!r}: {error}") from error
 
 
+def match_classes(run: str, names: Sequence[str], dataset: str) -> list[int]:
+    """Let the dataset's metadata have all classes of a run; the result is the class in it of each class of the run.
+
+    Args:
+        run: its name.
+        names: of its classes.
+        dataset: a registered dataset, of which classes of the same names are the same.
+
+    Raises:
+        CompareError: the run does not know a category that has cells.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    categories = list(metadata.thing_classes)
+    used = list(class_counts(metadata.json_file))
+    if len(used) < 2:
+        return [categories.index(used[0]) if used else 0] * len(names)
+    unknown = [name for name in used if name not in names]
+    if unknown:
+        raise CompareError(
+            f"run {run} knows the classes {', '.join(names)}, and dataset {dataset} has cells of {', '.join(unknown)}; "
+            "kg-detectron convert --merge-categories makes one of all, on which all runs can be compared"
+        )
+    absent = [name for name in names if name not in categories]
+    if absent:
+        json_file, image_root = metadata.json_file, metadata.image_root
+        DatasetCatalog.remove(dataset)
+        MetadataCatalog.remove(dataset)
+        register_cells(dataset, json_file, image_root, [*categories, *absent])
+        DatasetCatalog.get(dataset)  # sets the metadata
+    return [[*categories, *absent].index(name) for name in names]
+
+
 def count_gmacs(model: nn.Module, image: Mapping[str, Any]) -> dict[str, float]:
     """``GMACs`` of one inference, and ``dense_GMACs``, those of the modules that work on whole maps."""
     network = getattr(model, "network", None)
@@ -199,12 +238,17 @@ def count_gmacs(model: nn.Module, image: Mapping[str, Any]) -> dict[str, float]:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, loader: Iterable[list[dict]], evaluators: CellEvaluators, category_ids: Mapping[int, int]
+    model: nn.Module,
+    loader: Iterable[list[dict]],
+    evaluators: CellEvaluators,
+    classes: Sequence[int],
+    category_ids: Mapping[int, int],
 ) -> tuple[list[dict], list[float]]:
     """Run the model over batches of one image, feeding the evaluators.
 
     Args:
-        category_ids: the dataset's id of every class of the model.
+        classes: of the dataset's metadata, that of every class of the model, see `match_classes`.
+        category_ids: the dataset's id of every class of its metadata.
     Returns:
         All detections as COCO results, and for each image the seconds from the network's input to encoded masks.
     """
@@ -214,6 +258,7 @@ def predict(
         instances = model(inputs)[0]["instances"].to("cpu")
         rles = mask_rles(instances.pred_masks)
         seconds.append(time.perf_counter() - start)
+        instances.pred_classes = torch.tensor(classes)[instances.pred_classes]
         evaluators.process(inputs, [{"instances": instances}])
         results += coco_results(instances, rles, inputs[0]["image_id"], category_ids)
     return results, seconds
@@ -265,10 +310,11 @@ def evaluate_run(run: Run, dataset: str, records: list[dict], device: str, outpu
     with torch.no_grad():
         model([first])  # warm-up
 
+    classes = match_classes(run.name, cfg.MODEL.CELLS.CLASSES.NAMES, dataset)
     evaluators = build_evaluators(cfg, dataset)
     evaluators.reset()
     category_ids = {label: key for key, label in MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id.items()}
-    results, seconds = predict(model, tqdm(loader, desc=run.name, unit="image"), evaluators, category_ids)
+    results, seconds = predict(model, tqdm(loader, desc=run.name, unit="image"), evaluators, classes, category_ids)
     folder = output / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "predictions.json") as unfinished:

@@ -1,4 +1,5 @@
-"""Classes of cells: their names, and the head that tells them apart by the features inside each mask. Ours.
+"""Classes of cells: their names, their weights in a loss, and the head that tells them apart by the features inside
+each mask, which is ours.
 
 Letters: R crops, M cells, K classes, C channels, P pixels. A class is a number of 1..K; 0 is a cell whose class nobody
 has stated.
@@ -29,7 +30,7 @@ class ClassSettings:
     Attributes:
         names: of the classes 1..K.
         colours: of the classes in results, ``#rrggbb``; without any, those of `class_colours`.
-        class_weight: weight of the class loss; 0 or more.
+        class_weight: weight of the class loss, which CornerNet has not; 0 or more.
         cells_of_class: cells of each class in the training data, which balance the loss, see `class_weights`; without
             any, all classes weigh the same.
         class_balance: the beta of `class_weights`, from 0 (no balancing) to below 1.
@@ -88,21 +89,21 @@ def class_weights(counts: Sequence[int], balance: float) -> Tensor:
     return torch.tensor([weight / mean if mean else 1.0 for weight in weights], dtype=torch.float32)
 
 
-class ClassHead(nn.Module):
-    """Class logits of cells from the features that `masked_mean` gives of each.
+class ClassBalance(nn.Module):
+    """The weight of each class in a loss, which is no part of a model file.
 
     Args:
-        channels: C of the features.
-        settings: see `ClassSettings`; of two or more classes.
+        settings: see `ClassSettings`.
+
+    Attributes:
+        settings: as given.
+        weights: (K,) see `class_weights`.
     """
 
     weights: Tensor
 
-    def __init__(self, channels: int, settings: ClassSettings) -> None:
+    def __init__(self, settings: ClassSettings) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(channels, _HIDDEN), nn.ReLU(inplace=True), nn.Linear(_HIDDEN, len(settings))
-        )
         self.register_buffer("weights", torch.ones(len(settings)), persistent=False)
         self.use(settings)
 
@@ -111,6 +112,21 @@ class ClassHead(nn.Module):
         self.settings = settings
         weights = class_weights(settings.cells_of_class or [1] * len(settings), settings.class_balance)
         self.weights = weights.to(self.weights.device)
+
+
+class ClassHead(ClassBalance):
+    """Class logits of cells from the features that `masked_mean` gives of each.
+
+    Args:
+        channels: C of the features.
+        settings: see `ClassSettings`; of two or more classes.
+    """
+
+    def __init__(self, channels: int, settings: ClassSettings) -> None:
+        super().__init__(settings)
+        self.layers = nn.Sequential(
+            nn.Linear(channels, _HIDDEN), nn.ReLU(inplace=True), nn.Linear(_HIDDEN, len(settings))
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """(R, C) -> logits (R, K)."""

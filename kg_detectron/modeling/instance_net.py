@@ -87,6 +87,10 @@ class InstanceNet(nn.Module, ABC):
         """The classes that `Cells.labels` are of; methods that tell no classes apart have one."""
         return getattr(self.settings, "classes", ClassSettings())
 
+    def of_classes(self, name: str) -> bool:
+        """Whether a weight, by its name, is of the classes: with other classes a training begins it anew."""
+        return ".class_head." in name
+
     def with_preprocessing(self, **changes: Any) -> "InstanceNet":
         """Change settings of the preprocessing, in place, and return the model."""
         changed = dataclasses.replace(self.preprocessing, **changes)

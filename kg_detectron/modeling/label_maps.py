@@ -32,16 +32,18 @@ def label_maps(masks: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def cells_of_labels(labels: np.ndarray, scores: Tensor) -> Cells:
+def cells_of_labels(labels: np.ndarray, scores: Tensor, classes: Tensor | None = None) -> Cells:
     """The cells of a label image, by falling score; of equal ones the lower label comes first.
 
     Args:
         labels: (H, W) integers, 0 background, 1..K. Labels may have no pixel: those cells are left out.
         scores: (K,), of the labels 1..K.
+        classes: (K,) int64 of the labels 1..K, from 1; 1 by default.
     """
     numbers = np.unique(labels)
     present = torch.from_numpy(numbers[numbers > 0].astype(np.int64) - 1).to(scores.device)
     masks = MaskCrops.from_label_image(labels)
     falling, order = scores[present].sort(descending=True, stable=True)
     masks = masks[order].to(scores.device)
-    return cells_of_image(masks.windows.to(scores), falling, masks)
+    of_cells = None if classes is None else classes[present][order]
+    return cells_of_image(masks.windows.to(scores), falling, masks, of_cells)

@@ -161,8 +161,28 @@ def _segment(
     if branch.class_head is None:
         return logits, logits.new_zeros(len(image), 0)
     inside = torch.cat((pixels[grid.pixels], hidden[grid.pixels]), dim=1)
-    crop, _, _ = crop_pixels(sizes[0], device)
-    return logits, masked_mean(inside, logits.detach().sigmoid(), crop, len(image))
+    crop, y, x = crop_pixels(sizes[0], device)
+    probability = logits.detach().sigmoid()
+    left, top = windows[0, :, :2].to(device)[crop].unbind(1)
+    means = [masked_mean(inside, probability, crop, len(image))]
+    for level, (height, width) in enumerate(shapes[1:], start=1):
+        index = (image.to(device)[crop] * height + (top + y) // 2**level) * width + (left + x) // 2**level
+        means.append(_mean_of_map(rows[level], index, probability, crop, len(image)))
+    return logits, torch.cat(means, dim=1)
+
+
+def _mean_of_map(rows: Tensor, index: Tensor, probability: Tensor, crop: Tensor, count: int) -> Tensor:
+    """`masked_mean` of a map at a lower resolution, (count, C).
+
+    Args:
+        rows: of the map, [N*h*w,C].
+        index: [P] which of them holds each pixel of the crops.
+        probability, crop, count: as in `masked_mean`.
+    """
+    # Each pixel of the map counts once for a crop, by the sum of the probabilities of the crop's pixels in it.
+    key, place = (crop * len(rows) + index).unique(return_inverse=True)
+    weight = torch.zeros(len(key), device=key.device).index_add(0, place, probability.float())
+    return masked_mean(rows[key % len(rows)], weight, key // len(rows), count)
 
 
 def _predict(branch: "SegmentationBranch", pixels: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -129,9 +129,10 @@ class SegmentationBranch(nn.Module):
         self.predict = nn.Conv2d(widths[0], 1, 3, padding=1)
         nn.init.normal_(self.predict.weight, std=0.01)
         zero_bias(self.predict)
-        # The features of a class are those before the last two convolutions, and those between them.
+        # The features of a class are those before the last two convolutions, those between them, which know the outline
+        # best, and the deeper maps, which know what is around.
         several = classes is not None and len(classes) > 1
-        self.class_channels = 2 * widths[0] if several else 0
+        self.class_channels = 2 * widths[0] + sum(in_channels[1:]) if several else 0
         self.class_head = ClassHead(self.class_channels, classes) if classes and several else None
 
     @property
@@ -161,8 +162,12 @@ class SegmentationBranch(nn.Module):
         features = self._crop_features(maps, box)
         hidden = self.hidden(features)
         probability = self.predict(hidden)[0, 0].detach().sigmoid().flatten()
-        pixels = torch.cat((features, hidden), dim=1)[0].flatten(1).T
-        crop = torch.zeros(len(pixels), dtype=torch.long, device=pixels.device)
+        crop = torch.zeros(len(probability), dtype=torch.long, device=probability.device)
+        ((x1, y1, x2, y2),) = crop_windows(box[None].float().cpu(), [maps[0].shape[1:]])[0].tolist()
+        y, x = (torch.arange(low, high, device=features.device) for low, high in ((y1, y2), (x1, x2)))
+        # Of a deeper map each pixel of the crop has the pixel that it lies in.
+        deeper = [m[:, (y // 2**level)[:, None], x // 2**level] for level, m in enumerate(maps[1:], start=1)]
+        pixels = torch.cat((features[0], hidden[0], *deeper)).flatten(1).T
         return self.class_head(masked_mean(pixels, probability, crop, 1))[0]
 
     def _crop_features(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:

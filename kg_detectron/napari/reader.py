@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from kg_detectron.cells.class_colours import class_colours
 from kg_detectron.export.kinds import EXPORTERS
 from kg_detectron.io.images import decode_file
 
 LayerData = tuple[Any, dict[str, Any], str]
 
-_LABELS, _CSV = EXPORTERS["labels"].ending, EXPORTERS["csv"].ending
+_LABELS, _CSV, _CLASSES = (EXPORTERS[kind].ending for kind in ("labels", "csv", "classes"))
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[str | Sequence[str]], list[LayerData]] | None:
@@ -22,7 +23,8 @@ def get_reader(path: str | Sequence[str]) -> Callable[[str | Sequence[str]], lis
 
 
 def read_results(path: str | Sequence[str]) -> list[LayerData]:
-    """Read label images as layers, each with its measurements as features where ``NAME_cells.csv`` lies beside it.
+    """Read label images as layers, each with its measurements as features where ``NAME_cells.csv`` lies beside it, and
+    in the colours of its classes where ``NAME_classes.csv`` does.
 
     The ids of a stack begin anew on every plane; here they count on, for a feature belongs to an id. The features
     ``id`` and ``page`` keep the numbers of the file.
@@ -46,6 +48,12 @@ def _read(path: Path) -> LayerData:
         page_of = features.get("page", np.ones(len(features["id"]))).astype(int)
         features["index"] = features["id"].astype(int) + first[page_of - 1]
     options: dict[str, Any] = {"name": f"{stem} cells", "features": features}
+    if classes := _rows(path.parent / (stem + _CLASSES)):
+        from kg_detectron.napari.class_colours import class_colormap
+
+        ids = np.array([int(row["id"]) + first[int(row.get("page", 1)) - 1] for row in classes])
+        numbers = np.array([int(row["class_id"]) for row in classes])
+        options["colormap"] = class_colormap(ids, numbers, class_colours(int(numbers.max())))
     if scene.pixel_size is not None:
         # Not as the layer's scale: the image itself may have been opened without one.
         options["metadata"] = {"pixel_size_um": scene.pixel_size}
@@ -57,12 +65,16 @@ def _features(folder: Path, stem: str) -> dict[str, np.ndarray]:
     paths = [folder / (stem + _CSV)]
     if not paths[0].exists():
         paths = sorted(path for path in folder.glob(f"*{_CSV}") if _is_page(path.name, stem))
-    rows = []
-    for path in paths:
-        if path.exists():
-            with open(path, encoding="utf-8", newline="") as file:
-                rows += list(csv.DictReader(file))
+    rows = [row for path in paths for row in _rows(path)]
     return {name: _column([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where it is not there."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _is_page(name: str, stem: str) -> bool:

@@ -60,8 +60,10 @@ class Segmentation:
         shape: (..., H, W) of the layer.
         planes: that were segmented.
         features: columns (R,), one row for each id 1..R: those of `kg_detectron.export.measurements.measure`, ``index``
-            in place of ``id``, and ``axis0``, ... for each axis before Y and X, counted from 0.
+            in place of ``id``, ``axis0``, ... for each axis before Y and X, counted from 0, and with several classes
+            ``class``, its name.
         threshold: that belongs to the model.
+        colours: (red, green, blue) of each class, 0..255; () where there is one.
         notes: what a user should know, a sentence each.
     """
 
@@ -70,6 +72,12 @@ class Segmentation:
     features: dict[str, np.ndarray]
     threshold: float
     notes: tuple[str, ...] = ()
+    colours: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(R,) int64, the class of the ids 1..R, from 1."""
+        return np.concatenate([plane.cells.labels.cpu().numpy() for plane in self.planes])
 
     @property
     def scores(self) -> np.ndarray:
@@ -136,13 +144,17 @@ def segment(
             )
             table = {"index": table.pop("id") + first - 1} | table
             table |= {f"axis{axis}": np.full(len(kept), index) for axis, index in enumerate(place)}
+            if len(model.classes) > 1:
+                names = np.array(model.classes.names, object)
+                table["class"] = names[kept.labels.cpu().numpy() - 1]
             tables.append(table)
             segmented.append(SegmentedPlane(place, kept, first, explanation, graph_scores))
             notes |= dict.fromkeys((f"scale {found.scale[0]:.3g}, {found.scale_source}", *found.notes))
             first += len(kept)
             _check(stop)
     features = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-    return Segmentation(shape, tuple(segmented), features, model.threshold, tuple(notes))
+    colours = model.classes.shown_colours() if len(model.classes) > 1 else ()
+    return Segmentation(shape, tuple(segmented), features, model.threshold, tuple(notes), colours)
 
 
 def _no_graphs(model: InstanceNet, cells: Cells) -> str | None:

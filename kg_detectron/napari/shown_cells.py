@@ -33,6 +33,15 @@ class ShownCells:
         """How many cells of the segmentation are shown."""
         return int(self._is_shown.sum())
 
+    def class_counts(self) -> list[str]:
+        """How many cells of each class are shown, a text each; none where there is one class."""
+        if not self.segmentation.colours:
+            return []
+        names, counts = np.unique(
+            self.segmentation.features["class"][self._is_shown[1:]].astype(str), return_counts=True
+        )
+        return [f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
+
     def move(self, threshold: float) -> None:
         """Show the cells of this score or a higher one, and hide the others."""
         self.threshold = threshold

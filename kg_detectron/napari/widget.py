@@ -72,6 +72,9 @@ class SegmentCells(Container):
         self.threshold = FloatSlider(
             name="threshold", min=LOWEST_SCORE, max=1, step=0.01, value=0.5, tracking=True, enabled=False
         )
+        self.class_colours = CheckBox(
+            name="class_colours", text="Colours of classes", value=True, visible=False, tooltip="instead of one a cell"
+        )
         self.status = Label(name="status", label=" ", value="")
         self.numbers = Table(name="numbers", label="cell", value={"value": []})
         self.fine_tune = FineTune(napari_viewer, self._planes_with_labels, self._model_name, self._use_model)
@@ -88,6 +91,7 @@ class SegmentCells(Container):
                 buttons,
                 self.progress,
                 self.threshold,
+                self.class_colours,
                 self.status,
                 self.numbers,
                 self.fine_tune,
@@ -104,6 +108,7 @@ class SegmentCells(Container):
         self.segment_button.changed.connect(self.segment)
         self.cancel_button.changed.connect(self.cancel)
         self.threshold.changed.connect(self._threshold_changed)
+        self.class_colours.changed.connect(self._colour)
         self.viewer.layers.events.inserted.connect(self._layers_changed)
         self.viewer.layers.events.removed.connect(self._layers_changed)
         self._image_changed()
@@ -258,6 +263,8 @@ class SegmentCells(Container):
             self.shown_cells.labels, name=f"{layer.name} cells", features=features, **place
         )
         self.labels_layer.mouse_drag_callbacks.append(self._clicked)
+        self.class_colours.visible = bool(segmentation.colours)
+        self._colour()
         self.graph_layers = []
         if graphs:
             from kg_detectron.napari.graph_layers import graph_layers
@@ -281,6 +288,21 @@ class SegmentCells(Container):
             self._filter_graphs(threshold)
         self._show_count()
 
+    def _colour(self) -> None:
+        """Give the labels the colours of their classes, or one for each cell."""
+        if self.shown_cells is None or self.labels_layer is None or not self.shown_cells.segmentation.colours:
+            return
+        from napari.utils.colormaps import label_colormap
+
+        from kg_detectron.napari.class_colours import class_colormap
+
+        segmentation = self.shown_cells.segmentation
+        self.labels_layer.colormap = (
+            class_colormap(segmentation.features["index"], segmentation.classes, segmentation.colours)
+            if self.class_colours.value
+            else label_colormap()
+        )
+
     def _filter_graphs(self, threshold: float) -> None:
         from kg_detectron.napari.graph_layers import graph_layers
 
@@ -295,7 +317,8 @@ class SegmentCells(Container):
     def _show_count(self) -> None:
         assert self.shown_cells is not None
         segmentation = self.shown_cells.segmentation
-        lines = [f"{len(self.shown_cells)} cells of a score from {self.shown_cells.threshold:.2f}", *segmentation.notes]
+        count = f"{len(self.shown_cells)} cells of a score from {self.shown_cells.threshold:.2f}"
+        lines = [count, *self.shown_cells.class_counts(), *segmentation.notes]
         self.status.value = "\n".join(lines)
 
     def _clicked(self, layer: Labels, event: Any) -> None:
@@ -310,7 +333,8 @@ class SegmentCells(Container):
         if not len(rows):
             self.numbers.value = {"value": []}
             return
-        values = [[f"{float(column[rows[0]]):.6g}"] for column in features.values()]
+        cell = [column[rows[0]] for column in features.values()]
+        values = [[value if isinstance(value, str) else f"{float(value):.6g}"] for value in cell]
         self.numbers.value = {"data": values, "index": list(features), "columns": ["value"]}
 
     def _planes_with_labels(self, labels: Labels) -> tuple[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]]:

@@ -54,12 +54,14 @@ def report_dataset(
         name: evaluate_cells(truths, own, ious=ious, min_score=least or 0.0)
         for (name, own), least in zip(found.items(), comparison.scores, strict=True)
     }
+    named = [of["classes"]["names"] for of in figures.values() if "classes" in of]
     write_page(
         output,
         comparison,
         files,
         title=title or Path(ground_truth).stem,
         tables=metric_tables(figures),
+        classes=list(dict.fromkeys(name for names in named for name in names)),
         explanations=explanations,
         details=details,
         progress=progress,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kg_detectron.io.cell_sets import ImageCells
 from kg_detectron.metrics import DSB_IOUS
-from kg_detectron.report.outcomes import Matches, Verdict, judge, match
+from kg_detectron.report.outcomes import ClassVerdict, Matches, Verdict, judge, judge_class, match
 
 IOUS = DSB_IOUS  # of the curve of AP
 
@@ -75,6 +75,11 @@ class JudgedImage:
     def f1(self) -> float:
         """The mean over the models."""
         return float(np.mean([verdict.f1 for verdict in self.verdicts]))
+
+    def of_class(self, name: str, threshold: int) -> list[ClassVerdict]:
+        """What became of the cells and instances of a class, for every model; ``threshold`` is the comparison's."""
+        parts = zip(self.predictions, self.matches, self.verdicts, strict=True)
+        return [judge_class(self.truth, found, matches, threshold, verdict, name) for found, matches, verdict in parts]
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ def _by_score(truth: ImageCells, found: ImageCells | None) -> ImageCells:
         return found
     order = np.argsort(-found.scores, kind="stable")
     masks = [found.masks[i] for i in order]
-    return replace(found, boxes=found.boxes[order], masks=masks, scores=found.scores[order])
+    classes = None if found.classes is None else tuple(found.classes[i] for i in order)
+    return replace(found, boxes=found.boxes[order], masks=masks, scores=found.scores[order], classes=classes)
 
 
 def _pool(name: str, found: Sequence[ImageCells], matches: Sequence[Matches], cells: int) -> Pooled:

@@ -109,6 +109,45 @@ def judge(truth: ImageCells, prediction: ImageCells, matches: Matches, threshold
     return Verdict(found=cell >= 0, missed=missed, merged=held >= 2, split=split)
 
 
+@dataclass(frozen=True)
+class ClassVerdict:
+    """What became of the cells and instances of one class.
+
+    Attributes:
+        cells: (M,) int64, which cells are of the class.
+        instances: (D,) int64, which instances are, of those that count. Those that found a cell of no known class are
+            left out.
+        verdict: of these. An instance is found where its cell is of the class, and a cell is missed unless an instance
+            of the class found it.
+    """
+
+    cells: NDArray[np.int64]
+    instances: NDArray[np.int64]
+    verdict: Verdict
+
+
+def judge_class(
+    truth: ImageCells, prediction: ImageCells, matches: Matches, threshold: int, verdict: Verdict, name: str
+) -> ClassVerdict:
+    """Judge the cells and instances of one class by the matching of all.
+
+    Args:
+        truth, prediction, matches, threshold: as in `judge`.
+        verdict: of `judge`.
+        name: of the class.
+    """
+    kept = len(verdict.found)
+    # The last one is of instances that found no cell.
+    true = np.array([*(truth.classes or [""] * len(truth.masks)), "none"], dtype=object)
+    predicted = np.array(prediction.classes or [""] * len(prediction.masks), dtype=object)[:kept]
+    cell = matches.cell[threshold, :kept]
+    instances = np.flatnonzero((predicted == name) & (true[cell] != ""))
+    cells = np.flatnonzero(true[:-1] == name)
+    found = (cell[instances] >= 0) & (true[cell[instances]] == name)
+    missed = ~np.isin(cells, cell[instances])
+    return ClassVerdict(cells, instances, Verdict(found, missed, verdict.merged[instances], verdict.split[cells]))
+
+
 def _distinct(masks: Sequence[RLE]) -> int:
     """How many masks there are without those that lie, by `INSIDE` of the smaller one, over an earlier one."""
     share = coco_mask.iou(list(masks), list(masks), [1] * len(masks))  # of the row's mask that lies in the column's

@@ -80,7 +80,12 @@
   }
 
   const number = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-  const pick = (list, wanted) => list.filter((_, i) => wanted(i));
+  const pick = (list, indices) => indices.map((i) => list[i]);
+
+  // The class that is shown, an index, or "" for all.
+  const chosenClass = () => byId("class")?.value ?? "";
+  const noun = (of) => chosenClass() === "" ? of : `${byId("class").selectedOptions[0].textContent} ${of}`;
+  const marksOf = (model) => chosenClass() === "" ? model : model.classes[chosenClass()];
 
   function addPanel(parent, detail, caption, draw) {
     const figure = document.createElement("figure");
@@ -101,18 +106,19 @@
   /* Input, ground truth and the instances of every model, side by side. */
   function addPanels(parent, detail) {
     parent.replaceChildren();
+    const truth = chosenClass() === "" ? detail.truth : pick(detail.truth, detail.classes[chosenClass()]);
     addPanel(parent, detail, "Input", () => {});
-    addPanel(parent, detail, `Ground truth, ${number(detail.truth.length, "cell")}`, (svg) => addLayer(svg, "truth", detail.truth, true));
+    addPanel(parent, detail, `Ground truth, ${number(truth.length, noun("cell"))}`, (svg) => addLayer(svg, "truth", truth, true));
     detail.models.forEach((model, m) => {
-      const missed = new Set(model.missed), merged = new Set(model.merged), split = new Set(model.split);
-      const caption = `${MODELS[m]}, ${number(model.cells.length, "instance")}`;
+      const marks = marksOf(model);
+      const caption = `${MODELS[m]}, ${number(marks.found.length + marks.false.length, noun("instance"))}`;
       const svg = addPanel(parent, detail, caption, (svg) => {
-        addLayer(svg, "truth", detail.truth);
-        addLayer(svg, "merged", pick(model.cells, (i) => merged.has(i)));
-        addLayer(svg, "split", pick(detail.truth, (i) => split.has(i)));
-        addLayer(svg, "found", pick(model.cells, (i) => model.found[i] === "1"));
-        addLayer(svg, "false", pick(model.cells, (i) => model.found[i] === "0"));
-        addLayer(svg, "missed", pick(detail.truth, (i) => missed.has(i)));
+        addLayer(svg, "truth", truth);
+        addLayer(svg, "merged", pick(model.cells, marks.merged));
+        addLayer(svg, "split", pick(detail.truth, marks.split));
+        addLayer(svg, "found", pick(model.cells, marks.found));
+        addLayer(svg, "false", pick(model.cells, marks.false));
+        addLayer(svg, "missed", pick(detail.truth, marks.missed));
       });
       svg.dataset.model = m;
     });
@@ -126,7 +132,8 @@
       addPanels(entry.target.querySelector(".panels"), detailOf(entry.target));
     }
   }, { rootMargin: "500px 0px" });
-  for (const card of cards) if (card.dataset.detail === "1") watcher.observe(card);
+  const watch = () => { for (const card of cards) if (card.dataset.detail === "1") watcher.observe(card); };
+  watch();
 
   // Layers
   const boxes = new Map([...document.querySelectorAll("[data-layer]")].map((box) => [box.getAttribute("aria-keyshortcuts"), box]));
@@ -140,6 +147,39 @@
 
   // Order and choice
   const parts = new Intl.Collator(undefined, { numeric: true });
+  const byClass = new Map(cards.map((card) => [card, JSON.parse(card.dataset.byClass ?? "[]")]));
+  const ofAll = new Map(cards.map((card) => [card, { ...card.dataset, rows: rowsOf(card) }]));
+
+  /* The counts of a card's models, a list of texts each. */
+  function rowsOf(card) {
+    return [...card.querySelectorAll("tbody tr")].map((row) => [...row.querySelectorAll("td")].map((cell) => cell.textContent));
+  }
+
+  /* Show and count the cells of the chosen class, or of all. */
+  function showClass() {
+    for (const card of cards) {
+      const counts = chosenClass() === "" ? ofAll.get(card) : byClass.get(card)[chosenClass()];
+      for (const key of ["f1", "spread", "cells", "missed", "false", "merged", "split"]) card.dataset[key] = counts[key];
+      card.querySelector(".cells").textContent = counts.cells;
+      const rows = [...card.querySelectorAll("tbody tr")];
+      rows.forEach((row, m) => {
+        const values = Object.values(counts.rows[m]);
+        row.querySelectorAll("td").forEach((cell, i) => { cell.textContent = values[i]; });
+      });
+      if (card.dataset.detail === "1" && card.querySelector(".panel svg")) card.querySelector(".panels").replaceChildren();
+    }
+    watcher.disconnect();
+    watch();
+    arrange();
+  }
+  byId("class")?.addEventListener("change", showClass);
+
+  /* Whether an image has a cell or an instance of the chosen class. */
+  function hasClass(card) {
+    const counts = byClass.get(card)[chosenClass()];
+    return chosenClass() === "" || counts.cells + counts.instances > 0;
+  }
+
   function arrange() {
     const [key, direction] = byId("order").value.split(" ");
     const only = byId("only").value, name = byId("name").value.trim().toLowerCase();
@@ -148,7 +188,7 @@
     const sorted = [...cards].sort((a, b) => sign * compare(a, b) || a.dataset.index - b.dataset.index);
     let left = 0;
     for (const card of sorted) {
-      card.hidden = !card.dataset.name.toLowerCase().includes(name) || (only !== "" && !(Number(card.dataset[only]) > 0));
+      card.hidden = !card.dataset.name.toLowerCase().includes(name) || (only !== "" && !(Number(card.dataset[only]) > 0)) || !hasClass(card);
       left += !card.hidden;
     }
     byId("cards").append(...sorted);
@@ -169,7 +209,10 @@
     byId("viewer-title").textContent = card.dataset.name;
     addPanels(viewer.querySelector(".panels"), detail);
     viewer.querySelector(".viewer-head").after(byId("layers"));
-    outlines = detail.models.map((model) => model.cells.map((outline) => new Path2D(outline)));
+    outlines = detail.models.map((model) => {
+      const { found, false: wrong } = marksOf(model), shown = new Set([...found, ...wrong]);
+      return model.cells.map((outline, i) => shown.has(i) ? new Path2D(outline) : new Path2D());
+    });
     show([0, 0, detail.width, detail.height]);
     if (!viewer.open) viewer.showModal();
     fit();
@@ -263,6 +306,12 @@
     else if (svg.dataset.model !== undefined) byId("readout").textContent = describe(Number(svg.dataset.model), x, y);
   });
 
+  /* The name of the class of an instance with a comma, or nothing where it has none. */
+  function classOf(model, i) {
+    const index = model.classes.findIndex(({ found, false: wrong }) => found.includes(i) || wrong.includes(i));
+    return index < 0 ? "" : `${byId("class").options[index + 1].textContent}, `;
+  }
+
   /* The instance under the pointer in words. */
   function describe(m, x, y) {
     const model = detailOf(current).models[m];
@@ -270,7 +319,8 @@
     if (i < 0) return "";
     const score = model.scores ? `score ${model.scores[i]}, ` : "";
     const merged = model.merged.includes(i) ? ", merged" : "";
-    return `${MODELS[m]}: ${score}IoU ${model.iou[i]}, ${model.found[i] === "1" ? "found" : "false"}${merged}`;
+    const kind = classOf(model, i);
+    return `${MODELS[m]}: ${kind}${score}IoU ${model.iou[i]}, ${marksOf(model).found.includes(i) ? "found" : "false"}${merged}`;
   }
 
   // Keys

@@ -5,10 +5,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from kg_detectron.io.resize import resize_image
 from kg_detectron.report import charts
 from kg_detectron.report.comparison import Comparison, JudgedImage
 from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, size_chart
-from kg_detectron.report.outcomes import INSIDE
+from kg_detectron.report.outcomes import INSIDE, Verdict
 from kg_detectron.report.svg_outlines import TOLERANCE, outlines
 from kg_detectron.report.tables import Table
 
@@ -61,6 +63,7 @@ def write_page(
     *,
     title: str,
     tables: Sequence[Table] = (),
+    classes: Sequence[str] = (),
     explanations: Sequence[ExplainedPicture] = (),
     details: int = DETAILS,
     progress: bool = False,
@@ -73,6 +76,7 @@ def write_page(
         files: where `io.images.read_image` finds the images, by their names.
         title: of the page.
         tables: figures, shown first.
+        classes: names of the classes that a reader can choose one of; none for cells of one class.
         explanations: shown after the curves.
         details: number of images, the worst by the mean of F1 over the models, that come with outlines. The others come
             with a thumbnail and their counts. This bounds the size of the file.
@@ -103,8 +107,9 @@ def write_page(
         explanations=explanations,
         charts=_charts(comparison),
         layers=LAYERS,
-        terms=_terms(iou),
-        cards=_cards(worst_first, files, models, details, progress),
+        terms=_terms(iou, bool(classes)),
+        classes=classes,
+        cards=_cards(worst_first, files, models, classes, comparison.threshold, details, progress),
         cards_total=len(worst_first),
         width=charts.WIDTH,
         height=charts.HEIGHT,
@@ -146,8 +151,14 @@ def _lead(comparison: Comparison, details: int) -> str:
     )
 
 
-def _terms(iou: float) -> list[tuple[str, str]]:
+def _terms(iou: float, several_classes: bool) -> list[tuple[str, str]]:
     share = f"{INSIDE:.0%}"
+    of_class = (
+        "class",
+        "With a class chosen, cells and instances of this class alone are shown and counted. An instance that found a"
+        " cell of another class is false then; its cell, under its own class, is missed. An instance that found a cell"
+        " of no known class is left out.",
+    )
     return [
         (
             "found",
@@ -168,6 +179,7 @@ def _terms(iou: float) -> list[tuple[str, str]]:
             "The area under the precision-recall curve made monotonous, instances of all images together (PASCAL VOC"
             " since 2010). Others give the name to TP / (TP + FP + FN).",
         ),
+        *([of_class] if several_classes else []),
         (
             "pictures",
             f"At most {LONGEST_SIDE} pixels on the longer side, the contrast stretched for the eye. Outlines run along"
@@ -176,58 +188,88 @@ def _terms(iou: float) -> list[tuple[str, str]]:
     ]
 
 
+# What an image is ordered and chosen by, summed over the models.
+_KINDS = ("missed", "false", "merged", "split")
+
+
+def _counts(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What the page shows of an image: the counts of each model, in the order of the table's columns, and over them."""
+    f1 = [verdict.f1 for verdict in verdicts]
+    rows = [
+        {
+            "f1": f"{verdict.f1:.3f}",
+            "found": int(verdict.found.sum()),
+            "missed": int(verdict.missed.sum()),
+            "false": int((~verdict.found).sum()),
+            "merged": int(verdict.merged.sum()),
+            "split": int(verdict.split.sum()),
+        }
+        for verdict in verdicts
+    ]
+    return {
+        "f1": f"{np.mean(f1):.6f}",
+        "spread": f"{max(f1) - min(f1):.6f}",
+        **{kind: sum(row[kind] for row in rows) for kind in _KINDS},
+        "rows": rows,
+    }
+
+
+def _class_counts(judged: JudgedImage, classes: Sequence[str], threshold: int) -> list[dict[str, Any]]:
+    """`_counts` for each class, with the numbers of its ``cells`` and of its ``instances``, summed over the models."""
+    counts = []
+    for name in classes:
+        of_class = judged.of_class(name, threshold)
+        numbers = {"cells": len(of_class[0].cells), "instances": sum(len(one.instances) for one in of_class)}
+        counts.append(numbers | _counts([one.verdict for one in of_class]))
+    return counts
+
+
 def _cards(
-    judged: Sequence[JudgedImage], files: Mapping[str, Path], models: Sequence[str], details: int, progress: bool
+    judged: Sequence[JudgedImage],
+    files: Mapping[str, Path],
+    models: Sequence[str],
+    classes: Sequence[str],
+    threshold: int,
+    details: int,
+    progress: bool,
 ) -> Iterator[Mapping]:
     """What the template needs of every image, one after the other, so that the page is never whole in memory."""
     for index, one in enumerate(tqdm(judged, desc="drawing", unit="image", disable=not progress)):
-        truth, verdicts = one.truth, one.verdicts
+        truth = one.truth
         picture = _picture(files[truth.name], truth.size)
         thumbnail = _shrunk(picture, _THUMBNAIL_SIDE)
-        f1 = [verdict.f1 for verdict in verdicts]
-        rows = [
-            {
-                "name": name,
-                "f1": f"{verdict.f1:.3f}",
-                "found": int(verdict.found.sum()),
-                "missed": int(verdict.missed.sum()),
-                "false": int((~verdict.found).sum()),
-                "merged": int(verdict.merged.sum()),
-                "split": int(verdict.split.sum()),
-            }
-            for name, verdict in zip(models, verdicts, strict=True)
-        ]
+        counts = _counts(one.verdicts)
         yield {
             "index": index,
             "name": truth.name,
             "height": truth.size[0],
             "width": truth.size[1],
             "cells": len(truth.masks),
-            "f1": f"{one.f1:.6f}",
-            "spread": f"{max(f1) - min(f1):.6f}",
-            **{kind: sum(row[kind] for row in rows) for kind in ("missed", "false", "merged", "split")},
-            "rows": rows,
+            **counts,
+            "rows": [{"name": name, **row} for name, row in zip(models, counts["rows"], strict=True)],
+            "by_class": json.dumps(_class_counts(one, classes, threshold)) if classes else "",
             "thumbnail": _data_url("image/jpeg", _jpeg(thumbnail, _THUMBNAIL_QUALITY)),
             "thumbnail_width": thumbnail.shape[1],
             "thumbnail_height": thumbnail.shape[0],
-            "detail": _detail(one, picture) if index < details else None,
+            "detail": _detail(one, picture, classes, threshold) if index < details else None,
         }
 
 
-def _detail(one: JudgedImage, picture: np.ndarray) -> str:
+def _detail(one: JudgedImage, picture: np.ndarray, classes: Sequence[str], threshold: int) -> str:
     """The picture and the outlines as JSON, for page.js."""
+    of_classes = [one.of_class(name, threshold) for name in classes]
     models = []
-    for prediction, matches, verdict in zip(one.predictions, one.matches, one.verdicts, strict=True):
+    for number, (prediction, matches, verdict) in enumerate(
+        zip(one.predictions, one.matches, one.verdicts, strict=True)
+    ):
         kept = len(verdict.found)
         models.append(
             {
                 "cells": outlines(prediction.masks[:kept]),
                 "scores": None if prediction.scores is None else [float(f"{s:.3g}") for s in prediction.scores[:kept]],
                 "iou": matches.iou[:kept].round(2).tolist(),
-                "found": "".join("01"[int(found)] for found in verdict.found),
-                "missed": np.flatnonzero(verdict.missed).tolist(),
-                "merged": np.flatnonzero(verdict.merged).tolist(),
-                "split": np.flatnonzero(verdict.split).tolist(),
+                **_marks(np.arange(kept), np.arange(len(one.truth.masks)), verdict),
+                "classes": [_marks(of[number].instances, of[number].cells, of[number].verdict) for of in of_classes],
             }
         )
     content = {
@@ -235,10 +277,22 @@ def _detail(one: JudgedImage, picture: np.ndarray) -> str:
         "width": one.truth.size[1],
         "image": base64.b64encode(_jpeg(_shrunk(picture, LONGEST_SIDE), _JPEG_QUALITY)).decode("ascii"),
         "truth": outlines(one.truth.masks),
+        "classes": [of[0].cells.tolist() for of in of_classes],
         "models": models,
     }
     # Numbers, outlines and base64 only: nothing in it can end the script element.
     return json.dumps(content, separators=(",", ":"))
+
+
+def _marks(instances: NDArray[np.int64], cells: NDArray[np.int64], verdict: Verdict) -> dict[str, list[int]]:
+    """The indices of instances and cells by what became of them."""
+    return {
+        "found": instances[verdict.found].tolist(),
+        "false": instances[~verdict.found].tolist(),
+        "missed": cells[verdict.missed].tolist(),
+        "merged": instances[verdict.merged].tolist(),
+        "split": cells[verdict.split].tolist(),
+    }
 
 
 def _picture(file: Path, size: tuple[int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.modeling import InstanceNet, Scores, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
+from kg_detectron.modeling.classes import ClassBalance
 from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
@@ -36,8 +37,6 @@ VALIDATION_FILE = "validation.jsonl"
 CELLS_PER_IMAGE = 48
 # Images of a validation during the run; the last one takes all.
 VALIDATION_IMAGES = 24
-# What the names of weights of the class head have in common.
-CLASS_HEAD = ".class_head."
 # Models to start from besides a file or a kept model.
 IMAGENET, NOTHING = "imagenet", "nothing"
 
@@ -125,8 +124,8 @@ def starting_model(
     changed = method_class(method).build(settings).to(device)
     weights = model.state_dict()
     if changed.classes.names != model.classes.names:  # the head of other classes begins anew
-        weights = {name: value for name, value in weights.items() if CLASS_HEAD not in name}
-        weights |= {name: value for name, value in changed.state_dict().items() if CLASS_HEAD in name}
+        weights = {name: value for name, value in weights.items() if not changed.of_classes(name)}
+        weights |= {name: value for name, value in changed.state_dict().items() if changed.of_classes(name)}
     try:
         changed.load_state_dict(weights)
     except RuntimeError as error:
@@ -154,13 +153,15 @@ def _with_classes(settings: Any, method: str, classes: Sequence[str]) -> Any:
 
 def balance_classes(model: InstanceNet, images: Sequence[LabelledImage]) -> None:
     """Note the cells of each class of the training data in the model, in place; its class loss is balanced by them."""
-    head = getattr(getattr(model, "segmentation", None), "class_head", None)
-    if head is None:
+    if len(model.classes) < 2:
         return
     _, *counts = cells_of_classes(images, len(model.classes))
     if any(counts):
-        head.use(dataclasses.replace(model.classes, cells_of_class=tuple(counts)))
-        model.settings = dataclasses.replace(model.settings, classes=head.settings)
+        classes = dataclasses.replace(model.classes, cells_of_class=tuple(counts))
+        model.settings = dataclasses.replace(model.settings, classes=classes)
+        for module in model.modules():
+            if isinstance(module, ClassBalance):
+                module.use(classes)
 
 
 def split_validation(

@@ -203,6 +203,58 @@ def test_perfect_detector_on_some_of_the_images(tmp_path, dataset, monkeypatch):
     assert [p["bbox"] for p in predictions] == [[5, 8, 18, 14], [30, 6, 18, 14], [5, 8, 18, 14], [30, 12, 18, 14]]
 
 
+class Classifier(Perfect):
+    """A detector that knows the dataset, with the classes long, dark, round."""
+
+    def forward(self, inputs):
+        (output,) = super().forward(inputs)
+        output["instances"].pred_classes = torch.tensor([1, 2])  # dark, round, as the dataset has them
+        return [output]
+
+
+@pytest.fixture
+def classified(dataset):
+    """The dataset with the categories round, 7, and dark, 900: of each image the first cell is dark."""
+    metadata = MetadataCatalog.get(dataset)
+    file, folder = metadata.json_file, metadata.image_root
+    content = json.loads(Path(file).read_text())
+    content["categories"] = [{"id": 7, "name": "round"}, {"id": 900, "name": "dark"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 900 if annotation["id"] % 2 else 7
+    Path(file).write_text(json.dumps(content))
+    DatasetCatalog.remove(dataset)
+    MetadataCatalog.remove(dataset)
+    register_cells(dataset, file, folder)
+    return dataset
+
+
+def test_classes_of_a_run_are_those_of_the_dataset_by_name(tmp_path, classified, monkeypatch, capsys):
+    small = ["MODEL.CELLS.BACKBONE", "resnet18", "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.WIDTHS", [4, 4, 8, 8]]
+    small += ["MODEL.KEYPOINT_GRAPH.HEAD_KERNEL", 3, "MODEL.CELLS.BACKBONE_WEIGHTS", ""]
+    cfg = config("parts/method/kg.yaml", [*small, "MODEL.CELLS.CLASSES.NAMES", ["long", "dark", "round"]])
+    run, one_class = write_run(tmp_path / "run", cfg), keypoint_graph(tmp_path / "one")
+    rest = ["--dataset", classified, "--output", str(tmp_path / "out"), "--device", "cpu"]
+    message = fails(capsys, one_class, *rest)
+    assert "run one knows the classes cell, and dataset compare_test has cells of round, dark; kg-detectron" in message
+    load = compare.load_model
+    monkeypatch.setattr(compare, "load_model", lambda run, device: (load(run, device)[0], Classifier()))
+    compare.main([run, *rest])
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert report["runs"][0]["COCO_mask_AP"] == pytest.approx(100)
+    predictions = json.loads((tmp_path / "out" / "run" / "predictions.json").read_text())
+    assert [found["category_id"] for found in predictions] == [900, 7] * 3
+
+
+def test_on_one_category_all_classes_count_as_it(tmp_path, dataset, monkeypatch):
+    small = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MODEL.CELLS.CLASSES.NAMES", ["long", "dark", "round"]]
+    run = write_run(tmp_path / "run", config("parts/method/mask_rcnn_fpn_r18.yaml", small))
+    load = compare.load_model
+    monkeypatch.setattr(compare, "load_model", lambda run, device: (load(run, device)[0], Classifier()))
+    compare.main([run, "--dataset", dataset, "--output", str(tmp_path / "out"), "--device", "cpu"])
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert report["runs"][0]["COCO_mask_AP"] == report["runs"][0]["mask_AP@0.5"] == pytest.approx(100)
+
+
 # Errors name what is wrong
 
 

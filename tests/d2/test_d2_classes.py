@@ -75,10 +75,34 @@ def test_names_come_from_the_data_and_count_for_all_datasets(datasets):
     assert [cell["category_id"] for cell in cells] == [{1: 1, 2: 0}[one["category_id"]] for one in file["annotations"]]
     with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.NUM_CLASSES: expected 3, .* got 5"):
         classes_from_datasets(configured("MODEL.ROI_HEADS.NUM_CLASSES", 5))
-    with pytest.raises(ValueError, match="method stardist tells no classes apart, and the data have 3"):
+    with pytest.raises(ValueError, match="method dcan tells no classes apart, and the data have 3"):
         classes_from_datasets(
-            configured("MODEL.META_ARCHITECTURE", "CellInstanceSegmentation", "MODEL.CELLS.METHOD", "stardist")
+            configured("MODEL.META_ARCHITECTURE", "CellInstanceSegmentation", "MODEL.CELLS.METHOD", "dcan")
         )
+
+
+@pytest.mark.parametrize("method", ["stardist", "cornernet"])
+def test_other_methods_train_and_predict_classes(datasets, method):
+    small = ["INPUT.SIZE", (64, 96), "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.WIDTHS", [4, 6, 8, 8]]
+    small += [f"MODEL.{method.upper()}.CHANNELS", 8, "DATASETS.TRAIN", ("classes_train",)]
+    small += ["DATASETS.TEST", ("classes_test",), "MODEL.STARDIST.PROBABILITY_THRESHOLD", 0.1]
+    cfg = load_config(f"{method}_synthetic_cpu", *small)
+    cfg.DATASETS.VALIDATION = ()
+    classes_from_datasets(cfg)
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    assert model.network.classes.names == tuple(NAMES) and model.network.classes.cells_of_class == (3, 3, 3)
+    records = DatasetCatalog.get("classes_train")
+    batch = [CellMapper(cfg, is_train=False, with_targets=True)(record) for record in records]
+    losses = model(batch)  # with cells of no known class
+    sum(losses.values()).backward()
+    of_classes = [p for name, p in model.network.named_parameters() if model.network.of_classes(name)]
+    assert of_classes and all(p.grad.abs().sum() > 0 for p in of_classes)
+    if method == "stardist":  # whose stars would be smaller than pixels
+        torch.nn.init.constant_(model.network.heads.distance.bias, 6.0)
+    (output,) = model.eval()([CellMapper(cfg, is_train=False)(records[0])])
+    labels = output["instances"].pred_classes
+    assert len(labels) > 0 and set(labels.tolist()) <= {0, 1, 2}
 
 
 def test_the_keypoint_graph_trains_and_predicts_classes(datasets):

@@ -9,6 +9,7 @@ import torch
 from builders import ROOT
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells.class_colours import class_colours
 from kg_detectron.export.label_images import LabelStack
 from kg_detectron.export.measurements import write_table
 from kg_detectron.export.results import save_results
@@ -47,6 +48,20 @@ def test_napari_opens_a_label_image_with_its_measurements(manifest, viewer, tmp_
     assert list(layer.features["area_px"]) == [36, 104]
     assert layer.metadata["pixel_size_um"] == pytest.approx(0.5)
     assert "area_px: 104" in str(layer.get_status((12, 14), world=True))
+
+
+def test_cells_have_the_colours_of_their_classes(manifest, viewer, tmp_path: Path) -> None:
+    labels = np.zeros((20, 30), np.uint16)
+    labels[2:8, 3:9], labels[10:18, 12:25] = 1, 2
+    masks = MaskCrops.from_label_image(labels)
+    cells = Cells(masks.windows.float(), torch.tensor([0.9, 0.5]), torch.tensor([2, 1]), masks)
+    names = ("round", "dark")
+    kinds = ("labels", "csv", "classes")
+    save_results(cells, np.full((20, 30), 7, np.uint8), tmp_path, "a", kinds, category_names=names)
+    (layer,) = viewer.open(tmp_path / "a_labels.tif", plugin="kg_detectron")
+    assert list(layer.features["class"]) == ["dark", "round"]
+    first, second = (tuple(np.round(255 * layer.get_color(id_)).astype(int)[:3]) for id_ in (1, 2))
+    assert (second, first) == class_colours(2)
 
 
 def test_ids_of_a_stack_count_on_and_keep_their_rows(tmp_path: Path) -> None:

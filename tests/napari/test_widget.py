@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import tifffile
-from builders import drawn_image
+from builders import drawn_image, tiny_network
 
 from kg_detectron import load_model, predict
 from kg_detectron.cells.separation import separate_cells
+from kg_detectron.inference.model_file import save_model
+from kg_detectron.modeling import Scores
 
 if TYPE_CHECKING:
     from napari.viewer import Viewer
@@ -85,6 +87,33 @@ def test_a_click_on_a_cell_shows_its_numbers(widget: "SegmentCells") -> None:
     shown = dict(zip(widget.numbers.row_headers, (row[0] for row in widget.numbers.data), strict=True))
     assert int(shown["index"]) == id_
     assert int(shown["area_px"]) == np.count_nonzero(layer.data == id_)
+
+
+def test_classes_have_colours_and_a_column(widget: "SegmentCells", tmp_path: Path) -> None:
+    """The class of each cell is that of the prediction, in the model's colours, or in colours of its own."""
+    segmented(widget)
+    assert "class" not in widget.labels_layer.features and not widget.shown_cells.segmentation.colours
+    model = tiny_network(names=("round", "dark", "long"), colours=("#ff0000", "#00ff00", "#0000ff")).eval()
+    model.scores = Scores((0.0016, 0.00171), (0.0, 0.95), threshold=0.6)
+    save_model(model, tmp_path / "classes.safetensors")
+    widget.model_file.value = tmp_path / "classes.safetensors"
+    segmented(widget)
+    widget.threshold.value = 0.05
+    layer = widget.labels_layer
+    cells = separate_cells(predict(model, IMAGE, diameter=model.preprocessing.diameter).above(0.05))
+    names = [model.classes.names[label - 1] for label in cells.labels]
+    assert len(set(names)) > 1 and layer.features["class"].tolist() == names
+    colours = {"round": (1, 0, 0, 1), "dark": (0, 1, 0, 1), "long": (0, 0, 1, 1)}
+    for id_, name in enumerate(names, start=1):
+        assert tuple(layer.get_color(id_)) == colours[name]
+    assert tuple(layer.get_color(len(names) + 1)) == (1, 1, 1, 1)  # drawn by hand
+    assert all(f"{name}: {names.count(name)}" in widget.status.value for name in set(names))
+    widget.show_numbers(1)
+    shown = dict(zip(widget.numbers.row_headers, (row[0] for row in widget.numbers.data), strict=True))
+    assert shown["class"] == names[0]
+    widget.class_colours.value = False
+    own = {tuple(np.round(layer.get_color(id_), 3)) for id_ in range(1, len(names) + 1)}
+    assert len(own) > 3
 
 
 def test_the_threshold_keeps_corrections_of_cells_that_stay(widget: "SegmentCells") -> None:

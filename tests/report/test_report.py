@@ -5,13 +5,14 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import browser
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kg_detectron.cli.main import main
@@ -21,7 +22,7 @@ from kg_detectron.metrics import PaperMetrics
 from kg_detectron.report import model_names, report_dataset
 from kg_detectron.report.charts import count_axis
 from kg_detectron.report.comparison import Pooled, compare
-from kg_detectron.report.outcomes import judge, match
+from kg_detectron.report.outcomes import judge, judge_class, match
 from kg_detectron.report.svg_outlines import TOLERANCE, outline
 
 SIZE = 40, 60
@@ -179,6 +180,33 @@ def test_outline_of_a_blob_with_a_hole_keeps_to_the_tolerance(seed: int) -> None
     edge = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     assert not wrong[~edge].any() and wrong.sum() < 0.12 * edge.sum()
     assert TOLERANCE < 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_a_class_is_judged_as_by_plain_loops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    squares = [rectangle(x, y, x + 9, y + 9) for y in range(0, 40, 10) for x in range(0, 60, 10)]
+    truths, founds = rng.permutation(24)[:12], rng.permutation(24)[:12]
+    truth = replace(cells(*(squares[i] for i in truths)), classes=tuple(rng.choice(["a", "b", ""], 12)))
+    scores = np.sort(rng.random(12))[::-1].tolist()
+    found = replace(cells(*(squares[i] for i in founds), scores=scores), classes=tuple(rng.choice(["a", "b"], 12)))
+    matches = match(truth, found, [0.5])
+    verdict = judge(truth, found, matches, 0, scores[9])  # the last two do not count
+    for name in ("a", "b", "c"):
+        of_class = judge_class(truth, found, matches, 0, verdict, name)
+        instances, right, wrong = [], [], []
+        for i, place in enumerate(founds[:10]):
+            true = truth.classes[list(truths).index(place)] if place in truths else None
+            if found.classes[i] == name and true != "":
+                instances.append(i)
+                (right if true == name else wrong).append(i)
+        assert of_class.instances.tolist() == instances
+        assert of_class.instances[of_class.verdict.found].tolist() == right
+        assert of_class.instances[~of_class.verdict.found].tolist() == wrong
+        assert of_class.cells.tolist() == [m for m in range(12) if truth.classes[m] == name]
+        taken = [founds[i] for i in right]
+        assert of_class.cells[of_class.verdict.missed].tolist() == [m for m in of_class.cells if truths[m] not in taken]
 
 
 # From files to the page
@@ -344,12 +372,14 @@ def page(window: browser.Browser, made: dict) -> Iterator[browser.Browser]:
 PANELS = "return document.querySelectorAll('.card .panel svg').length"
 DISPLAY = "return getComputedStyle(document.querySelector(arguments[0])).display"
 FIRST = "#cards .card:first-child"
+CHOOSE = (
+    "const box = document.getElementById(arguments[0]); box.value = arguments[1];box.dispatchEvent(new Event('change'))"
+)
+SCROLL = "document.documentElement.style.scrollBehavior = 'auto'; document.getElementById('images').scrollIntoView()"
 
 
 def scroll_to_images(page: browser.Browser) -> None:
-    page.run(
-        "document.documentElement.style.scrollBehavior = 'auto'; document.getElementById('images').scrollIntoView()"
-    )
+    page.run(SCROLL)
     page.wait_for("return document.querySelectorAll('.card .panel svg').length === 8")
 
 
@@ -389,15 +419,11 @@ def test_layers_by_mouse_and_by_key(page: browser.Browser) -> None:
 
 def test_order_and_choice(page: browser.Browser) -> None:
     names = "return [...document.querySelectorAll('.card:not([hidden])')].map((card) => card.dataset.name)"
-    choose = (
-        "const box = document.getElementById(arguments[0]); box.value = arguments[1];"
-        "box.dispatchEvent(new Event('change'))"
-    )
-    page.run(choose, "order", "f1 down")
+    page.run(CHOOSE, "order", "f1 down")
     assert page.run(names) == ["empty", "good", "bad <b>"]
-    page.run(choose, "order", "cells down")
+    page.run(CHOOSE, "order", "cells down")
     assert page.run(names) == ["bad <b>", "good", "empty"]
-    page.run(choose, "only", "merged")
+    page.run(CHOOSE, "only", "merged")
     assert page.run(names) == ["bad <b>"]
     page.click("#name")
     page.type(*"goo")
@@ -465,3 +491,83 @@ def test_nothing_sticks_out_of_a_narrow_window(made: dict) -> None:
         scroll_to_images(window)
         assert window.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         assert window.errors() == []
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of two images and one model, with the classes round and dark.
+
+    In one image a dark cell is taken for a round one, and a cell of no known class is found.
+    """
+    folder = tmp_path_factory.mktemp("classes")
+    lost = rectangle(40, 25, 55, 38)
+    truths = {"both": [(LEFT, 3), (RIGHT, 900), (lost, None)], "round": [(LEFT, 3)], "empty": []}
+    found = {"both": [(LEFT, 3, 0.9), (RIGHT, 3, 0.8), (lost, 900, 0.7)], "round": [(LEFT, 3, 0.9)], "empty": []}
+    images, annotations, results = [], [], []
+    for image_id, (name, own) in enumerate(truths.items(), start=1):
+        cv2.imwrite(str(folder / f"{name}.png"), np.full((*SIZE, 3), 90, np.uint8))
+        images.append({"id": image_id, "file_name": f"{name}.png", "height": SIZE[0], "width": SIZE[1]})
+        for mask, category in own:
+            entry = coco_annotation(mask, image_id=image_id, annotation_id=len(annotations) + 1)
+            annotations.append(entry | {"category_id": category})
+        for mask, category, score in found[name]:
+            entry = coco_annotation(mask, image_id=image_id, annotation_id=1)
+            results.append(entry | {"category_id": category, "score": score})
+    categories = [{"id": 3, "name": "round"}, {"id": 900, "name": "dark <i>"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(content))
+    (folder / "model.json").write_text(json.dumps(results))
+    report_dataset(folder / "truth.json", {"mine": folder / "model.json"}, folder, folder / "page.html", score=0.5)
+    return folder / "page.html"
+
+
+def test_a_class_is_chosen(window: browser.Browser, classified: Path, made: dict) -> None:
+    window.open(classified)
+    names = "return [...document.querySelectorAll('.card:not([hidden])')].map((card) => card.dataset.name)"
+    counts = (
+        "return [...document.querySelectorAll('.card[data-name=both] tbody td')].map((cell) => cell.textContent)"
+        ".concat(document.querySelector('.card[data-name=both] .cells').textContent)"
+    )
+    outlines = (
+        "const card = document.querySelector('.card[data-name=both]');"
+        "return ['found', 'false', 'missed'].map((kind) => "
+        "[...card.querySelectorAll(`[data-model] .${kind} .stroke`)]"
+        ".map((path) => path.getAttribute('d').split('M').length - 1)[0] ?? 0)"
+    )
+    captions = "return [...document.querySelectorAll('.card[data-name=both] figcaption')].map((c) => c.textContent)"
+    drawn = "return document.querySelectorAll('.card[data-name=both] .panel svg').length === 3"
+    window.run(SCROLL)
+    window.wait_for(drawn)
+    everything = ["1.000", "3", "0", "0", "0", "0", "3"]
+    assert window.run(counts) == everything and window.run(outlines) == [3, 0, 0]
+
+    window.run(CHOOSE, "class", "0")
+    window.wait_for(drawn)
+    assert window.run(names) == ["both", "round"]
+    # An instance of the dark cell calls it round: one found, one false.
+    assert window.run(counts) == ["0.667", "1", "0", "1", "0", "0", "1"]
+    assert window.run(outlines) == [1, 1, 0]
+    assert window.run(captions) == ["Input", "Ground truth, 1 round cell", "mine, 2 round instances"]
+    window.run(CHOOSE, "only", "missed")
+    assert window.run(names) == []
+    window.run(CHOOSE, "class", "1")
+    window.wait_for(drawn)
+    # The dark cell is missed; the instance of the cell of no class is neither found nor false.
+    assert window.run(names) == ["both"]
+    assert window.run(counts) == ["0.000", "0", "1", "0", "0", "0", "1"] and window.run(outlines) == [0, 0, 1]
+    window.run(CHOOSE, "class", "")
+    window.run(CHOOSE, "only", "")
+    window.wait_for(drawn)
+    assert len(window.run(names)) == 3
+    assert window.run(counts) == everything and window.run(outlines) == [3, 0, 0]
+    window.click(".card[data-name=both] .enlarge")
+    window.run(
+        "const svg = document.querySelector('#viewer [data-model=\"0\"]');"
+        "const at = new DOMPoint(15, 5).matrixTransform(svg.getScreenCTM());"
+        "svg.dispatchEvent(new PointerEvent('pointermove', {clientX: at.x, clientY: at.y, bubbles: true}))"
+    )
+    assert window.run("return document.getElementById('readout').textContent") == "mine: round, score 0.8, IoU 1, found"
+    assert window.errors() == []
+    text = classified.read_text(encoding="utf-8")
+    assert "dark &lt;i&gt;" in text and "dark <i>" not in text
+    assert 'id="class"' not in (made["folder"] / "page.html").read_text(encoding="utf-8")

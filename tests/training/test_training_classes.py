@@ -135,8 +135,8 @@ def test_a_one_class_model_is_adapted_to_several(tmp_path):
         assert all(torch.equal(value, weights[name]) for name, value in known.state_dict().items())
     other = starting_model(str(tmp_path / "three.safetensors"), classes=("dark", "pale"))
     assert other.classes.names == ("dark", "pale")
-    with pytest.raises(ValueError, match="method stardist tells no classes apart, and the data have 3"):
-        starting_model("nothing", changes={"method": "stardist"}, classes=names)
+    with pytest.raises(ValueError, match="method dcan tells no classes apart, and the data have 3"):
+        starting_model("nothing", changes={"method": "dcan"}, classes=names)
 
 
 def test_twenty_classes_of_which_one_holds_most_are_balanced():

@@ -12,8 +12,8 @@ from kg_detectron.modeling.cornernet.settings import CornerDecodingSettings
 @torch.no_grad()
 def decode_corners(
     maps: CornerMaps, stride: int, size: tuple[int, int], settings: CornerDecodingSettings
-) -> tuple[Tensor, Tensor]:
-    """The boxes of one image.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes of one image. Corners of two classes are no pair; boxes of all classes suppress each other.
 
     Args:
         maps: of one image, without the axis N.
@@ -22,24 +22,24 @@ def decode_corners(
         settings: of the steps.
 
     Returns:
-        Boxes (R, 4), xyxy continuous input pixels, clipped to the image, and scores (R,), falling.
+        Boxes (R, 4), xyxy continuous input pixels, clipped to the image, scores (R,), falling, and classes (R,) int64,
+        from 1.
     """
-    probability = maps.heatmap.float().sigmoid()
-    peak = (max_pool2d(probability[None], 3, stride=1, padding=1)[0] == probability) & (
-        probability > settings.peak_threshold
-    )
-    points, scores, tags = [], [], []
+    probability = maps.heatmap.float().sigmoid()  # [2,K,h,w]
+    peak = (max_pool2d(probability, 3, stride=1, padding=1) == probability) & (probability > settings.peak_threshold)
+    points, scores, tags, kinds = [], [], [], []
     for corner in range(2):
-        y, x = peak[corner].nonzero().unbind(1)
-        score, best = probability[corner, y, x].sort(descending=True, stable=True)
+        kind, y, x = peak[corner].nonzero().unbind(1)
+        score, best = probability[corner, kind, y, x].sort(descending=True, stable=True)
         best = best[: settings.max_corners]
         y, x = y[best], x[best]
+        kinds.append(kind[best])
         points.append((torch.stack((x, y), dim=1) + maps.offset.float()[corner, :, y, x].T) * stride)
         scores.append(score[: settings.max_corners])
         tags.append(maps.tag.float()[corner, y, x])
     # From the centres of the corner pixels to the edges of the box.
     low, high = points[0] - 0.5, points[1] + 0.5
-    pair = (tags[0][:, None] - tags[1]).abs() <= settings.tag_distance
+    pair = ((tags[0][:, None] - tags[1]).abs() <= settings.tag_distance) & (kinds[0][:, None] == kinds[1])
     pair &= (high[None] > low[:, None]).all(2)
     first, last = pair.nonzero().unbind(1)
     score, best = ((scores[0][first] + scores[1][last]) / 2).sort(descending=True, stable=True)
@@ -48,8 +48,9 @@ def decode_corners(
     boxes = torch.minimum(torch.cat((low[first[best]], high[last[best]]), dim=1).clamp(min=0), limit)
     visible = (boxes[:, 2:] > boxes[:, :2]).all(1)
     boxes, score = boxes[visible], score[: settings.max_candidates][visible]
+    labels = 1 + kinds[0][first[best]][visible]
     order, score = soft_nms(boxes, score, settings.overlap_sigma, settings.min_score)
-    return boxes[order], score
+    return boxes[order], score, labels[order]
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, sigma: float, min_score: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ HEATMAP_PRIOR = -2.19
 class CornerMaps(NamedTuple):
     """The maps of both corner types, top left and bottom right."""
 
-    heatmap: Tensor  # [N,2,h,w] logits
+    heatmap: Tensor  # [N,2,K,h,w] logits of each class
     tag: Tensor  # [N,2,h,w] embedding: the two corners of one cell have the same
     offset: Tensor  # [N,2,2,h,w] corner type, then x, y: place of the corner within its pixel, 0..1
 
@@ -56,13 +56,13 @@ class CornerPooling(nn.Module):
 
 
 class CornerHeads(nn.Module):
-    """Heatmap, tag and offset of both corner types from a decoder map of ``width`` channels."""
+    """Heatmap of each class, tag and offset of both corner types from a decoder map of ``width`` channels."""
 
-    def __init__(self, width: int, channels: int, norm: str) -> None:
+    def __init__(self, width: int, channels: int, norm: str, classes: int = 1) -> None:
         super().__init__()
         self.widen = nn.Sequential(convolution(width, channels, 3), nn.ReLU(inplace=True))
         self.pooling = nn.ModuleList(CornerPooling(channels, first, norm) for first in (True, False))
-        self.heatmap = self._heads(channels, 1)
+        self.heatmap = self._heads(channels, classes)
         self.tag = self._heads(channels, 1)
         self.offset = self._heads(channels, 2)
         for head in self.heatmap:
@@ -83,4 +83,4 @@ class CornerHeads(nn.Module):
             torch.stack([head(corner) for head, corner in zip(heads, corners, strict=True)], dim=1)
             for heads in (self.heatmap, self.tag, self.offset)
         )
-        return CornerMaps(heatmap[:, :, 0], tag[:, :, 0], offset)
+        return CornerMaps(heatmap, tag[:, :, 0], offset)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.modeling.classes import ClassBalance
 from kg_detectron.modeling.cornernet.decoding import decode_corners
 from kg_detectron.modeling.cornernet.heads import CornerHeads, CornerMaps
 from kg_detectron.modeling.cornernet.losses import corner_losses
@@ -29,7 +30,10 @@ class CornerNet(TrunkNet):
         heads = settings.heads
         super().__init__(settings, heads.scale, reads_c0=heads.masks)
         self.stride = 2 ** (heads.scale - 1)
-        self.heads = CornerHeads(settings.trunk.widths[heads.scale - 1], heads.channels, settings.backbone.norm)
+        self.heads = CornerHeads(
+            settings.trunk.widths[heads.scale - 1], heads.channels, settings.backbone.norm, len(settings.classes)
+        )
+        self.class_balance = ClassBalance(settings.classes)
         self.segmentation: SegmentationBranch | None = None
         if heads.masks:
             self.segmentation = build_segmentation_branch(
@@ -39,11 +43,19 @@ class CornerNet(TrunkNet):
     def dense_modules(self) -> list[nn.Module]:
         return [self.backbone, self.trunk, self.heads]
 
-    def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+    def of_classes(self, name: str) -> bool:
+        """The last layer of the heatmaps has a channel for each class."""
+        return name.startswith(("heads.heatmap.0.2.", "heads.heatmap.1.2."))
+
+    def losses(
+        self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
         maps, crop_maps = self.maps(batch)
         size = (batch.shape[2], batch.shape[3])
-        targets = corner_targets(boxes, size, self.stride, self.settings.loss.min_overlap)
-        losses = corner_losses(maps, targets, self.settings.loss)
+        overlap, classes = self.settings.loss.min_overlap, len(self.settings.classes)
+        targets = corner_targets(boxes, size, self.stride, overlap, labels, classes)
+        weights = self.class_balance.weights if classes > 1 else None
+        losses = corner_losses(maps, targets, self.settings.loss, weights)
         return losses if self.segmentation is None else losses | self.segmentation.losses(crop_maps, boxes, masks)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
@@ -53,13 +65,13 @@ class CornerNet(TrunkNet):
                 decode_corners(CornerMaps(*(m[i] for m in maps)), self.stride, size, self.settings.decoding)
                 for i, size in enumerate(sizes)
             ]
-        boxes, scores = [b for b, _ in found], [s for _, s in found]
+        boxes, scores, labels = map(list, zip(*found, strict=True))
         if self.segmentation is None:
             masks = [filled_boxes(b, size) for b, size in zip(boxes, sizes, strict=True)]
         else:
             masks = self.segmentation.predict_masks(crop_maps, boxes, sizes)
             boxes = [self.segmentation.cell_boxes(b, m) for b, m in zip(boxes, masks, strict=True)]
-        return [cells_of_image(*cells) for cells in zip(boxes, scores, masks, strict=True)]
+        return [cells_of_image(*cells) for cells in zip(boxes, scores, masks, labels, strict=True)]
 
     def maps(self, batch: Tensor) -> tuple[CornerMaps, list[Tensor]]:
         """Images (N, 3, h, w) -> the corner maps, and the maps that masks are cut from (none without masks)."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kg_detectron.modeling.backbone import BackboneSettings
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.preprocessing import Preprocessing
 from kg_detectron.modeling.segmentation_branch import SegmentationSettings
 from kg_detectron.modeling.settings import require
@@ -106,3 +107,4 @@ class CornerNetSettings:
     loss: CornerLossSettings = CornerLossSettings()
     decoding: CornerDecodingSettings = CornerDecodingSettings()
     segmentation: SegmentationSettings = SegmentationSettings()
+    classes: ClassSettings = ClassSettings()

@@ -14,7 +14,12 @@ _SHORTEST = 1e-3
 
 @torch.no_grad()
 def decode_stars(
-    probability: Tensor, distances: Tensor, stride: int, size: tuple[int, int], settings: StarDecodingSettings
+    probability: Tensor,
+    distances: Tensor,
+    stride: int,
+    size: tuple[int, int],
+    settings: StarDecodingSettings,
+    classes: Tensor | None = None,
 ) -> Cells:
     """The cells of one image. A pixel in several stars belongs to the one of the highest probability.
 
@@ -24,9 +29,10 @@ def decode_stars(
         stride: of the maps.
         size: (H, W) of the image, input pixels, without the padding.
         settings: the thresholds.
+        classes: (h, w) int64, the class of each pixel if it is of a cell; 1 by default.
 
     Returns:
-        The cells; their scores are the object probabilities of their centres.
+        The cells; their scores are the object probabilities of their centres, and their classes those of their centres.
     """
     row, column = (probability > settings.probability_threshold).nonzero().unbind(1)
     centres = torch.stack((column + 0.5, row + 0.5), dim=1) * stride
@@ -39,4 +45,5 @@ def decode_stars(
     for number in range(len(kept), 0, -1):
         x, y = polygon_pixels(centres[kept[number - 1]], rays[kept[number - 1]], size).unbind(1)
         labels[y, x] = number
-    return cells_of_labels(labels.cpu().numpy(), scores[kept])
+    of_cells = None if classes is None else classes[row[kept], column[kept]]
+    return cells_of_labels(labels.cpu().numpy(), scores[kept], of_cells)

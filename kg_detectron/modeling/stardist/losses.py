@@ -1,7 +1,8 @@
 """Losses of StarDist (Schmidt et al. 2018, section 2.2; normalised as in the published code)."""
 
+import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from kg_detectron.modeling.stardist.settings import StarHeadSettings
 
@@ -30,3 +31,17 @@ def star_losses(
         "loss_probability": binary_cross_entropy_with_logits(logits.float(), probability),
         "loss_distance": settings.distance_weight * loss,
     }
+
+
+def star_class_loss(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
+    """Weighted cross entropy of the classes of pixels, as in the published code: a mean over all pixels, to which those
+    of no known class add nothing.
+
+    Args:
+        logits: (N, 1 + K, h, w), of the background and the classes.
+        classes: (N, h, w) int64, see `star_classes`.
+        weights: (K,) of the classes; that of the background is 1.
+    """
+    of_pixel = (weights.new_ones(1), weights, weights.new_zeros(1))  # -1 is the last
+    entropy = cross_entropy(logits.float(), classes.clamp(min=0), reduction="none")
+    return (torch.cat(of_pixel)[classes] * entropy).mean()

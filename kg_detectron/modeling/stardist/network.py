@@ -1,35 +1,68 @@
-"""StarDist: every pixel of a cell tells how far its outline is along each ray (Schmidt et al., MICCAI 2018)."""
+"""StarDist: every pixel of a cell tells how far its outline is along each ray (Schmidt et al., MICCAI 2018).
+
+With several classes every pixel tells its class too, as in the published code since version 0.7 (``n_classes``;
+Weigert and Schmidt, ISBIC 2022).
+"""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells
+from kg_detectron.modeling.classes import ClassBalance, ClassSettings
 from kg_detectron.modeling.label_maps import label_maps
 from kg_detectron.modeling.methods import register_method
 from kg_detectron.modeling.precision import full_precision
 from kg_detectron.modeling.stardist.decoding import decode_stars
-from kg_detectron.modeling.stardist.losses import star_losses
+from kg_detectron.modeling.stardist.losses import star_class_loss, star_losses
 from kg_detectron.modeling.stardist.settings import StarDistSettings
-from kg_detectron.modeling.stardist.targets import star_targets
+from kg_detectron.modeling.stardist.targets import star_classes, star_targets
 from kg_detectron.modeling.trunk import convolution
 from kg_detectron.modeling.trunk_net import TrunkNet
 
 
-class StarHeads(nn.Module):
-    """Object probability and distances from a decoder map of ``width`` channels."""
+class StarMaps(NamedTuple):
+    """The maps of StarDist."""
 
-    def __init__(self, width: int, channels: int, rays: int) -> None:
+    probability: Tensor  # [N,h,w] logits
+    distances: Tensor  # [N,K,h,w] pixels of the input
+    classes: Tensor | None  # [N,1+classes,h,w] logits, of the background first; None where there is one class
+
+
+class StarClassHead(ClassBalance):
+    """Class logits of pixels from a decoder map of ``width`` channels."""
+
+    def __init__(self, width: int, channels: int, settings: ClassSettings) -> None:
+        super().__init__(settings)
+        self.layers = nn.Sequential(
+            convolution(width, channels, 3), nn.ReLU(inplace=True), nn.Conv2d(channels, 1 + len(settings), 1)
+        )
+
+    def forward(self, decoded: Tensor) -> Tensor:
+        """(N, width, h, w) -> logits (N, 1 + classes, h, w), of the background first."""
+        return self.layers(decoded)
+
+    def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """`star_class_loss`, weighted."""
+        return self.settings.class_weight * star_class_loss(logits, classes, self.weights)
+
+
+class StarHeads(nn.Module):
+    """Object probability, distances and classes from a decoder map of ``width`` channels."""
+
+    def __init__(self, width: int, channels: int, rays: int, classes: ClassSettings) -> None:
         super().__init__()
         self.hidden = nn.Sequential(convolution(width, channels, 3), nn.ReLU(inplace=True))
         self.probability = nn.Conv2d(channels, 1, 1)
         self.distance = nn.Conv2d(channels, rays, 1)
+        self.class_head = StarClassHead(width, channels, classes) if len(classes) > 1 else None
 
-    def forward(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, width, h, w) -> logits (N, h, w) of the object probability, and distances (N, K, h, w) in pixels."""
+    def forward(self, decoded: Tensor) -> StarMaps:
+        """(N, width, h, w) -> the maps."""
         hidden = self.hidden(decoded)
-        return self.probability(hidden)[:, 0], self.distance(hidden)
+        classes = None if self.class_head is None else self.class_head(decoded)
+        return StarMaps(self.probability(hidden)[:, 0], self.distance(hidden), classes)
 
 
 @register_method("stardist")
@@ -42,20 +75,28 @@ class StarDistNet(TrunkNet):
         heads = settings.heads
         super().__init__(settings, heads.scale)
         self.stride = 2 ** (heads.scale - 1)
-        self.heads = StarHeads(settings.trunk.widths[heads.scale - 1], heads.channels, heads.rays)
+        self.heads = StarHeads(settings.trunk.widths[heads.scale - 1], heads.channels, heads.rays, settings.classes)
 
-    def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
-        logits, distances = self.maps(batch)
-        labels = label_maps(masks, (batch.shape[2], batch.shape[3]))
+    def losses(
+        self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        logits, distances, classes = self.maps(batch)
+        cells = label_maps(masks, (batch.shape[2], batch.shape[3]))
         settings = self.settings.heads
-        return star_losses(logits, distances, *star_targets(labels, self.stride, settings.rays), settings)
+        losses = star_losses(logits, distances, *star_targets(cells, self.stride, settings.rays), settings)
+        head = self.heads.class_head
+        if head is None or classes is None or labels is None:
+            return losses
+        return losses | {"loss_class": head.loss(classes, star_classes(cells, self.stride, labels))}
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
-        logits, distances = self.maps(batch)
+        logits, distances, classes = self.maps(batch)
+        # An object was found here already, whatever the background's logit.
+        best = [None] * len(sizes) if classes is None else 1 + classes[:, 1:].argmax(1)
         with full_precision(batch.device):
-            images = zip(logits.float().sigmoid(), distances.float(), sizes, strict=True)
-            return [decode_stars(p, d, self.stride, size, self.settings.decoding) for p, d, size in images]
+            images = zip(logits.float().sigmoid(), distances.float(), sizes, best, strict=True)
+            return [decode_stars(p, d, self.stride, size, self.settings.decoding, c) for p, d, size, c in images]
 
-    def maps(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, h, w) -> logits of the object probability, and distances, see `StarHeads`."""
+    def maps(self, batch: Tensor) -> StarMaps:
+        """Images (N, 3, h, w) -> the maps."""
         return self.heads(self.decoded(batch)[self.settings.heads.scale])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kg_detectron.modeling.backbone import BackboneSettings
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.preprocessing import Preprocessing
 from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import SCALES, TrunkSettings
@@ -72,3 +73,4 @@ class StarDistSettings:
     trunk: TrunkSettings = TrunkSettings()
     heads: StarHeadSettings = StarHeadSettings()
     decoding: StarDecodingSettings = StarDecodingSettings()
+    classes: ClassSettings = ClassSettings()

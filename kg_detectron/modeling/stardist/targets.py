@@ -4,6 +4,7 @@ A location of a map of stride s lies at ((i + 0.5) s, (j + 0.5) s) of the image,
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import cv2
@@ -29,6 +30,22 @@ def star_targets(labels: Tensor, stride: int, rays: int) -> tuple[Tensor, Tensor
     at = slice(stride // 2, None, stride)
     probability = torch.stack([object_probability(image) for image in labels])[:, at, at]
     return probability, star_distances(labels, stride, rays)
+
+
+def star_classes(labels: Tensor, stride: int, classes: Sequence[Tensor]) -> Tensor:
+    """The class of the cell at each location.
+
+    Args:
+        labels, stride: as in `star_targets`.
+        classes: N tensors (M,) int64, the class of the cells 1..M of each image, or 0 where it is not known.
+
+    Returns:
+        (N, h / stride, w / stride) int64: 0 background, else the class; -1 in cells whose class is not known.
+    """
+    at = slice(stride // 2, None, stride)
+    of_labels = [torch.cat((c.new_zeros(1), torch.where(c > 0, c, -1))) for c in classes]
+    cells = labels[:, at, at]
+    return torch.stack([of_image[image] for of_image, image in zip(of_labels, cells, strict=True)])
 
 
 def object_probability(labels: Tensor) -> Tensor:

@@ -26,10 +26,12 @@ from kg_detectron.modeling.cornernet.targets import corner_targets, gaussian_rad
 SIDE = 64
 
 
-def maps_of_boxes(boxes: torch.Tensor, stride: int) -> CornerMaps:
+def maps_of_boxes(boxes: torch.Tensor, stride: int, labels: torch.Tensor | None = None, classes: int = 1) -> CornerMaps:
     """The maps that a perfect network would give; each cell has its number as its tag."""
-    targets = corner_targets([boxes], (SIDE, SIDE), stride)
-    shape = targets.heatmap.shape[2:]
+    targets = corner_targets(
+        [boxes], (SIDE, SIDE), stride, labels=None if labels is None else [labels], classes=classes
+    )
+    shape = targets.heatmap.shape[3:]
     tag, offset = torch.full((2, *shape), 1e3), torch.zeros(2, 2, *shape)
     tag[1] = -1e3
     for number, (place, within) in enumerate(zip(targets.place, targets.offset, strict=True)):
@@ -49,10 +51,32 @@ def test_targets_decode_to_the_boxes(seed, count, stride):
         places = (corners / stride).floor()
         assume((torch.cdist(places, places) + 9 * torch.eye(count)).min() >= 2)
     decoding = CornerDecodingSettings(peak_threshold=0.9, tag_distance=0.1, overlap_sigma=1e6)
-    found, scores = decode_corners(maps_of_boxes(boxes, stride), stride, (SIDE, SIDE), decoding)
-    assert len(found) == count
-    assert box_iou(boxes, found).amax(1).min() > 0.999
-    assert (scores > 0.9).all()
+    labels = torch.from_numpy(rng.integers(1, 4, count))
+    for kinds, classes in ((None, 1), (labels, 3)):
+        maps = maps_of_boxes(boxes, stride, kinds, classes)
+        found, scores, numbers = decode_corners(maps, stride, (SIDE, SIDE), decoding)
+        assert len(found) == count
+        overlap, match = box_iou(boxes, found).max(1)
+        assert overlap.min() > 0.999 and (scores > 0.9).all()
+        assert numbers[match].tolist() == (labels.tolist() if classes > 1 else [1] * count)
+
+
+def test_corners_of_two_classes_are_no_pair():
+    maps = maps_of_boxes(torch.tensor([[8.0, 8, 40, 40]]), 4, torch.tensor([2]), 3)
+    decoding = CornerDecodingSettings(peak_threshold=0.5, tag_distance=0.1)
+    assert decode_corners(maps, 4, (SIDE, SIDE), decoding)[2].tolist() == [2]
+    maps.heatmap[1] = maps.heatmap[1].roll(1, 0)  # the bottom right corner is of the third class now
+    assert not len(decode_corners(maps, 4, (SIDE, SIDE), decoding)[0])
+
+
+def test_of_two_classes_at_one_place_the_better_one_stays_in_front():
+    """Boxes of all classes suppress each other: a cell is of one class."""
+    maps = maps_of_boxes(torch.tensor([[8.0, 8, 40, 40]]), 4, torch.tensor([2]), 3)
+    maps.heatmap[:, 0] = torch.logit(0.8 * maps.heatmap[:, 1].sigmoid())
+    decoding = CornerDecodingSettings(peak_threshold=0.5, tag_distance=0.1)
+    boxes, scores, labels = decode_corners(maps, 4, (SIDE, SIDE), decoding)
+    assert torch.equal(boxes[0], boxes[1]) and labels.tolist() == [2, 1]
+    assert float(scores[1] / scores[0]) == pytest.approx(0.8 * math.exp(-1 / 0.5), rel=1e-4)
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -95,19 +119,38 @@ def test_heatmaps_are_those_of_plain_loops():
                 if max(dx, dy) <= r:
                     value = math.exp(-(dx**2 + dy**2) / (2 * ((2 * r + 1) / 6) ** 2))
                     expected[0, corner, y, x] = max(expected[0, corner, y, x], value)
-    np.testing.assert_allclose(targets.heatmap.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(targets.heatmap[:, :, 0].numpy(), expected, atol=1e-6)
+    assert not targets.unclassified.any()
+    # Each class has the heatmap that its cells alone would have; those of no known class have their own.
+    by_class = corner_targets(
+        boxes, (SIDE, SIDE), 4, labels=[torch.tensor([2, 0, 2]), torch.zeros(0).long()], classes=3
+    )
+    for number, chosen in ((0, [1]), (1, []), (2, [0, 2]), (3, [])):
+        alone = corner_targets([boxes[0][chosen], boxes[1]], (SIDE, SIDE), 4).heatmap[:, :, 0]
+        assert torch.equal(by_class.heatmap[:, :, number - 1] if number else by_class.unclassified, alone)
 
 
-def test_the_focal_loss_is_that_of_plain_loops():
+@pytest.mark.parametrize("classes", [1, 3])
+def test_the_focal_loss_is_that_of_plain_loops(classes):
     torch.manual_seed(0)
-    p, target = torch.rand(2, 2, 3, 4), torch.rand(2, 2, 3, 4) * 0.9
-    target[0, 0, 1, 1] = target[1, 0, 2, 2] = target[1, 1, 0, 3] = 1
-    total = 0.0
+    shape = (2, 2, classes, 3, 4)
+    p, target = torch.rand(shape), torch.rand(shape) * 0.9
+    target[0, 0, 0, 1, 1] = target[1, 0, -1, 2, 2] = target[1, 1, -1, 0, 3] = 1
+    unclassified = torch.rand(2, 2, 3, 4) * 0.5
+    unclassified[0, 1, 1, 2] = unclassified[1, 0, 0, 0] = 1
+    weights = torch.rand(classes)
+    plain = weighted = 0.0
     for corner, count in ((0, 2), (1, 1)):
-        for n, y, x in np.ndindex(2, 3, 4):
-            q, t = float(p[n, corner, y, x]), float(target[n, corner, y, x])
-            total -= ((1 - q) ** 2 * math.log(q) if t == 1 else (1 - t) ** 4 * q**2 * math.log(1 - q)) / count
-    assert float(focal_loss(p, target)) == pytest.approx(total, rel=1e-4)
+        for n, c, y, x in np.ndindex(2, classes, 3, 4):
+            q, t = float(p[n, corner, c, y, x]), float(target[n, corner, c, y, x])
+            u = float(unclassified[n, corner, y, x])
+            positive, negative = (1 - q) ** 2 * math.log(q), q**2 * math.log(1 - q)
+            plain -= (positive if t == 1 else (1 - t) ** 4 * negative) / count
+            weighted -= (float(weights[c]) * positive if t == 1 else (1 - max(t, u)) ** 4 * negative) / (count + 1)
+            if u == 1 and q == float(p[n, corner, :, y, x].max()):
+                weighted -= positive / (count + 1)
+    assert float(focal_loss(p, target)) == pytest.approx(plain, rel=1e-4)
+    assert float(focal_loss(p, target, unclassified, weights)) == pytest.approx(weighted, rel=1e-4)
 
 
 def test_the_tag_losses_are_those_of_plain_loops():
@@ -143,7 +186,7 @@ def test_offsets_and_tags_are_read_at_the_corners():
 def test_overlapping_boxes_lower_each_other():
     boxes = torch.tensor([[8.0, 8, 40, 40], [12, 12, 44, 44]])
     decoding = CornerDecodingSettings(peak_threshold=0.5, tag_distance=0.1)
-    found, scores = decode_corners(maps_of_boxes(boxes, 4), 4, (SIDE, SIDE), decoding)
+    found, scores, _ = decode_corners(maps_of_boxes(boxes, 4), 4, (SIDE, SIDE), decoding)
     overlap = float(box_iou(boxes[:1], boxes[1:]))
     assert len(found) == 2 and float(scores[1] / scores[0]) == pytest.approx(math.exp(-(overlap**2) / 0.5), rel=1e-4)
 
@@ -167,7 +210,7 @@ def test_soft_nms_is_that_of_a_slow_loop(seed, count):
 
 def test_boxes_are_clipped_and_filled():
     maps = maps_of_boxes(torch.tensor([[8.0, 8, 40, 64]]), 4)
-    found, _ = decode_corners(maps, 4, (50, 30), CornerDecodingSettings(peak_threshold=0.5))
+    found, *_ = decode_corners(maps, 4, (50, 30), CornerDecodingSettings(peak_threshold=0.5))
     assert found.tolist() == [[8, 8, 30, 50]]
     masks = filled_boxes(torch.tensor([[0.0, 0.0, 0.2, 5.0], [8.4, 8, 30, 50]]), (50, 30))
     assert masks.windows.tolist() == [[0, 0, 1, 5], [8, 8, 30, 50]] and all(m.all() for m in masks.crops)

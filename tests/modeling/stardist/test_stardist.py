@@ -11,10 +11,10 @@ from skimage.draw import polygon2mask
 
 from kg_detectron.metrics.iou import mask_iou
 from kg_detectron.modeling.stardist.decoding import decode_stars
-from kg_detectron.modeling.stardist.losses import star_losses
+from kg_detectron.modeling.stardist.losses import star_class_loss, star_losses
 from kg_detectron.modeling.stardist.polygons import areas, polygon_pixels, suppress, vertices
 from kg_detectron.modeling.stardist.settings import StarDecodingSettings, StarHeadSettings
-from kg_detectron.modeling.stardist.targets import object_probability, star_distances, star_targets
+from kg_detectron.modeling.stardist.targets import object_probability, star_classes, star_distances, star_targets
 
 SIDE = 64
 
@@ -104,6 +104,26 @@ def test_losses_are_those_of_plain_loops():
     assert float(losses["loss_distance"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_classes_of_pixels_and_their_loss_are_those_of_plain_loops():
+    torch.manual_seed(0)
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 4, (2, 6, 24)))
+    of_cells = [torch.tensor([2, 0, 1]), torch.tensor([3, 3, 0])]
+    classes = star_classes(labels, 2, of_cells)
+    logits, weights = torch.randn(2, 4, 3, 12), torch.tensor([0.5, 2.0, 3.0])
+    total = 0.0
+    for n, y, x in np.ndindex(2, 3, 12):
+        cell = int(labels[n, 2 * y + 1, 2 * x + 1])
+        number = int(of_cells[n][cell - 1]) or -1 if cell else 0
+        assert classes[n, y, x] == number
+        if number >= 0:
+            weight = float(weights[number - 1]) if number else 1.0
+            total -= weight * math.log(float(logits[n, :, y, x].exp()[number] / logits[n, :, y, x].exp().sum()))
+    assert set(classes.unique().tolist()) == {-1, 0, 1, 2, 3}
+    assert float(star_class_loss(logits, classes, weights)) == pytest.approx(total / 72, rel=1e-5)
+    nothing = star_classes(labels[:1], 2, [torch.zeros(3, dtype=torch.long)])
+    assert set(nothing.unique().tolist()) == {-1, 0}
+
+
 def random_polygons(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     centres = torch.rand(count, 2, generator=generator) * 40
@@ -153,7 +173,10 @@ def test_a_large_polygon_is_sampled_and_still_suppresses():
 def test_of_overlapping_stars_the_better_one_has_the_pixels():
     probability = torch.zeros(32, 32)
     probability[15, 10], probability[15, 18] = 0.7, 0.9
-    cells = decode_stars(probability, torch.full((16, 32, 32), 6.0), 1, (32, 30), StarDecodingSettings())
+    classes = torch.ones(32, 32, dtype=torch.long)
+    classes[15, 10], classes[15, 18] = 3, 2  # of the centres alone
+    cells = decode_stars(probability, torch.full((16, 32, 32), 6.0), 1, (32, 30), StarDecodingSettings(), classes)
+    assert cells.labels.tolist() == [2, 3]
     assert cells.scores.tolist() == pytest.approx([0.9, 0.7])
     first, second = cells.masks
     assert not (first & second).any() and first[15, 14] and second[15, 10]
