@@ -84,7 +84,7 @@ def test_predict_by_onnxruntime_gives_the_same_cells(model, tmp_path, capsys):
     for runtime in RUNTIMES:
         assert main(["predict", *options, "-o", str(tmp_path / runtime), "--save", "labels", "--runtime", runtime]) == 0
     labels = [tifffile.imread(tmp_path / runtime / "a_labels.tif") for runtime in RUNTIMES]
-    assert labels[0].max() == labels[1].max() > 3 and np.count_nonzero((labels[0] > 0) != (labels[1] > 0)) <= 2
+    assert labels[0].max() == labels[1].max() >= 3 and np.count_nonzero((labels[0] > 0) != (labels[1] > 0)) <= 2
     runs = [json.loads((tmp_path / runtime / "run.json").read_text()) for runtime in RUNTIMES]
     assert [run["settings"]["runtime"] for run in runs] == list(RUNTIMES)
     assert ["onnxruntime" in run["versions"] for run in runs] == [False, True]
