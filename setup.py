@@ -1,4 +1,4 @@
-"""The compiled operators of the package; all else about it stands in pyproject.toml.
+"""The compiled operators of the package, and the configs in its wheels; all else about it stands in pyproject.toml.
 
 The C++ operators are always built; the CUDA ones too where a CUDA toolkit is found (``CUDA_HOME``) or ``FORCE_CUDA=1``,
 and not with ``FORCE_CUDA=0``. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to build for. What cannot be built is reported,
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("kg_detectron", "layers", "csrc")  # relative to ROOT, as setuptools wants it
@@ -114,6 +115,26 @@ class BuildOperators(build_ext):
         say("NOT BUILT: the PyTorch reference runs instead, which is much slower.")
 
 
+class BuildWithConfigs(build_py):
+    """``build_py`` that takes ``configs/`` along into the package, where `kg_detectron.d2.model_zoo` finds them."""
+
+    def run(self) -> None:
+        super().run()
+        for source, target in self._configs():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *(str(target) for _, target in self._configs())]
+
+    def _configs(self) -> list[tuple[Path, Path]]:
+        """(source, target) of each; none in a checkout, which has them."""
+        if getattr(self, "editable_mode", False):
+            return []
+        target = Path(self.build_lib, "kg_detectron")
+        return [(path, target / path.relative_to(ROOT)) for path in sorted((ROOT / "configs").rglob("*.yaml"))]
+
+
 setup(
     # Not a Python module but a plain library, hence one wheel for all versions of Python.
     ext_modules=[
@@ -125,6 +146,6 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildOperators},
+    cmdclass={"build_ext": BuildOperators, "build_py": BuildWithConfigs},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

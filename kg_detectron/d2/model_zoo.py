@@ -6,8 +6,7 @@
     instances = DefaultPredictor(cfg)(image)["instances"]
 
 A name is that of a kept model (``nuclei``, see ``kg-detectron models``), the path of a model file
-(``run/model.safetensors``), or the name of a file of the folder ``configs`` (``kg_lite_dsb2018``), which a checkout of
-the repository has.
+(``run/model.safetensors``), or the name of a file of the folder ``configs`` (``kg_lite_dsb2018``).
 """
 
 from pathlib import Path
@@ -25,7 +24,8 @@ from kg_detectron.inference.model_names import SAFETENSORS, kept_models, model_p
 from kg_detectron.modeling import Scores, method_class
 from kg_detectron.modeling.settings import from_plain
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
+_PACKAGED = Path(__file__).parents[1] / "configs"  # in a wheel
+_CONFIGS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def names() -> list[str]:

@@ -17,15 +17,15 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 def test_a_wheel_has_every_file_of_the_package(tmp_path: Path) -> None:
     """By setuptools' own list, which takes no build: all that is no source of the compiled operators."""
     code = """
-import setuptools
-from setuptools import Distribution
-distribution = Distribution({"script_name": "setup.py"})
+from distutils.core import run_setup
+distribution = run_setup("setup.py", stop_after="init")
 distribution.parse_config_files(["pyproject.toml"])
 command = distribution.get_command_obj("build_py")
 command.build_lib = "BUILD"
 command.ensure_finalized()
 print(*command.get_outputs(include_bytecode=False), sep="\\n")
 """
+    code = "import setuptools" + code  # which brings its own distutils
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     packed = {line.removeprefix("BUILD/") for line in run.stdout.replace("\\", "/").splitlines()}
@@ -36,6 +36,8 @@ print(*command.get_outputs(include_bytecode=False), sep="\\n")
     }
     assert "kg_detectron/models/nuclei.safetensors" in ours and "kg_detectron/napari/napari.yaml" in ours
     assert ours - packed == set()
+    configs = {f"kg_detectron/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(configs) > 30 and configs - packed == set()
 
 
 def test_a_wheel_is_built_against_the_declared_range_of_pytorch() -> None:
