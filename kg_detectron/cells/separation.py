@@ -8,10 +8,11 @@ import skimage
 import torch
 
 from kg_detectron.cells.cells import Cells
+from kg_detectron.cells.label_plane import label_image_of
 from kg_detectron.cells.masks import MaskCrops
 
 
-def separate_cells(cells: Cells, scratch: np.ndarray | None = None, *, is_zero: bool = False) -> Cells:
+def separate_cells(cells: Cells) -> Cells:
     """Give each pixel to one cell, and leave each cell one piece.
 
     A pixel belongs to the cell with the highest score of those that claim it (of equals, the first). Of what a cell
@@ -23,15 +24,12 @@ def separate_cells(cells: Cells, scratch: np.ndarray | None = None, *, is_zero: 
 
     Args:
         cells: of one image.
-        scratch: an (H,W) integer array to work in, whose content is lost: a `numpy.memmap` for an image larger than
-            memory. By default one label image is made.
-        is_zero: `scratch` is 0 everywhere.
     Returns:
         The cells that are left, by falling score, their masks as bool crops, on the CPU, without empty margins.
     """
     masks = cells.masks
     order = torch.argsort(cells.scores, descending=True, stable=True).cpu()
-    claims = masks[order].label_image(out=scratch, is_zero=is_zero)
+    claims = label_image_of(masks[order])
     windows = masks.windows[order]
     kept, crops, places = [], [], []
     for i, (x1, y1, x2, y2) in enumerate(windows.tolist()):

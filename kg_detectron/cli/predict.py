@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kg_detectron.export.kinds import EXPORTERS, KINDS
+from kg_detectron.export.kinds import EXPORTERS, KINDS, OTHER_KINDS
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.inference.run_settings import RUNTIMES, Settings, Workers, check_device, check_output
 
@@ -61,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--save",
         nargs="+",
         metavar="KIND",
-        help=f"{kinds}, or all, which is these without zarr; also as a list with commas "
+        help=f"{kinds}, or all, which is these without {' and '.join(OTHER_KINDS)}; also as a list with commas "
         f"(default: {','.join(Settings.save)}). csv is always saved",
     )
     parser.add_argument(

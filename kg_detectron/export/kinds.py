@@ -20,13 +20,15 @@ class Exporter(NamedTuple):
         module: in `kg_detectron.export`. It has ``write(path, result)`` and, where one file can hold a whole stack,
             ``write_stack(path, results)``.
         text: what it is, for help texts.
-        extra: the extra of the package that its writer needs; such a kind is not among those of ``all``.
+        extra: the extra of the package that its writer needs.
+        is_other_form: it says the same as another kind, for other programs; such a kind is not among those of ``all``.
     """
 
     ending: str
     module: str
     text: str
     extra: str = ""
+    is_other_form: bool = False
 
     def write(self, path: Path, result: "Result") -> None:
         """Write the cells of one image, whole or not at all."""
@@ -45,11 +47,13 @@ EXPORTERS = {
     "roi": Exporter("_rois.zip", "imagej_rois", "regions for ImageJ's ROI Manager"),
     "csv": Exporter("_cells.csv", "measurements", "measurements"),
     "classes": Exporter("_classes.csv", "class_table", "class of each cell of the label image"),
-    "zarr": Exporter("_labels.ome.zarr", "ome_zarr", "label image, OME-Zarr", extra="zarr"),
+    "ome-tiff": Exporter("_labels.ome.tif", "ome_tiff", "label pyramid, OME-TIFF", is_other_form=True),
+    "zarr": Exporter("_labels.ome.zarr", "ome_zarr", "label pyramid, OME-Zarr", extra="zarr", is_other_form=True),
 }
-KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if not exporter.extra)
-KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes", "zarr")  # those with `write_stack`
-KINDS_OF_LABELS = ("labels", "zarr")  # label images
+KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if not exporter.is_other_form)
+OTHER_KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if exporter.is_other_form)
+KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes", "ome-tiff", "zarr")  # those with `write_stack`
+KINDS_OF_LABELS = ("labels", "ome-tiff", "zarr")  # label images
 KINDS_OF_WHOLE_STACKS = (
     *KINDS_OF_LABELS,
     "classes",

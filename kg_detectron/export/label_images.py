@@ -2,18 +2,22 @@
 
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
 
+from kg_detectron.cells.label_plane import LabelImage, LabelPlane
 from kg_detectron.io.atomic import replacing
 
 if TYPE_CHECKING:
     from kg_detectron.export.result import Result
 
+TILE = 512  # side of the tiles of large label images, pixels
+
+_SMALLEST = 256  # pixels of the longer side, from which no coarser level of a pyramid is made
 _STRIPED = 2**31  # bytes up to which an image is written in strips. ImageJ reads no tiles, and no strips beyond.
 _CLASSIC = 2**32 - 2**26  # bytes that a TIFF holds whose offsets have 32 bits
 _MAPPED = 2**28  # bytes from which the labels of a stack are kept in a file
@@ -25,7 +29,7 @@ def write(path: Path, result: "Result") -> None:
     write_labels(path, result.label_image, result.pixel_size)
 
 
-def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None = None) -> None:
+def write_labels(path: str | Path, labels: LabelImage, pixel_size: float | None = None) -> None:
     """Write a label image, compressed by zlib: whole or not at all, the same bytes for the same labels.
 
     Below 2 GB it is written in strips, which ImageJ opens; above, in tiles of a BigTIFF. A pixel size stands in the
@@ -33,16 +37,49 @@ def write_labels(path: str | Path, labels: np.ndarray, pixel_size: float | None 
 
     Args:
         path: the file; an existing one is replaced.
-        labels: (H, W) integers, or a memory-mapped array of them, which is written piece by piece.
+        labels: (H, W) integers. Those of 2 GB and more are written tile by tile.
         pixel_size: micrometres.
     """
-    options: dict[str, Any] = {} if labels.nbytes < _STRIPED else {"tile": (512, 512), "bigtiff": True}
+    options: dict[str, Any] = {}
+    data: Any = labels
+    if labels.nbytes >= _STRIPED:
+        data = label_tiles([labels], labels.dtype)
+        options = {"shape": labels.shape, "dtype": labels.dtype, "tile": (TILE, TILE), "bigtiff": True}
+    elif isinstance(labels, LabelPlane):
+        data = labels[:, :]
     if pixel_size is None:
         options["metadata"] = None
     else:
-        options |= _ome(Path(path).name, "YX", pixel_size)
+        options |= ome_options(Path(path).name, "YX", pixel_size)
     with replacing(path) as unfinished:
-        tifffile.imwrite(unfinished, labels, photometric="minisblack", compression="zlib", software=False, **options)
+        tifffile.imwrite(unfinished, data, photometric="minisblack", compression="zlib", software=False, **options)
+
+
+def label_tiles(pages: Iterable[LabelImage], dtype: np.dtype, step: int = 1) -> Iterator[np.ndarray]:
+    """The tiles (TILE, TILE) of label images (H, W), page by page and row by row, as tifffile writes them.
+
+    Args:
+        pages: the images.
+        dtype: of the tiles, which are 0 beyond the image.
+        step: each such pixel is taken, along both axes.
+    """
+    for page in pages:
+        height, width = page.shape
+        for y in range(0, height, TILE * step):
+            for x in range(0, width, TILE * step):
+                part = page[y : y + TILE * step : step, x : x + TILE * step : step]
+                tile = np.zeros((TILE, TILE), dtype)
+                tile[: part.shape[0], : part.shape[1]] = part
+                yield tile
+
+
+def pyramid_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The (h, w) of the levels of a pyramid for an image of a size (H, W): each half of the one before, rounded up."""
+    sizes = [size]
+    while max(sizes[-1]) > _SMALLEST:
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sizes
 
 
 class LabelStack:
@@ -60,16 +97,19 @@ class LabelStack:
         self.shape, self.axes = tuple(shape), axes
         height, width = self.shape[-2:]
         pages = int(np.prod(self.shape[:-2]))
-        self.pages: np.ndarray
         if pages * height * width * 4 < _MAPPED:
-            self.pages = np.zeros((pages, height, width), np.uint32)
+            planes = np.zeros((pages, height, width), np.uint32)
         else:
             with tempfile.TemporaryFile(dir=scratch) as file:
-                self.pages = np.memmap(file, np.uint32, shape=(pages, height, width))
+                planes = np.memmap(file, np.uint32, shape=(pages, height, width))
+        self.pages: list[LabelImage] = list(planes)
 
-    def add(self, page: int, labels: np.ndarray) -> None:
+    def add(self, page: int, labels: LabelImage) -> None:
         """Take the labels (H, W) of a page, counted from 0."""
-        self.pages[page] = labels
+        if isinstance(labels, LabelPlane):
+            self.pages[page] = labels
+        else:
+            self.pages[page][...] = labels
 
     def write(self, path: Path, pixel_size: float | None = None) -> None:
         """Write the stack, compressed by zlib: whole or not at all.
@@ -89,11 +129,10 @@ class LabelStack:
                 metadata["unit"] = "um"
                 options["resolution"] = (1 / pixel_size, 1 / pixel_size)
         else:
-            options = _ome(path.name, self.axes, pixel_size) | {"bigtiff": size >= _CLASSIC}
+            options = ome_options(path.name, self.axes, pixel_size) | {"bigtiff": size >= _CLASSIC}
             if page_size >= _STRIPED:
-                options["tile"] = (512, 512)
-        # Tiles need the pages themselves; otherwise one page after the other is converted.
-        data = self.pages.astype(dtype).reshape(self.shape) if "tile" in options else self._pages_as(dtype)
+                options["tile"] = (TILE, TILE)
+        data = label_tiles(self.pages, dtype) if "tile" in options else self._pages_as(dtype)
         with replacing(path) as unfinished:
             tifffile.imwrite(
                 unfinished,
@@ -107,7 +146,7 @@ class LabelStack:
             )
 
     def _pages_as(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        return (page.astype(dtype) for page in self.pages)
+        return (page[:, :].astype(dtype) for page in self.pages)
 
 
 def write_stack(path: Path, results: Sequence["Result"]) -> None:
@@ -116,14 +155,23 @@ def write_stack(path: Path, results: Sequence["Result"]) -> None:
     Raises:
         ValueError: planes of different sizes.
     """
+    label_stack(results, path.parent).write(path, results[0].pixel_size)
+
+
+def label_stack(results: Sequence["Result"], scratch: Path) -> LabelStack:
+    """The label images of all planes of a stack, in the order of the results.
+
+    Raises:
+        ValueError: planes of different sizes.
+    """
     sizes = {result.masks.size for result in results}
     if len(sizes) != 1:
         raise ValueError(f"planes of {len(sizes)} sizes make no stack")
     shape, axes = stack_shape([result.position for result in results], sizes.pop())
-    stack = LabelStack(shape, axes, results[0].scratch or path.parent)
+    stack = LabelStack(shape, axes, results[0].scratch or scratch)
     for page, result in enumerate(results):
         stack.add(page, result.label_image)
-    stack.write(path, results[0].pixel_size)
+    return stack
 
 
 def stack_shape(positions: Sequence[Mapping[str, int]], size: tuple[int, int]) -> tuple[tuple[int, ...], str]:
@@ -142,7 +190,7 @@ def stack_shape(positions: Sequence[Mapping[str, int]], size: tuple[int, int]) -
     return (*shape, *size), f"{axes}YX"
 
 
-def _ome(name: str, axes: str, pixel_size: float | None) -> dict[str, Any]:
+def ome_options(name: str, axes: str, pixel_size: float | None) -> dict[str, Any]:
     """Options of tifffile for an OME-TIFF whose bytes depend on nothing but its name and content."""
     metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid.uuid5(_NAMESPACE, name))}
     options: dict[str, Any] = {"ome": True, "metadata": metadata}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kg_detectron.export.label_images import stack_shape
+from kg_detectron.cells.label_plane import LabelImage
+from kg_detectron.export.label_images import pyramid_sizes, stack_shape
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.ome_zarr import EXTRA, is_zarr_installed, ngff_version
 
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from kg_detectron.export.result import Result
 
 _CHUNK = 1024  # pixels a side
-_SMALLEST = 256  # pixels of the longer side, from which no coarser level is made
-_BAND = 4096  # rows that are worked on at a time, which bounds the memory; a multiple of the chunk
+_BLOCK = 4096  # pixels a side that are worked on at a time, which bounds the memory; a multiple of the chunk
 _TYPES = {"T": "time"}  # of axes; others are of space
 _LABELS = "labels"  # the group of an image that lists its label images
 
@@ -36,7 +36,7 @@ def write_stack(path: Path, results: Sequence["Result"]) -> None:
 def write_into(
     image: Path,
     name: str,
-    pages: Iterable[np.ndarray],
+    pages: Iterable[LabelImage],
     shape: Sequence[int],
     axes: str,
     pixel_size: float | None,
@@ -65,7 +65,7 @@ def write_into(
 
 def write_label_group(
     path: Path,
-    pages: Iterable[np.ndarray],
+    pages: Iterable[LabelImage],
     shape: Sequence[int],
     axes: str,
     pixel_size: float | None,
@@ -94,9 +94,6 @@ def write_label_group(
         shutil.rmtree(unfinished, ignore_errors=True)
         zarr_format = 3 if version == "0.5" else 2
         group = zarr.create_group(str(unfinished), zarr_format=zarr_format, overwrite=True)
-        sides = [tuple(shape[-2:])]
-        while max(sides[-1]) > _SMALLEST:
-            sides.append((-(-sides[-1][0] // 2), -(-sides[-1][1] // 2)))
         levels = [
             group.create_array(
                 str(number),
@@ -107,16 +104,18 @@ def write_label_group(
                 dimension_names=tuple(axes.lower()) if zarr_format == 3 else None,
                 fill_value=0,
             )
-            for number, side in enumerate(sides)
+            for number, side in enumerate(pyramid_sizes((shape[-2], shape[-1])))
         ]
         for place, page in zip(np.ndindex(*shape[:-2]), pages, strict=True):
             for number, level in enumerate(levels):
                 step = 2**number
-                height = level.shape[-2]
-                for first in range(0, height, _BAND):
-                    last = min(first + _BAND, height)
-                    where = (*place, slice(first, last))
-                    level[where] = page[first * step : (last - 1) * step + 1 : step, ::step]
+                height, width = level.shape[-2:]
+                for y in range(0, height, _BLOCK):
+                    for x in range(0, width, _BLOCK):
+                        bottom, right = min(y + _BLOCK, height), min(x + _BLOCK, width)
+                        level[(*place, slice(y, bottom), slice(x, right))] = page[
+                            y * step : (bottom - 1) * step + 1 : step, x * step : (right - 1) * step + 1 : step
+                        ]
         group.attrs.update(_metadata(axes, len(levels), pixel_size, version, source))
         if path.is_dir():
             shutil.rmtree(path)

@@ -8,6 +8,7 @@ import cv2
 import networkx
 import numpy as np
 
+from kg_detectron.cells.label_plane import LabelImage
 from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import write_png
@@ -42,7 +43,7 @@ def write(path: Path, result: "Result") -> None:
 
 def draw_cells(
     image: np.ndarray,
-    masks: MaskCrops | np.ndarray,
+    masks: MaskCrops | LabelImage,
     *,
     mode: Literal["contour", "fill"] = "contour",
     width: int = 1,
@@ -104,7 +105,7 @@ def stretched(image: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def colour_indices(labels: np.ndarray) -> np.ndarray:
+def colour_indices(labels: LabelImage) -> np.ndarray:
     """Colours for the cells 1..N of a label image (H,W): (N,) indices into `PALETTE`, the same for the same image.
 
     Cells that touch, corners included, never share a colour where each is one 4-connected piece: such cells can be
@@ -129,7 +130,7 @@ def colour_indices(labels: np.ndarray) -> np.ndarray:
     return np.array([colours[id] for id in ids], np.int64)
 
 
-def _neighbours(labels: np.ndarray, gap: int) -> np.ndarray:
+def _neighbours(labels: LabelImage, gap: int) -> np.ndarray:
     """(E,2) pairs of ids that lie up to `gap` pixels apart along a row, a column or a diagonal, each once."""
     pairs = [np.zeros(0, np.int64)]
     base = int(labels.max(initial=0)) + 1
@@ -159,7 +160,7 @@ def _edge(labels: np.ndarray, width: int) -> np.ndarray:
     return edge & (labels > 0)
 
 
-def _bands(image: np.ndarray, margin: int) -> Iterator[tuple[slice, slice]]:
+def _bands(image: LabelImage, margin: int) -> Iterator[tuple[slice, slice]]:
     """Rows of an image piece by piece: with a margin on both sides where there is one, and without."""
     height = image.shape[0]
     for start in range(0, height, _BAND):

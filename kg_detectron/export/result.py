@@ -1,6 +1,5 @@
 """What a writer gets: the cells of one image, and all that is known of the image."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,12 +7,11 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from kg_detectron.cells import Cells, MaskCrops, label_dtype
+from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.class_colours import class_colours
+from kg_detectron.cells.label_plane import LabelImage, LabelPlane, label_image_of
 from kg_detectron.export.measurements import measure
 from kg_detectron.export.outlines import outlines
-
-_LARGE = 8192 * 8192  # pixels; the label image of a larger one is kept in a file, not in memory
 
 
 @dataclass(frozen=True)
@@ -96,20 +94,16 @@ class Result:
         return colours[(label - 1) % len(colours)]
 
     @cached_property
-    def label_image(self) -> np.ndarray:
-        """(H, W) ids 1..R, 0 background.
+    def label_image(self) -> LabelImage:
+        """(H, W) ids 1..R, 0 background; of a large image drawn by window, see `LabelPlane`.
 
         Raises:
             ValueError: cells overlap.
         """
-        out = None
-        height, width = self.masks.size
-        if height * width > _LARGE:
-            # The mapping outlives the file, which has no name and goes with it.
-            with tempfile.TemporaryFile(dir=self.scratch) as file:
-                out = np.memmap(file, label_dtype(len(self)), shape=self.masks.size)
-        labels = self.masks.label_image(out=out, is_zero=True)
-        if np.count_nonzero(labels) != sum(np.count_nonzero(crop) for crop, _ in self.masks.pixels()):
+        labels = label_image_of(self.masks)
+        blocks = labels.blocks() if isinstance(labels, LabelPlane) else [labels]
+        count = sum(np.count_nonzero(block) for block in blocks)
+        if count != sum(np.count_nonzero(crop) for crop, _ in self.masks.pixels()):
             raise ValueError("cells: some overlap; expected the result of separate_cells")
         return labels
 

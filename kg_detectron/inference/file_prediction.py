@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from kg_detectron.cells import Cells
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_LABELS, KINDS_OF_STACKS, KINDS_OF_WHOLE_STACKS, result_files
 from kg_detectron.export.label_images import LabelStack, stack_shape
+from kg_detectron.export.ome_tiff import write_pyramid
 from kg_detectron.export.ome_zarr import write_into, write_label_group
 from kg_detectron.export.results import Result, write_results
 from kg_detectron.inference.area import Area, area_of
@@ -32,9 +32,6 @@ from kg_detectron.io.images import MAX_PIXELS, ImageFile, Page, open_image
 from kg_detectron.io.normalisation import UnknownWhiteLevel
 from kg_detectron.io.ome_zarr import is_ome_zarr
 
-# Pixels of an image above which its cells are separated on disk, not in memory.
-_LARGE = 8192 * 8192
-
 # Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
 _SCALES = (1 / 8, 8)
 
@@ -43,6 +40,9 @@ _KEPT_FROM = 2
 
 # What label images are called in the images of OME-Zarr that they label.
 LABELS_NAME = "kg_detectron"
+
+# Writers of the label images of a stack as one pyramid, by kind.
+_PYRAMIDS: dict[str, Callable[..., None]] = {"ome-tiff": write_pyramid, "zarr": write_label_group}
 
 Progress = Callable[[int, int], None]
 
@@ -156,7 +156,7 @@ class FilePredictor:
             note(record, "An image of this size gets no overlay.")
         for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
             store = TileStore(tiles / self._key(record, number)) if self._is_kept(page) else None
-            cells = self._predict_page(page, record, folder, store, progress)
+            cells = self._predict_page(page, record, store, progress)
             result = Result(
                 cells,
                 page.pixels if page.is_lazy or len(page.chosen) > 1 else page.pixels[..., 0],
@@ -257,7 +257,7 @@ class FilePredictor:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def _predict_page(
-        self, page: Page, record: FileRecord, folder: Path, store: TileStore | None, progress: Progress | None
+        self, page: Page, record: FileRecord, store: TileStore | None, progress: Progress | None
     ) -> Cells:
         """The cells of a page: those of a sufficient score, separated."""
         settings = self.settings
@@ -277,13 +277,7 @@ class FilePredictor:
             progress=progress,
         )
         cells = cells.above(self.threshold)
-        if settings.keep_overlaps:
-            return cells
-        height, width = cells.size
-        if height * width <= _LARGE:
-            return separate_cells(cells)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            return separate_cells(cells, np.memmap(file, np.uint32, shape=(height, width)), is_zero=True)
+        return cells if settings.keep_overlaps else separate_cells(cells)
 
     def _is_slide(self, page: Page) -> bool:
         return page.is_lazy and len(page.chosen) == 3
@@ -355,8 +349,9 @@ class _Stack:
         for kind, path in paths.items():
             if self.labels is not None and kind == "labels":
                 self.labels.write(path, pixel_size)
-            elif self.labels is not None and kind == "zarr":
-                write_label_group(path, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size)
+            elif self.labels is not None and kind in _PYRAMIDS:
+                write = _PYRAMIDS[kind]
+                write(path, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size)
             else:
                 EXPORTERS[kind].write_stack(path, self.results)
         if self.image is not None and self.labels is not None:

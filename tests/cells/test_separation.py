@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells import Cells, MaskCrops, label_plane
 from kg_detectron.cells.separation import separate_cells
 
 
@@ -84,15 +84,15 @@ def test_separating_twice_changes_nothing() -> None:
     assert torch.equal(once["scores"], twice["scores"])
 
 
-def test_scratch_may_be_a_file(tmp_path) -> None:
-    cells = cells_of([np.ones((5, 7), bool), np.eye(5, 7, dtype=bool)], [0.1, 0.9], (5, 7))
-    scratch = np.memmap(tmp_path / "scratch", np.uint16, "w+", shape=(5, 7))
-    scratch[:] = 9
-    expected = separate_cells(cells)["masks"].label_image()
-    np.testing.assert_array_equal(separate_cells(cells, scratch)["masks"].label_image(), expected)
-    assert len(np.unique(expected)) == 3  # one pixel of the diagonal, a half of the rest, background
-    with pytest.raises(ValueError, match="out.*uint16.*5, 6"):
-        separate_cells(cells, np.zeros((5, 6), np.uint16))
+def test_a_large_image_is_separated_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    masks = [ndimage.binary_dilation(generator.random((40, 50)) < 0.02, iterations=3) for _ in range(9)]
+    cells = cells_of(masks, generator.random(9).tolist(), (40, 50))
+    expected = separate_cells(cells)
+    monkeypatch.setattr(label_plane, "_LARGE", 0)
+    pieces = separate_cells(cells)
+    np.testing.assert_array_equal(pieces["masks"].label_image(), expected["masks"].label_image())
+    assert torch.equal(pieces["scores"], expected["scores"]) and len(expected["scores"]) > 4
 
 
 def test_70_000_cells() -> None:
