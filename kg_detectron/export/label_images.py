@@ -2,6 +2,7 @@
 
 import tempfile
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ TILE = 512  # side of the tiles of large label images, pixels
 
 _SMALLEST = 256  # pixels of the longer side, from which no coarser level of a pyramid is made
 _STRIPED = 2**31  # bytes up to which an image is written in strips. ImageJ reads no tiles, and no strips beyond.
+_STRIP = 2**22  # bytes of a strip, before compression, of images that are written piece by piece
 _CLASSIC = 2**32 - 2**26  # bytes that a TIFF holds whose offsets have 32 bits
 _MAPPED = 2**28  # bytes from which the labels of a stack are kept in a file
 _NAMESPACE = uuid.UUID("a8a7d1ce-3a2b-5f6a-8a53-5a4ac3a16c2f")
@@ -46,7 +48,11 @@ def write_labels(path: str | Path, labels: LabelImage, pixel_size: float | None 
         data = label_tiles([labels], labels.dtype)
         options = {"shape": labels.shape, "dtype": labels.dtype, "tile": (TILE, TILE), "bigtiff": True}
     elif isinstance(labels, LabelPlane):
-        data = labels[:, :]
+        # Encoded here, for tifffile takes strips piece by piece only like this.
+        rows = max(1, _STRIP // (labels.shape[1] * labels.dtype.itemsize))
+        strips = (labels[y : y + rows] for y in range(0, labels.shape[0], rows))
+        data = (zlib.compress(strip.astype(labels.dtype.newbyteorder("<"))) for strip in strips)
+        options = {"shape": labels.shape, "dtype": labels.dtype, "rowsperstrip": rows, "byteorder": "<"}
     if pixel_size is None:
         options["metadata"] = None
     else:

@@ -310,11 +310,18 @@ class Cluster:
             "large enough?"
         )
 
-    def outcomes(self, job: Job, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+    def outcomes(
+        self, job: Job, tasks: Iterable[Task], progress: Callable[[Input, int, int], None] | None = None
+    ) -> Iterator[tuple[Task, Outcome]]:
         """Predict files, in whatever order they are finished.
 
         A step whose worker dies is handed out again, the last time alone, so that its file is known to be the reason.
         After `Workers.tries` deaths its outcome is a record that says so.
+
+        Args:
+            job: what all tasks have in common.
+            tasks: the files.
+            progress: called after each step of a large image with the number of steps done and of all.
 
         Raises:
             ConnectionError: the scheduler is gone for too long.
@@ -350,6 +357,9 @@ class Cluster:
                 result, end = self._result(future)
                 if end == _DONE:
                     outcome = queue.finish(step, result)
+                    done, count = queue.steps(step)
+                    if progress is not None and count:
+                        progress(step.task.item, done, count)
                     if outcome is not None:
                         yield step.task, outcome
                     continue
@@ -438,6 +448,8 @@ class _Queue:
         self._stages: dict[str, list[list[Step]]] = {}  # of each large image those to come
         self._left: Counter[str] = Counter()  # of each large image, steps of its present stage that are not done
         self._given_up: set[str] = set()
+        self._done: Counter[str] = Counter()  # of each large image, steps
+        self._all: Counter[str] = Counter()
 
     def pop(self) -> Step | None:
         """The next step; None where there is none."""
@@ -450,6 +462,11 @@ class _Queue:
     def again(self, step: Step) -> None:
         """Take a step that was not done."""
         self._steps.append(step)
+
+    def steps(self, step: Step) -> tuple[int, int]:
+        """Of the large image of a step the number of steps done and of all; 0 of 0 of other files."""
+        name = step.task.item.name
+        return self._done[name], self._all[name]
 
     def is_given_up(self, step: Step) -> bool:
         """Whether the file of a step was given up."""
@@ -465,10 +482,12 @@ class _Queue:
         name = step.task.item.name
         if self.is_given_up(step):
             return None
+        self._done[name] += name in self._stages
         if isinstance(result, Outcome):
             return result
         if isinstance(result, Plan):
             self._stages[name] = result.stages(step.task)
+            self._all[name] = sum(map(len, self._stages[name]))
         elif isinstance(result, Exception):
             if step.kind in ("file", "join"):
                 return self.give_up(step, f"{type(result).__name__}: {result}")

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -248,7 +249,8 @@ class _Run:
         self.file.write()
         try:
             with tqdm(total=len(items), unit="image", disable=self.say is None) as bar:
-                predicted = self._in_this_process(tasks, bar) if self.workers is None else self._on_workers(tasks)
+                predict = self._in_this_process if self.workers is None else self._on_workers
+                predicted = predict(tasks, _StepsOfFiles(bar))
                 for record, is_known in predicted:
                     bar.update()
                     if is_known:
@@ -261,31 +263,31 @@ class _Run:
         finally:
             self.file.write()
             remove_staging(self.output)
-        shutil.rmtree(self.output / TILES, ignore_errors=True)  # of files whose settings or content changed since
+        if not summary.failed:  # the same command goes on with the tiles of a file that failed
+            shutil.rmtree(self.output / TILES, ignore_errors=True)  # of files whose settings or content changed since
         write_tables(self.output, self.manifest, parquet=self.settings.parquet)
         return summary
 
-    def _in_this_process(self, tasks: Iterator[Task], bar: tqdm) -> Iterator[tuple[FileRecord, bool]]:
+    def _in_this_process(self, tasks: Iterator[Task], show: "_StepsOfFiles") -> Iterator[tuple[FileRecord, bool]]:
         """The record of each file, and whether it is one of an earlier run."""
         for task in tasks:
             former: list[str] = []
-            start = time.perf_counter()
 
             def make_room(name: str = task.item.name, former: list[str] = former) -> None:
                 former += self._remove_results(name)
 
-            def show(step: int, steps: int, name: str = task.item.path.name, start: float = start) -> None:
-                rest = (time.perf_counter() - start) / step * (steps - step) if step else 0.0
-                left = f", {tqdm.format_interval(rest)} left" if step else ""
-                bar.set_postfix_str(f"{name}: step {step} of {steps}{left}")
-
             record = self.predictor(
-                task.item, self.output, known=task.known, taken=task.taken, before_writing=make_room, progress=show
+                task.item,
+                self.output,
+                known=task.known,
+                taken=task.taken,
+                before_writing=make_room,
+                progress=partial(show, task.item),
             )
             self._note_removed(record, former)
             yield record, record is task.known
 
-    def _on_workers(self, tasks: Iterator[Task]) -> Iterator[tuple[FileRecord, bool]]:
+    def _on_workers(self, tasks: Iterator[Task], show: "_StepsOfFiles") -> Iterator[tuple[FileRecord, bool]]:
         """The same by Dask, in the order in which the files are finished."""
         assert self.workers is not None
         output = Path(os.path.abspath(self.output))
@@ -299,7 +301,7 @@ class _Run:
                 if version != self.manifest.versions.get(name):
                     self.tell(f"{name} is {version} on a worker, {self.manifest.versions.get(name)} here")
             self.manifest.versions = versions
-            for task, outcome in cluster.outcomes(job, tasks):
+            for task, outcome in cluster.outcomes(job, tasks, show):
                 if outcome.folder is not None:
                     former = self._remove_results(task.item.name)
                     self._move_results(outcome.folder, outcome.record)
@@ -316,6 +318,8 @@ class _Run:
         for output in record.outputs:
             place = self.output / output
             place.parent.mkdir(parents=True, exist_ok=True)
+            if place.is_dir():  # of a run that was killed before it wrote this down; a folder is not replaced
+                shutil.rmtree(place)
             os.replace(folder / output, place)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -340,6 +344,25 @@ class _Run:
             self.tell(_line(record), *(f"  note: {note}" for note in record.notes))
         elif self.complain is not None:
             self.complain(f"failed: {record.input}: {record.error}")
+
+
+class _StepsOfFiles:
+    """Shows on a progress bar how far large images are, and the time that is left for each."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._starts: dict[str, tuple[int, float]] = {}  # of each file, the first step that was seen done, and when
+
+    def __call__(self, item: Input, step: int, steps: int) -> None:
+        """So many steps of a file are done."""
+        first, start = self._starts.setdefault(item.name, (step, time.perf_counter()))
+        left = ""
+        if step > first:
+            rest = (time.perf_counter() - start) / (step - first) * (steps - step)
+            left = f", {tqdm.format_interval(rest)} left"
+        self._bar.set_postfix_str(f"{item.path.name}: step {step} of {steps}{left}")
+        if step == steps:
+            del self._starts[item.name]
 
 
 def _names_of_pages(items: Sequence[Input]) -> Mapping[str, tuple[str, ...]]:

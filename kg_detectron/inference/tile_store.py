@@ -1,6 +1,7 @@
 """What is computed of the tiles of a large image, kept on disk, so that a run which was stopped goes on there."""
 
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ TILES = ".kg-detectron-tiles"  # folder in the folder of results
 
 
 class TileStore:
-    """Values by name, each in a file.
+    """Values by name, each in a file; several processes may ask for the same one at a time.
 
     Args:
         folder: made with the first value. It belongs to one image, model and choice of settings.
@@ -34,10 +35,13 @@ class TileStore:
             try:
                 return read_checkpoint(path)
             except ValueError:  # damaged
-                path.unlink()
+                path.unlink(missing_ok=True)
+            except FileNotFoundError:  # another process took it for damaged
+                pass
         value = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
+        # A worker that was given up may still be at the same value: each writes to a name of its own.
+        with replacing(path, temporary=f".{path.name}.{uuid.uuid4().hex}") as unfinished:
             torch.save(value, unfinished)
         return value
 

@@ -20,6 +20,7 @@ from skimage.draw import polygon2mask
 from skimage.measure import regionprops
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells.label_plane import LabelPlane
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.outlines import outline
 from kg_detectron.export.results import KINDS, result_files, save_results
@@ -225,7 +226,8 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 
 def test_large_label_images_are_never_in_memory_and_in_tiles_only_above_2_gb(tmp_path, monkeypatch):
-    monkeypatch.setattr("kg_detectron.export.result._LARGE", 100)
+    monkeypatch.setattr("kg_detectron.cells.label_plane._LARGE", 100)
+    monkeypatch.setattr("kg_detectron.export.label_images._STRIP", 1000)
     cells = random_cells(5, 5, 40, 50)
     seen = []
     monkeypatch.setattr(
@@ -234,9 +236,10 @@ def test_large_label_images_are_never_in_memory_and_in_tiles_only_above_2_gb(tmp
     for striped, tiled in ((2**31, False), (2000, True)):
         monkeypatch.setattr("kg_detectron.export.label_images._STRIPED", striped)
         path = save_results(cells, np.zeros((40, 50, 3)), tmp_path, "x", ["labels", "overlay"])["labels"]
-        assert isinstance(seen.pop(), np.memmap)
+        assert isinstance(seen.pop(), LabelPlane)
         with tifffile.TiffFile(path) as file:
             assert file.is_bigtiff == tiled and file.pages[0].is_tiled == tiled
+            assert len(file.pages[0].dataoffsets) == (1 if tiled else 4)  # strips of 12 rows
         np.testing.assert_array_equal(read_label_image(path), cells["masks"].label_image())
         assert sorted(file.name for file in tmp_path.iterdir()) == ["x_labels.tif", "x_overlay.png"]
 

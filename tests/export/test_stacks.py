@@ -72,7 +72,7 @@ def test_ids_above_65535_and_large_stacks(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("kg_detectron.export.label_images._MAPPED", 100)
     for tiled in (False, True):
         labels = LabelStack((2, 40, 50), "ZYX", tmp_path)
-        assert isinstance(labels.pages, np.memmap)
+        assert all(isinstance(page, np.memmap) for page in labels.pages)
         pages = np.arange(4000, dtype=np.uint32).reshape(2, 40, 50) * 100
         for page in range(2):
             labels.add(page, pages[page])

@@ -20,7 +20,7 @@ from PIL import Image
 from kg_detectron.cli.main import main
 from kg_detectron.export.ome_zarr import write_label_group
 from kg_detectron.inference import cluster as cluster_module
-from kg_detectron.inference import save_model
+from kg_detectron.inference import many_files, save_model
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
 from kg_detectron.io import ome_zarr
@@ -165,14 +165,28 @@ def test_the_tiles_of_a_large_image_are_shared(
         return real(self, step, result)
 
     monkeypatch.setattr(cluster_module._Queue, "finish", counted)
+    shown: list[tuple[int, int]] = []
+    monkeypatch.setattr(many_files._StepsOfFiles, "__call__", lambda _, item, *steps: shown.append(steps))
     summary = predict_files(
         [tmp_path / "large.zarr"], model, tmp_path / "out", settings, workers=Workers(None, cluster)
     )
+    assert shown == [(done, 26) for done in range(27)]
     assert not summary.failed and summary.cells > 50
     tiles = [(0, tile) for tile in range(12)]
     expected = [("file", 0, 0), ("boxes", 0, 0), ("join", 0, 0)]
     assert sorted(steps) == sorted([*expected, *((kind, *tile) for kind in ("peaks", "masks") for tile in tiles)])
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_store_that_no_record_knows_is_replaced(cluster: str, model: Path, tmp_path: Path) -> None:
+    """A killed command may have moved results to their place and not written that down."""
+    pytest.importorskip("zarr")
+    images, settings = pictures(tmp_path / "images", 1), Settings(save=("zarr", "ome-tiff"))
+    predict_files([images], model, tmp_path / "out", settings, workers=Workers(scheduler=cluster))
+    expected = contents(tmp_path / "out")
+    (tmp_path / "out" / "run.json").unlink()
+    summary = predict_files([images], model, tmp_path / "out", settings, workers=Workers(scheduler=cluster))
+    assert len(summary.done) == 1 and contents(tmp_path / "out") == expected
 
 
 def test_a_fault_in_a_tile_is_reported_once() -> None:

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from builders import tiny_network
 
-from kg_detectron.inference import save_model, tiling
+from kg_detectron.inference import file_prediction, save_model, tiling
 from kg_detectron.inference.area import Area, area_of, regions_of, tissue_mask
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import Settings
@@ -162,6 +162,25 @@ def test_an_interrupted_run_goes_on_with_the_missing_tiles(
     for name in ("slide_labels.tif", "slide.geojson", "cells.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_slide_that_fails_at_last_goes_on_with_its_tiles(
+    slide: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(**{**SETTINGS, "save": ("ome-tiff", "labels")}, all_tiles=True)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(file_prediction, "write_results", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        summary = predict_files([slide], model, tmp_path / "out", settings)
+    assert [record.error for record in summary.failed] == ["no space left"]
+    monkeypatch.setattr(tiling._LocalNetwork, "peaks", None)  # nothing is computed again
+    monkeypatch.setattr(tiling._LocalNetwork, "masks", None)
+    lines: list[str] = []
+    summary = predict_files([slide], model, tmp_path / "out", settings, say=lines.append)
+    assert not summary.failed and summary.cells > 20
+    assert not list((tmp_path / "out").glob(".*"))
+    pyramid, labels = (tifffile.imread(tmp_path / "out" / f"slide_labels{end}") for end in (".ome.tif", ".tif"))
+    np.testing.assert_array_equal(pyramid, labels)
+    assert open_image(tmp_path / "out" / "slide_labels.ome.tif").pixel_size == 0.25
 
 
 def test_a_lazy_plane_is_an_array_in_the_ways_that_are_used() -> None:
