@@ -40,6 +40,7 @@ def save_results(
     - ``roi``, ``<stem>_rois.zip``: regions for ImageJ's ROI Manager, with colour and position.
     - ``csv``, ``<stem>_cells.csv``: measurements (`measurements.measure`), and the class where there are several.
     - ``classes``, ``<stem>_classes.csv``: the class of each cell of the label image.
+    - ``ome-tiff``, ``<stem>_labels.ome.tif``, and ``zarr``, ``<stem>_labels.ome.zarr``: the label image as a pyramid.
 
     Args:
         cells: as `separate_cells` returns them: no pixel in two cells, each cell one piece. For ``coco`` and ``csv``
@@ -47,7 +48,7 @@ def save_results(
         image: (H, W), (H, W, 3) BGR or (H, W, C), of the masks' size, at its own depth.
         folder: made where absent.
         stem: what the files' names begin with.
-        kinds: some of `KINDS`.
+        kinds: some of `EXPORTERS`.
         pixel_size: micrometres a pixel.
         source: the image's file name, by default `stem`.
         channels: (H, W, C), the channels to measure; by default those of `image`.

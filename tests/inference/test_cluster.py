@@ -52,6 +52,26 @@ class DeadlyFile(distributed.WorkerPlugin):
         file_prediction.open_image = deadly
 
 
+class HungryFile(distributed.WorkerPlugin):
+    """A file called hungry.png takes ever more memory, until its worker is killed."""
+
+    name = "hungry"
+
+    def setup(self, worker: object) -> None:
+        from kg_detectron.inference import file_prediction
+
+        real = file_prediction.open_image
+
+        def hungry(path: Path, **options: object) -> object:
+            taken = []
+            while Path(path).name == "hungry.png":
+                taken.append(np.ones(2**23, np.uint8))
+                time.sleep(0.01)
+            return real(path, **options)
+
+        file_prediction.open_image = hungry
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of two worker processes, as a cluster would have them."""
@@ -271,6 +291,58 @@ def test_a_scheduler_that_restarts_is_waited_for(model: Path, tmp_path: Path) ->
             process.wait()
     assert restarts and len(summary.done) == 12 and not summary.failed
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_control_c_stops_the_workers_and_the_command_goes_on(model: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to the command and its workers alike."""
+    images = pictures(tmp_path / "images", 6)
+    predict_files([images], model, tmp_path / "alone", Settings(save=("labels",)))
+    command = [sys.executable, "-c", "from kg_detectron.cli.main import main; raise SystemExit(main())", "predict"]
+    command += [str(images), "-m", str(model), "-o", str(tmp_path / "out"), "--save", "labels", "--workers", "1"]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list((tmp_path / "out").glob("*_labels.tif")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, text = process.communicate()
+    assert process.returncode == 130 and "give the same command again to go on" in text
+    assert "Traceback" not in text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody is left of the group
+    done = len(records(tmp_path / "out"))
+    assert 1 <= done < 6
+    summary = predict_files([images], model, tmp_path / "out", Settings(save=("labels",)))
+    assert (len(summary.skipped), len(summary.done)) == (done, 6 - done)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_that_takes_too_much_memory_costs_its_file_alone(model: Path, tmp_path: Path) -> None:
+    images = pictures(tmp_path / "images", 3)
+    (images / "image001.png").rename(images / "hungry.png")
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.worker.memory.pause": False}),
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50, memory_limit="1.5GB"
+        ) as local,
+        distributed.Client(local, set_as_default=False) as client,
+    ):
+        client.register_plugin(HungryFile())
+        workers = Workers(scheduler=local.scheduler_address, tries=TRIES)
+        summary = predict_files([images], model, tmp_path / "out", Settings(save=("labels",)), workers=workers)
+    assert [record.name for record in summary.failed] == ["hungry"] and len(summary.done) == 2
+    assert "out of memory" in str(summary.failed[0].error)
+    rows = (tmp_path / "out" / "images.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows if "out of memory" in row] == ["hungry.png"]
 
 
 @pytest.mark.slow
