@@ -25,6 +25,7 @@ from kg_detectron.inference import save_model
 from kg_detectron.inference.many_files import predict_files, rerun
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.images import read_image
+from kg_detectron.io.lock import LOCK_FILE, locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,6 +177,15 @@ def test_what_is_done_is_skipped(images: Path, models: dict[str, Path], tmp_path
     before = contents(out)
     assert done("other") == ["good0", "good1", "good2"]
     assert all(data != before[name] for name, data in contents(out).items())
+
+
+def test_a_second_command_into_a_folder_is_refused(
+    images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    with locked(tmp_path / "out"):
+        assert main(["predict", str(images), "-m", str(model), "-o", str(tmp_path / "out")]) == 2
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
+    assert "another command is writing into this folder; wait until it has ended" in capsys.readouterr().err
 
 
 def test_a_foreign_run_json_is_left_alone(images: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

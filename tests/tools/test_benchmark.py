@@ -1,5 +1,6 @@
 """The benchmark runs, on a small image."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark import models
+from benchmark import models, slide
 from benchmark.measure import peak_bytes
 from benchmark.scenes import cells
+from builders import tiny_network
 
+from kg_detectron.inference import save_model
 from kg_detectron.modeling import (
     BackboneSettings,
     HeadSettings,
@@ -52,6 +55,25 @@ def test_models(device):
             assert [line.count("|") for line in rows] == [11, 9, 9, 9, 8]
     assert any("decode + masks, %" in line for line in lines)
     assert any(line.startswith("Masks of 3 cells, `kg_r18_synthetic_cpu`") for line in lines)
+
+
+def test_a_slide_goes_on_in_its_folder_and_is_compared_with_a_crop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("zarr")
+    monkeypatch.setattr(slide, "TILE", 128)
+    save_model(tiny_network(size=(32, 48), radius=2.0, smooth_sigma=1.0), tmp_path / "model.pth")
+    parser = argparse.ArgumentParser()
+    slide.add_command(parser.add_subparsers())
+    options = f"--size 384 --tissue 0.5 --tile 128 --crop 384 --folder {tmp_path}"
+    arguments = parser.parse_args(["slide", str(tmp_path / "model.pth"), *options.split()])
+    for state in ("1 done, 0 done before", "0 done, 1 done before"):
+        slide.benchmark_slide(arguments, "cpu")
+        printed = capsys.readouterr().out
+        assert f"1 files: {state}, 0 failed" in printed and "peak memory" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("crop 384 x 384 at 0: ") and last.endswith(" in tiles, 0 pixels differ")
+    assert int(last.split(": ")[1].split()[0]) > 2
 
 
 def test_as_many_cells_as_asked_for_reach_the_masks():

@@ -1,19 +1,27 @@
 """Prediction of a synthetic slide with tissue in a part of it: time, and the largest memory of the process."""
 
 import argparse
+import importlib
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 
+from kg_detectron.cells.separation import separate_cells
+from kg_detectron.export.kinds import EXPORTERS
+from kg_detectron.inference import load_model, predict
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.model_file import DEFAULT_MODEL
 from kg_detectron.inference.run_settings import Settings
+from kg_detectron.inference.tiling import GRID
+from kg_detectron.io.atomic import replacing
+from kg_detectron.io.images import open_image
 from kg_detectron.synthetic import nuclei_image
 
 TILE = 512  # side of the slide's tiles, pixels; each is glass or tissue
@@ -21,12 +29,8 @@ _CELLS = 80  # nuclei in a tile of tissue
 _DRAWN = 16  # different tiles of tissue
 
 
-def write_slide(path: Path, size: int, tissue: float) -> int:
-    """Write a slide (size, size, 3) as a tiled TIFF with three levels, JPEG, tissue in one square of it.
-
-    Returns:
-        The number of tiles of tissue.
-    """
+def write_slide(path: Path, size: int, tissue: float) -> None:
+    """Write a slide (size, size, 3) as a tiled TIFF with three levels, JPEG, tissue in one square of it."""
     rng = np.random.default_rng(0)
     glass = np.repeat(rng.integers(236, 246, (TILE, TILE, 1), dtype=np.uint8), 3, axis=2)
     drawn = []
@@ -60,23 +64,62 @@ def write_slide(path: Path, size: int, tissue: float) -> int:
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
-    return round(-(-size // TILE) * tissue**0.5) ** 2
 
 
 def benchmark_slide(arguments: argparse.Namespace, device: str) -> None:
     """The command a user gives, on a slide made for it."""
-    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        slide = Path(folder) / "slide.tif"
-        tiles = write_slide(slide, arguments.size, arguments.tissue)
-        print(f"{arguments.size} x {arguments.size}, {tiles} tiles of tissue, {slide.stat().st_size / 2**20:.0f} MiB")
+    with ExitStack() as stack:
+        folder = arguments.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.scratch)))
+        folder.mkdir(parents=True, exist_ok=True)
+        slide = folder / f"slide_{arguments.size}_{arguments.tissue:g}.tif"
+        if not slide.exists():
+            with replacing(slide) as unfinished:
+                write_slide(unfinished, arguments.size, arguments.tissue)
+        print(f"{arguments.size} x {arguments.size}, {arguments.tissue:.1%} tissue, {slide.stat().st_size >> 20} MiB")
+        start, used = time.perf_counter(), time.process_time()
         settings = Settings(save=tuple(arguments.save), scale=1.0, tile=arguments.tile)
-        start = time.perf_counter()
         summary = predict_files(
-            [slide], arguments.model, Path(folder) / "cells", settings, device=device, say=print, complain=print
+            [slide], arguments.model, folder / "cells", settings, device=device, say=print, complain=print
         )
-        seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{summary}; {seconds:.0f} s, peak memory {peak:.2f} GiB")
+        seconds, used = time.perf_counter() - start, time.process_time() - used
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{summary}; {seconds:.0f} s, {used:.0f} s of CPU time, peak memory {peak:.2f} GiB", flush=True)
+        if arguments.crop:
+            labels = folder / "cells" / (slide.stem + EXPORTERS["ome-tiff"].ending)
+            print(compare_crop(arguments, slide, labels, device))
+
+
+def compare_crop(arguments: argparse.Namespace, slide: Path, labels: Path, device: str) -> str:
+    """The cells of a crop around a corner of four tiles, predicted at once, and those of the slide in its inner half.
+
+    Outside of that half the edges of the crop have a part in the result.
+
+    Args:
+        labels: the slide's, as a pyramid in OME-TIFF.
+    """
+    side = arguments.crop
+    start = max(0, (arguments.tile - side // 2) // GRID * GRID)
+    place = slice(start, start + side)
+    model = load_model(arguments.model, device)
+    pixels = np.ascontiguousarray(open_image(slide).pages[0].pixels[place, place])
+    cells = predict(model, pixels, scale=1.0, tile=-(-side // GRID) * GRID)
+    whole = separate_cells(cells.above(model.threshold)).masks.label_image()
+    with tifffile.TiffFile(labels) as file:
+        tiled = importlib.import_module("zarr").open_array(file.series[0].aszarr(level=0), mode="r")[place, place]
+    inner = slice(side // 4, side - side // 4)
+    first, second = (_renumbered(part[inner, inner]) for part in (whole, tiled))
+    differing = np.count_nonzero(first != second)
+    counts = f"{first.max()} cells at once, {second.max()} in tiles, {differing} pixels differ"
+    return f"crop {side} x {side} at {start}: {counts}"
+
+
+def _renumbered(labels: np.ndarray) -> np.ndarray:
+    """Labels with the ids 1, 2, ... in the order of their first pixels."""
+    ids, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(np.where(ids == 0, -1, first)))
+    return order[numbers].reshape(labels.shape) + (0 not in ids)
 
 
 def add_command(commands: Any) -> None:
@@ -89,6 +132,15 @@ def add_command(commands: Any) -> None:
     command.add_argument("--size", type=int, default=20000, help="side of the slide, pixels (%(default)s)")
     command.add_argument("--tissue", type=float, default=0.1, help="share of it that is tissue (%(default)s)")
     command.add_argument("--tile", type=int, default=2048, help="pixels (%(default)s)")
-    command.add_argument("--save", nargs="+", default=["geojson"], help="kinds of results (geojson)")
+    command.add_argument(
+        "--save", nargs="+", default=["geojson", "ome-tiff"], help="kinds of results (geojson ome-tiff)"
+    )
+    command.add_argument(
+        "--crop",
+        type=int,
+        default=0,
+        help="compare such a crop, pixels, with the whole; needs ome-tiff and zarr (none)",
+    )
+    command.add_argument("--folder", type=Path, help="keep slide and results here, and go on after Ctrl-C (do not)")
     command.add_argument("--scratch", type=Path, help="folder for the slide and the results (the system's for such)")
     command.set_defaults(benchmark=benchmark_slide)
