@@ -6,7 +6,6 @@ nothing of a file, and a task that was computed twice appears once. Only as many
 workers busy: memory does not depend on the number of files.
 """
 
-import logging
 import shutil
 import socket
 import threading
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kg_detectron.inference.file_prediction import FilePredictor
+from kg_detectron.inference.local_workers import LocalWorkers
 from kg_detectron.inference.manifest import FileRecord
 from kg_detectron.inference.model_names import kept_models
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
@@ -262,22 +262,13 @@ class Cluster:
         return max(1, torch.get_num_threads() // self.workers.count)
 
     def __enter__(self) -> "Cluster":
-        self._local = None
+        self._local: LocalWorkers | None = None
         address = self.workers.scheduler
         if address is None:
-            # How often a file may fail is counted here. Images are no data of Dask's, which it could spill to a disk,
-            # so a worker is paused never, and started anew when it is about to take the machine's memory.
-            options: dict[str, Any] = {"distributed.scheduler.allowed-failures": 0}
-            options |= {f"distributed.worker.memory.{limit}": False for limit in ("target", "spill", "pause")}
-            with import_module("dask").config.set(options):
-                self._local = self.dask.LocalCluster(
-                    n_workers=self.workers.count,
-                    threads_per_worker=1,
-                    memory_limit=import_module("distributed.system").MEMORY_LIMIT // (self.workers.count or 1),
-                    dashboard_address=":0",
-                    silence_logs=logging.CRITICAL,
-                )
-            address = self._local.scheduler_address
+            assert self.workers.count is not None
+            self._local = LocalWorkers(self.workers.count)
+            self._local.__enter__()
+            address = self._local.address
         self.address = address
         try:
             self.client = self._connect()
@@ -289,7 +280,7 @@ class Cluster:
         with suppress(Exception):
             self.client.close(timeout=5)
         if self._local is not None:
-            self._local.close(timeout=10)
+            self._local.__exit__(None, None, None)
 
     def describe(self, job: Job) -> tuple[str, dict[str, str]]:
         """The device and the versions of the first worker that answers; see `describe_worker`, also for errors."""

@@ -21,6 +21,7 @@ from kg_detectron.cli.main import main
 from kg_detectron.export.ome_zarr import write_label_group
 from kg_detectron.inference import cluster as cluster_module
 from kg_detectron.inference import many_files, save_model
+from kg_detectron.inference.local_workers import LocalWorkers
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
 from kg_detectron.io import ome_zarr
@@ -84,6 +85,13 @@ def cluster() -> Iterator[str]:
     ):
         client.register_plugin(DeadlyFile())
         yield workers.scheduler_address
+
+
+@pytest.fixture
+def own_workers() -> Iterator[str]:
+    """The same as ``--workers 2`` has them."""
+    with LocalWorkers(2) as workers:
+        yield workers.address
 
 
 @pytest.fixture(scope="module")
@@ -332,14 +340,11 @@ def test_a_worker_that_takes_too_much_memory_costs_its_file_alone(model: Path, t
     images = pictures(tmp_path / "images", 3)
     (images / "image001.png").rename(images / "hungry.png")
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 0, "distributed.worker.memory.pause": False}),
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50, memory_limit="1.5GB"
-        ) as local,
-        distributed.Client(local, set_as_default=False) as client,
+        LocalWorkers(1, memory=1_500_000_000) as local,
+        distributed.Client(local.address, set_as_default=False) as client,
     ):
         client.register_plugin(HungryFile())
-        workers = Workers(scheduler=local.scheduler_address, tries=TRIES)
+        workers = Workers(scheduler=local.address, tries=TRIES)
         summary = predict_files([images], model, tmp_path / "out", Settings(save=("labels",)), workers=workers)
     assert [record.name for record in summary.failed] == ["hungry"] and len(summary.done) == 2
     assert "out of memory" in str(summary.failed[0].error)
@@ -349,7 +354,8 @@ def test_a_worker_that_takes_too_much_memory_costs_its_file_alone(model: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_workers_killed_at_random_lose_nothing(cluster: str, model: Path, tmp_path: Path) -> None:
+def test_twenty_workers_killed_at_random_lose_nothing(own_workers: str, model: Path, tmp_path: Path) -> None:
+    """Some while they start."""
     images = pictures(tmp_path / "images", 30)
     predict_files([images], model, tmp_path / "alone", Settings(save=("labels",)))
     chance, killers = random.Random(0), []
@@ -357,7 +363,7 @@ def test_twenty_workers_killed_at_random_lose_nothing(cluster: str, model: Path,
 
     def kill(seconds: float) -> None:
         time.sleep(seconds)
-        alive = workers_of(cluster)
+        alive = workers_of(own_workers)
         for worker in chance.sample(alive, chance.randint(1, 2) if len(alive) == 2 else len(alive)):
             os.kill(worker, signal.SIGKILL)
             kills.append(worker)
@@ -373,7 +379,7 @@ def test_twenty_workers_killed_at_random_lose_nothing(cluster: str, model: Path,
     kills: list[int] = []
     for run in range(12):
         out = tmp_path / f"out{run}"
-        workers = Workers(scheduler=cluster, tries=50)
+        workers = Workers(scheduler=own_workers, tries=50)
         summary = predict_files([images], model, out, Settings(save=("labels",)), workers=workers, say=count)
         assert len(summary.done) == 30 and not summary.failed and not summary.skipped
         assert contents(out) == contents(tmp_path / "alone")

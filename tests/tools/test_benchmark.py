@@ -12,9 +12,7 @@ import torch
 from benchmark import models, slide
 from benchmark.measure import peak_bytes
 from benchmark.scenes import cells
-from builders import tiny_network
 
-from kg_detectron.inference import save_model
 from kg_detectron.modeling import (
     BackboneSettings,
     HeadSettings,
@@ -62,11 +60,10 @@ def test_a_slide_goes_on_in_its_folder_and_is_compared_with_a_crop(
 ) -> None:
     pytest.importorskip("zarr")
     monkeypatch.setattr(slide, "TILE", 128)
-    save_model(tiny_network(size=(32, 48), radius=2.0, smooth_sigma=1.0), tmp_path / "model.pth")
     parser = argparse.ArgumentParser()
     slide.add_command(parser.add_subparsers())
     options = f"--size 384 --tissue 0.5 --tile 128 --crop 384 --folder {tmp_path}"
-    arguments = parser.parse_args(["slide", str(tmp_path / "model.pth"), *options.split()])
+    arguments = parser.parse_args(["slide", *options.split()])
     for state in ("1 done, 0 done before", "0 done, 1 done before"):
         slide.benchmark_slide(arguments, "cpu")
         printed = capsys.readouterr().out
