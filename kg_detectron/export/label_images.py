@@ -51,7 +51,7 @@ def write_labels(path: str | Path, labels: LabelImage, pixel_size: float | None 
         # Encoded here, for tifffile takes strips piece by piece only like this.
         rows = max(1, _STRIP // (labels.shape[1] * labels.dtype.itemsize))
         strips = (labels[y : y + rows] for y in range(0, labels.shape[0], rows))
-        data = (zlib.compress(strip.astype(labels.dtype.newbyteorder("<"))) for strip in strips)
+        data = (zlib.compress(strip.astype(labels.dtype.newbyteorder("<")).tobytes()) for strip in strips)
         options = {"shape": labels.shape, "dtype": labels.dtype, "rowsperstrip": rows, "byteorder": "<"}
     if pixel_size is None:
         options["metadata"] = None
@@ -104,18 +104,18 @@ class LabelStack:
         height, width = self.shape[-2:]
         pages = int(np.prod(self.shape[:-2]))
         if pages * height * width * 4 < _MAPPED:
-            planes = np.zeros((pages, height, width), np.uint32)
+            self._planes = np.zeros((pages, height, width), np.uint32)
         else:
             with tempfile.TemporaryFile(dir=scratch) as file:
-                planes = np.memmap(file, np.uint32, shape=(pages, height, width))
-        self.pages: list[LabelImage] = list(planes)
+                self._planes = np.memmap(file, np.uint32, shape=(pages, height, width))
+        self.pages: list[LabelImage] = list(self._planes)
 
     def add(self, page: int, labels: LabelImage) -> None:
         """Take the labels (H, W) of a page, counted from 0."""
         if isinstance(labels, LabelPlane):
             self.pages[page] = labels
         else:
-            self.pages[page][...] = labels
+            self._planes[page] = labels
 
     def write(self, path: Path, pixel_size: float | None = None) -> None:
         """Write the stack, compressed by zlib: whole or not at all.

@@ -113,9 +113,11 @@ def write_label_group(
                 for y in range(0, height, _BLOCK):
                     for x in range(0, width, _BLOCK):
                         bottom, right = min(y + _BLOCK, height), min(x + _BLOCK, width)
-                        level[(*place, slice(y, bottom), slice(x, right))] = page[
-                            y * step : (bottom - 1) * step + 1 : step, x * step : (right - 1) * step + 1 : step
-                        ]
+                        rows, columns = (
+                            slice(a * step, (b - 1) * step + 1, step) for a, b in ((y, bottom), (x, right))
+                        )
+                        where = (*place, slice(y, bottom), slice(x, right))
+                        level[where] = page[rows, columns]
         group.attrs.update(_metadata(axes, len(levels), pixel_size, version, source))
         if path.is_dir():
             shutil.rmtree(path)
