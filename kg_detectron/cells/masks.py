@@ -136,9 +136,10 @@ class MaskCrops:
 
     def pixels(self, order: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
         """Each cell as a bool array (h,w) and its window x1, y1, x2, y2; in another order if one is given."""
-        windows = self.windows.tolist()
-        for i in range(len(self)) if order is None else order:
-            yield self._binary(i).numpy(force=True), tuple(windows[i])
+        chosen = range(len(self)) if order is None else list(order)
+        windows = self.windows if order is None else self.windows[chosen]  # of a few, not of all for each few
+        for i, window in zip(chosen, windows.tolist(), strict=True):
+            yield self._binary(i).numpy(force=True), tuple(window)
 
     def to(self, *args: Any, **kwargs: Any) -> "MaskCrops":
         """The crops moved as by `Tensor.to`; the places stay on the CPU."""

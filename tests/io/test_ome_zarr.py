@@ -1,6 +1,7 @@
 """OME-Zarr: images of both versions, plates, and labels that its readers find."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,15 +109,17 @@ def test_what_could_run_code_is_refused(tmp_path: Path, change: dict, message: s
 @pytest.fixture
 def plate(tmp_path: Path) -> Path:
     """Two wells with two fields each."""
-    path = tmp_path / "plate.ome.zarr"
-    wells = ("A/1", "B/2")
+    return write_plate(tmp_path / "plate.ome.zarr", ("A/1", "B/2"), 2)
+
+
+def write_plate(path: Path, wells: Sequence[str], fields: int) -> Path:
     content = {"plate": {"wells": [{"path": well} for well in wells], "version": "0.4"}}
     zarr.create_group(str(path), zarr_format=2).attrs.update(content)
     for number, well in enumerate(wells):
         group = zarr.create_group(str(path / well), zarr_format=2)
-        group.attrs.update({"well": {"images": [{"path": "0"}, {"path": "1"}]}})
-        for field in (0, 1):
-            pixels = np.random.default_rng(2 * number + field).integers(0, 256, (1, 40, 60), dtype=np.uint8)
+        group.attrs.update({"well": {"images": [{"path": str(field)} for field in range(fields)]}})
+        for field in range(fields):
+            pixels = np.random.default_rng(fields * number + field).integers(0, 256, (1, 40, 60), dtype=np.uint8)
             pyramid(path / well / str(field), pixels, "cyx", "0.4", channels=[{"label": "DAPI"}])
     return path
 
@@ -143,6 +146,35 @@ def test_a_plate_is_predicted_field_by_field(plate: Path, tmp_path: Path) -> Non
     # Other settings replace the stores.
     predict_files([plate], tmp_path / "model.pth", tmp_path / "out", Settings(save=("csv",)))
     assert not list((tmp_path / "out").rglob("*.zarr"))
+
+
+@pytest.mark.slow
+def test_a_plate_of_96_wells_that_is_interrupted_goes_on(tmp_path: Path) -> None:
+    wells = [f"{row}/{column}" for row in "ABCDEFGH" for column in range(1, 13)]
+    path = write_plate(tmp_path / "plate.ome.zarr", wells, 1)
+    save_model(tiny_network(size=(32, 48), radius=2.0, smooth_sigma=1.0), tmp_path / "model.pth")
+    settings, lines = Settings(save=("labels", "ome-tiff")), []
+
+    def interrupt_at_the_fortieth(line: str) -> None:
+        lines.append(line)
+        if sum(" cells, " in line for line in lines) == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files([path], tmp_path / "model.pth", tmp_path / "out", settings, say=interrupt_at_the_fortieth)
+    done = [record["name"] for record in json.loads((tmp_path / "out" / "run.json").read_text())["files"]]
+    assert done == [f"plate/{well}/0" for well in wells[:40]]
+    summary = predict_files([path], tmp_path / "model.pth", tmp_path / "out", settings)
+    assert (len(summary.skipped), len(summary.done), len(summary.failed)) == (40, 56, 0)
+    predict_files([path], tmp_path / "model.pth", tmp_path / "whole", settings)
+    for name in ("out", "whole"):
+        files = {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*_labels*")}
+        assert len(files) == 2 * 96
+        if name == "out":
+            expected = files, (tmp_path / name / "cells.csv").read_bytes()
+    assert expected == (files, (tmp_path / "whole" / "cells.csv").read_bytes())
+    rows = (tmp_path / "out" / "images.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == sorted(f"plate/{well}/0" for well in wells)
 
 
 def ome_zarr_labels(path: Path) -> np.ndarray:
