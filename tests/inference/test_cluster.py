@@ -75,16 +75,10 @@ class HungryFile(distributed.WorkerPlugin):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """The address of two worker processes, as a cluster would have them."""
-    with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50, memory_limit=0
-        ) as workers,
-        distributed.Client(workers, set_as_default=False) as client,
-    ):
+    """The address of two worker processes."""
+    with LocalWorkers(2) as workers, distributed.Client(workers.address, set_as_default=False) as client:
         client.register_plugin(DeadlyFile())
-        yield workers.scheduler_address
+        yield workers.address
 
 
 @pytest.fixture

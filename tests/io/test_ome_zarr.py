@@ -149,11 +149,12 @@ def test_a_plate_is_predicted_field_by_field(plate: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_plate_of_96_wells_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     wells = [f"{row}/{column}" for row in "ABCDEFGH" for column in range(1, 13)]
     path = write_plate(tmp_path / "plate.ome.zarr", wells, 1)
     save_model(tiny_network(size=(32, 48), radius=2.0, smooth_sigma=1.0), tmp_path / "model.pth")
-    settings, lines = Settings(save=("labels", "ome-tiff")), []
+    settings, lines = Settings(save=("labels", "ome-tiff"), scale=1.0), []
 
     def interrupt_at_the_fortieth(line: str) -> None:
         lines.append(line)
