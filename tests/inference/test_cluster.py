@@ -349,7 +349,6 @@ def test_a_worker_that_takes_too_much_memory_costs_its_file_alone(model: Path, t
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_workers_killed_at_random_lose_nothing(own_workers: str, model: Path, tmp_path: Path) -> None:
-    """Some while they start."""
     images = pictures(tmp_path / "images", 30)
     predict_files([images], model, tmp_path / "alone", Settings(save=("labels",)))
     chance, killers = random.Random(0), []
