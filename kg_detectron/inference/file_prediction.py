@@ -69,7 +69,7 @@ class FilePredictor:
         self.settings, self.model_sha256, self.versions = settings, file_sha256(model), versions(settings.runtime)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
+            self.network = load_model(model, self.device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{self.device} cannot be used: {error}") from error
         self.speed = make_fast(self.network) if settings.fast else ""

@@ -320,7 +320,7 @@ class _LocalNetwork:
         assert places[-1] is not None
         radii = self.model.backbone.receptive_radius
         outer = places[-1].grown(max(radii), self.whole)
-        pixels = self.model.preprocessing.batch([self.pixels(outer)], self.model.divisor)
+        pixels = self.model.batch([self.pixels(outer)])
         # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
         # computed there.
         deep = [
