@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Pixels of a row of a packed grid, roughly: several crops share a row, and the grid stays nearly square.
 GRID_WIDTH = 1024
 
-# Pixels of crops that go through the branch together in evaluation on a CPU at most: more take memory, but no less time.
+# Most pixels of crops that go through the branch together in evaluation on a CPU: more take memory, and no less time.
 CPU_CHUNK_PIXELS = 2**16
 
 

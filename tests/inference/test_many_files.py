@@ -191,6 +191,7 @@ def test_a_foreign_run_json_is_left_alone(images: Path, model: Path, tmp_path: P
 KILLED = """
 import os, signal, sys
 from kg_detectron.export.kinds import KINDS
+from kg_detectron.inference import file_prediction  # before the first of them is made
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import Settings
 
