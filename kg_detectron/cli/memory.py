@@ -4,8 +4,8 @@ import ctypes
 import os
 import sys
 
-_MMAP_THRESHOLD = -3  # of mallopt in <malloc.h>
-_LARGE = 2**22  # bytes
+_OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # of mallopt in <malloc.h>
+_LARGE, _FREE = 2**22, 2**25  # bytes: maps that go back at once, and free memory that is kept for smaller ones
 
 
 def give_back_maps() -> None:
@@ -16,10 +16,11 @@ def give_back_maps() -> None:
     PyTorch reads that setting when it is imported.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+    if not sys.platform.startswith("linux") or os.environ.keys() & _OPTIONS.keys():
         return
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(_LARGE)  # of processes that this one starts
-    try:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
-    except (OSError, AttributeError):  # another C library
-        return
+    for (name, option), value in zip(_OPTIONS.items(), (_FREE, _LARGE), strict=True):
+        os.environ[name] = str(value)  # for processes that this one starts
+        try:
+            ctypes.CDLL(None).mallopt(option, value)
+        except (OSError, AttributeError):  # another C library
+            return

@@ -250,7 +250,7 @@ class _Run:
     def __call__(self, items: list[Input], overwrite: bool) -> Summary:
         """Predict all files, with the manifest on disk from the start to the end, also where it is interrupted."""
         previous = self._previous()
-        same = previous and previous.same_run(self.manifest)
+        same = previous and self.manifest.same_run(previous)
         if overwrite or self.workers is not None or same is None or same.threshold is None:
             self.load()  # a model that cannot be loaded leaves no trace
         with locked(self.output):
@@ -269,7 +269,7 @@ class _Run:
         tasks = (Task(item, known.get(item.name), taken.get(item.name, ())) for item in items)
         with ThreadPoolExecutor(1) as reader, closing(self._opened(tasks, reader)) as files:
             skipped, rest = self._skipped(files) if self.workers is None and self.predictor is None else ([], files)
-            same = previous and previous.same_run(self.manifest)
+            same = previous and self.manifest.same_run(previous)
             if self.predictor is None and self.workers is None and same:  # nothing is to be done
                 self.manifest.device, self.manifest.threshold = same.device, same.threshold
                 self.manifest.versions = same.versions

@@ -31,8 +31,8 @@ GRID = 2 * STRIDES[-1]
 # Of the boxes that are segmented at once. Eight times as many took twice the memory in all with the paper's network.
 CROP_PIXELS = 2**18
 
-# Bytes that the maps c1..c4 of a whole image may take to be computed once, and kept until all masks are made. Tiles of a
-# larger image compute them twice, with surroundings of some hundred pixels.
+# Bytes that the maps c1..c4 of a whole image may take to be computed once, and kept until all masks are made. Tiles of
+# a larger image compute them twice, with surroundings of some hundred pixels.
 KEPT_BYTES = 2**29
 
 
