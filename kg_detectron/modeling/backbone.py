@@ -135,8 +135,8 @@ def may_be_pretrained(parameter: str) -> bool:
 
 def image_features(convolutions: nn.Sequential, image: Tensor) -> Tensor:
     """c0 of an image (N, 3, h, w) by its `image_convolutions`."""
-    radius, channels = receptive_radius(convolutions), convolutions[0].out_channels
-    return in_bands(convolutions, image, channels=int(channels), before=radius, after=radius)
+    radius, channels = receptive_radius(convolutions), len(convolutions[0].get_parameter("weight"))
+    return in_bands(convolutions, image, channels=channels, before=radius, after=radius)
 
 
 def zero_bias(layer: nn.Conv2d) -> None:
