@@ -5,7 +5,7 @@ import os
 import sys
 
 _OPTIONS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # of mallopt in <malloc.h>
-_LARGE, _FREE = 2**22, 2**25  # bytes: maps that go back at once, and free memory that is kept for smaller ones
+_LARGE, _FREE = 2**22, 2**23  # bytes: maps that go back at once, and free memory that is kept for smaller ones
 
 
 def give_back_maps() -> None:
