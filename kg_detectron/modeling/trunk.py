@@ -86,7 +86,7 @@ class LargeKernelBlock(nn.Module):
         values = conv_norm(self.depthwise, self.norm, x)
         if not is_banded(values) or values.dtype != x.dtype:
             return add(self._pointwise(values), x)
-        for first, last in bands(*values.shape[2:], self.widen.out_channels):
+        for first, last in bands(values.shape[2], values.shape[3], self.widen.out_channels):
             rows = values[:, :, first:last]
             torch.add(self._pointwise(rows), x[:, :, first:last], out=rows)
         return values
