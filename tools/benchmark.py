@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What kg_detectron costs here: commands `ops`, `model`, `large`, `slide` and `tasks`; see the folder benchmark."""
+"""What kg_detectron costs here: `ops`, `model`, `images`, `large`, `slide` and `tasks`; see the folder benchmark."""
 
 from benchmark.command import main
 

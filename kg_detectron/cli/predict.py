@@ -237,8 +237,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     find_images(inputs, arguments.output)  # as a check: PyTorch takes longer to import
 
+    from kg_detectron.cli.memory import give_back_maps
     from kg_detectron.inference.many_files import predict_files
 
+    give_back_maps()
     summary = predict_files(
         inputs,
         arguments.model,

@@ -36,8 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         check_output(arguments.output)
 
+    from kg_detectron.cli.memory import give_back_maps
     from kg_detectron.inference.many_files import rerun
 
+    give_back_maps()
     summary = rerun(
         arguments.manifest,
         arguments.output,

@@ -26,12 +26,10 @@ from kg_detectron.inference.local_workers import LocalWorkers
 from kg_detectron.inference.manifest import FileRecord
 from kg_detectron.inference.model_names import kept_models
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers
+from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
-from kg_detectron.io.finding import Input
-
-STAGING = ".kg-detectron-tasks-"  # folders in the output folder begin with it
 
 _AHEAD = 2  # tasks handed out for each thread of a worker
 _COUNT_EVERY = 5.0  # seconds between two looks at how many workers there are
@@ -63,14 +61,6 @@ class Job:
     output: Path
     staging: Path
     threads: int | None
-
-
-class Task(NamedTuple):
-    """A file to predict; the fields are arguments of `FilePredictor`."""
-
-    item: Input
-    known: FileRecord | None
-    taken: tuple[str, ...]
 
 
 class Step(NamedTuple):
@@ -219,7 +209,7 @@ def _plan(predictor: FilePredictor, job: Job, task: Task) -> Plan | None:
 def _predict(predictor: FilePredictor, job: Job, task: Task) -> Outcome:
     folder = job.staging / uuid.uuid4().hex
     folder.mkdir(parents=True)
-    record = predictor(task.item, folder, known=task.known, output=job.output, taken=task.taken)
+    record = predictor(task, folder, job.output)
     if record.error is not None:
         record.outputs = []
     if record is task.known or record.error is not None:
@@ -493,9 +483,3 @@ class _Queue:
             self._left[name] = len(stage)
             self._steps.extend(stage)
         return None
-
-
-def remove_staging(output: Path) -> None:
-    """Delete what workers of this and earlier runs left in a folder of results, which must be locked."""
-    for folder in output.glob(STAGING + "*"):
-        shutil.rmtree(folder, ignore_errors=True)

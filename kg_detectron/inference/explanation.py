@@ -11,7 +11,6 @@ from kg_detectron.graph import KEYPOINTS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.keypoint_graph.decoding import Candidates
 from kg_detectron.modeling.precision import autocast
-from kg_detectron.modeling.preprocessing import as_tensor
 
 # What became of a group of keypoints.
 BOX = "became a box"
@@ -111,8 +110,8 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
     seen, _ = model.network_image(image, scale=scale)
-    sizes = [seen.shape[:2]]
-    batch = model.preprocessing.batch([as_tensor(seen[:, :], model.place)], model.divisor)
+    batch, size = model.batch_of(seen)
+    sizes = [size]
     with autocast(model.precision, batch.device):
         maps, crop_maps = model.maps(batch)
         ((boxes, scores),) = zip(*model.boxes(maps, sizes), strict=True)

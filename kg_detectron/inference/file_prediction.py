@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,17 @@ from kg_detectron.export.ome_zarr import write_into, write_label_group
 from kg_detectron.export.results import Result, write_results
 from kg_detectron.inference.area import Area, area_of
 from kg_detectron.inference.fast import make_fast
-from kg_detectron.inference.manifest import FileRecord, PlaneRecord, versions
+from kg_detectron.inference.manifest import FileRecord, PlaneRecord, note, versions
 from kg_detectron.inference.model_file import load_model
+from kg_detectron.inference.opened_file import OpenedFile, open_file, open_pages
 from kg_detectron.inference.predictor import predict, tiled_steps
 from kg_detectron.inference.run_settings import SettingError, Settings
+from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES, TileStore
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
-from kg_detectron.io.images import MAX_PIXELS, ImageFile, Page, open_image
-from kg_detectron.io.normalisation import UnknownWhiteLevel
+from kg_detectron.io.images import Page
 from kg_detectron.io.ome_zarr import is_ome_zarr
 
 # Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
@@ -54,6 +55,7 @@ class FilePredictor:
         model: the file.
         settings: of the prediction.
         device: as PyTorch names it; None takes the GPU where there is one.
+        sha256: of the file, where it is known.
 
     Attributes:
         device: the name.
@@ -65,11 +67,15 @@ class FilePredictor:
         SettingError: a device that is not there, or that the runtime does not use.
     """
 
-    def __init__(self, model: Path, settings: Settings, device: str | None = None) -> None:
-        self.settings, self.model_sha256, self.versions = settings, file_sha256(model), versions(settings.runtime)
+    def __init__(self, model: Path, settings: Settings, device: str | None = None, sha256: str | None = None) -> None:
+        self.settings, self.model_sha256, self.versions = (
+            settings,
+            sha256 or file_sha256(model),
+            versions(settings.runtime),
+        )
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.network = load_model(model, self.device, channels_last=self.device == "cpu")  # faster there
+            self.network = load_model(model, self.device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{self.device} cannot be used: {error}") from error
         self.speed = make_fast(self.network) if settings.fast else ""
@@ -84,58 +90,52 @@ class FilePredictor:
 
         self.network = by_onnxruntime(self.network)
 
-    def __call__(
-        self,
-        item: Input,
-        folder: Path,
-        *,
-        known: FileRecord | None = None,
-        output: Path | None = None,
-        taken: Collection[str] = (),
-        before_writing: Callable[[], None] | None = None,
-        progress: Progress | None = None,
-    ) -> FileRecord:
+    def __call__(self, task: Task, folder: Path, output: Path) -> FileRecord:
         """Predict all pages of a file and save the results.
 
         Args:
-            item: the file, and the name of its results.
+            task: the file.
             folder: where the results are written.
-            known: the record of an earlier run with the same model and settings.
-            output: folder of the results of that run; `folder` where None.
-            taken: names of other files of the run.
-            before_writing: called when the first result is about to be written.
-            progress: called after each step of a page with the number of steps done and of all.
+            output: folder of the results of an earlier run.
 
         Returns:
-            The record. It is `known` itself, and nothing was done, where that is of the same content and its results
-            are there. A failure is in its `error`: broken bytes, memory, a full disk are the file's alone.
+            The record. It is that of the earlier run, and nothing was done, where that is of the same content and its
+            results are there. A failure is in its `error`: broken bytes, memory, a full disk are the file's alone.
         """
-        record = FileRecord(str(item.path), item.name)
-        start = time.perf_counter()
-        try:
-            record.sha256 = file_sha256(item.path)
-            if known is not None and known.is_done(output or folder, item.path, record.sha256):
-                return known
-            tiles = (output or folder) / TILES
-            self._predict_file(item, record, folder, tiles, taken, before_writing or _nothing, progress)
-        except Exception as error:
-            record.error = reason(error, item.path)
-        record.seconds = round(time.perf_counter() - start, 3)
-        return record
+        opened = open_file(task, self.settings, output)
+        if not opened.is_known:
+            for write in self.predict(opened, folder, output / TILES):
+                opened.attempt(write)
+        return opened.record
 
-    def _predict_file(
-        self,
-        item: Input,
-        record: FileRecord,
-        folder: Path,
-        tiles: Path,
-        taken: Collection[str],
-        before_writing: Callable[[], None],
-        progress: Progress | None,
-    ) -> None:
-        """Predict and save all pages of a file, noting in its record what is done."""
-        settings = self.settings
-        image = self._open(item, record)
+    def predict(
+        self, opened: OpenedFile, folder: Path, tiles: Path, progress: Progress | None = None
+    ) -> Iterator[Callable[[], None]]:
+        """Predict the pages of a file one by one.
+
+        Args:
+            opened: the file. Its record gets what is done, and the error where prediction fails.
+            folder: where the results are written.
+            tiles: folder for what is computed of large images.
+            progress: called after each step of a page with the number of steps done and of all.
+
+        Yields:
+            After each page what writes its results, at last what writes those of the whole file. They are called one
+            after the other; of a stack each before the next page is asked for, which bounds the memory.
+        """
+        pages = self._predict_pages(opened, folder, tiles, progress)
+        while opened.record.error is None:
+            writes: list[Callable[[], None]] = []
+            opened.attempt(lambda: writes.extend(islice(pages, 1)))  # noqa: B023  # called at once
+            if not writes:
+                return
+            yield writes[0]
+
+    def _predict_pages(
+        self, opened: OpenedFile, folder: Path, tiles: Path, progress: Progress | None
+    ) -> Iterator[Callable[[], None]]:
+        settings, record, image, (item, _, taken) = self.settings, opened.record, opened.image, opened.task
+        assert image is not None
         pages = image.pages
         record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
         note(record, *image.notes)
@@ -157,64 +157,74 @@ class FilePredictor:
         for number, (name, page) in enumerate(zip(names, pages, strict=True), 1):
             store = TileStore(tiles / self._key(record, number)) if self._is_kept(page) else None
             cells = self._predict_page(page, record, store, progress)
-            result = Result(
-                cells,
-                page.pixels if page.is_lazy or len(page.chosen) > 1 else page.pixels[..., 0],
-                item.path.name if len(pages) == 1 else Path(name).name,
-                record.pixel_size,
-                page.source,
-                tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
-                number if len(pages) > 1 else 0,
-                _position(page),
-                classes.names if len(classes) > 1 else Result.category_names,
-                classes.shown_colours(),
-                scratch=folder,
-            )
-            if number == 1:
-                before_writing()
-            target = folder / name
-            if stack.kinds_of_pages:
-                saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
-                record.outputs += [path.relative_to(folder).as_posix() for path in saved.values()]
-            stack.add(result)
-            height, width = cells.size
-            scene = page.position.get("scene")
-            scale_y, scale_x = np.broadcast_to(cells.scale, 2)
-            plane = PlaneRecord(
-                name,
-                result.page,
-                dict(result.position),
-                None if scene is None else str(scene),
-                (height, width),
-                len(cells),
-                sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
-                (float(scale_y), float(scale_x)),
-                cells.scale_source,
-            )
-            record.planes.append(plane)
-            record.cells += plane.cells
-            prefix = f"page {number}: " if len(pages) > 1 else ""
-            note(record, *(prefix + text for text in cells.notes))
-        record.outputs += [path.relative_to(folder).as_posix() for path in stack.write(record.pixel_size)]
+            yield partial(self._write_page, item, record, folder, stack, number, name, page, cells)
 
-        for number, page in enumerate(pages, 1):
-            if self._is_kept(page):
-                TileStore(tiles / self._key(record, number)).discard()
+        def write_whole() -> None:
+            record.outputs += [path.relative_to(folder).as_posix() for path in stack.write(record.pixel_size)]
+            for number, page in enumerate(pages, 1):
+                if self._is_kept(page):
+                    TileStore(tiles / self._key(record, number)).discard()
 
-    def _open(self, item: Input, record: FileRecord) -> ImageFile:
-        """Open a file, and note its pixel size."""
-        settings = self.settings
-        image = open_image(
-            item.path,
-            axes=settings.axes,
-            channels=settings.channels,
-            scene=settings.scene,
-            max_pixels=settings.max_pixels or MAX_PIXELS,
+        yield write_whole
+
+    def _write_page(
+        self,
+        item: Input,
+        record: FileRecord,
+        folder: Path,
+        stack: "_Stack",
+        number: int,
+        name: str,
+        page: Page,
+        cells: Cells,
+    ) -> None:
+        """Save the cells of a page, less those of low scores, separated; the record of a page is the last that is made.
+
+        Args:
+            number: of the page, from 1.
+            name: of its results.
+        """
+        cells = cells.above(self.threshold)
+        if not self.settings.keep_overlaps:
+            cells = separate_cells(cells)
+        classes = self.network.classes
+        several = record.pages > 1
+        result = Result(
+            cells,
+            page.pixels if page.is_lazy or len(page.chosen) > 1 else page.pixels[..., 0],
+            Path(name).name if several else item.path.name,
+            record.pixel_size,
+            page.source,
+            tuple(f"channel{c}" if c.isdigit() else c for c in page.channel_names),
+            number if several else 0,
+            _position(page),
+            classes.names if len(classes) > 1 else Result.category_names,
+            classes.shown_colours(),
+            scratch=folder,
         )
-        record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
-        if settings.pixel_size is not None:
-            record.pixel_size, record.pixel_size_source = settings.pixel_size, "given"
-        return image
+        target = folder / name
+        if stack.kinds_of_pages:
+            saved = write_results(result, target.parent, target.name, stack.kinds_of_pages)
+            record.outputs += [path.relative_to(folder).as_posix() for path in saved.values()]
+        stack.add(result)
+        height, width = cells.size
+        scene = page.position.get("scene")
+        scale_y, scale_x = np.broadcast_to(cells.scale, 2)
+        plane = PlaneRecord(
+            name,
+            result.page,
+            dict(result.position),
+            None if scene is None else str(scene),
+            (height, width),
+            len(cells),
+            sum(np.count_nonzero(crop) for crop, _ in result.masks.pixels()) / (height * width),
+            (float(scale_y), float(scale_x)),
+            cells.scale_source,
+        )
+        record.planes.append(plane)
+        record.cells += plane.cells
+        prefix = f"page {number}: " if several else ""
+        note(record, *(prefix + text for text in cells.notes))
 
     @torch.no_grad()
     def steps(self, item: Input, sha256: str, tiles: Path) -> list[TiledDetection]:
@@ -229,7 +239,7 @@ class FilePredictor:
             Nothing for a file that one process had better predict: it is small, or must be read at once.
         """
         record = FileRecord(str(item.path), item.name, sha256)
-        pages = self._open(item, record).pages
+        pages = open_pages(Task(item, None, ()), self.settings, record).pages
         if self.settings.ensemble or not all(page.is_lazy and self._is_kept(page) for page in pages):
             return []
         settings = self.settings
@@ -259,12 +269,12 @@ class FilePredictor:
     def _predict_page(
         self, page: Page, record: FileRecord, store: TileStore | None, progress: Progress | None
     ) -> Cells:
-        """The cells of a page: those of a sufficient score, separated."""
+        """All cells of a page."""
         settings = self.settings
         area = self._area(page)
         if area is not None and self._is_slide(page) and not settings.all_tiles:
             note(record, f"Cells were looked for in {area.share:.1%} of it; --all-tiles looks everywhere.")
-        cells = predict(
+        return predict(
             self.network,
             page.pixels,
             **self._sizes(record),
@@ -276,8 +286,6 @@ class FilePredictor:
             store=store,
             progress=progress,
         )
-        cells = cells.above(self.threshold)
-        return cells if settings.keep_overlaps else separate_cells(cells)
 
     def _is_slide(self, page: Page) -> bool:
         return page.is_lazy and len(page.chosen) == 3
@@ -362,25 +370,3 @@ class _Stack:
 def _position(page: Page) -> dict[str, int]:
     """Where a page lies in its stack, by the letter of the axis; {} where only its number is known."""
     return {axis.upper(): int(index) for axis, index in page.position.items() if axis not in ("scene", "page")}
-
-
-def note(record: FileRecord, *notes: str) -> None:
-    """Add sentences to a record, each once."""
-    record.notes += [text for text in notes if text not in record.notes]
-
-
-def reason(error: Exception, path: Path) -> str:
-    """What went wrong with a file, without its path, which stands before the reason everywhere."""
-    if isinstance(error, OSError) and error.strerror:
-        elsewhere = error.filename is not None and os.fspath(error.filename) != str(path)
-        return f"{error.strerror}: {error.filename}" if elsewhere else error.strerror
-    text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
-    if isinstance(error, SettingError):
-        text = error.as_options()
-    elif isinstance(error, UnknownWhiteLevel):
-        text += "; use --normalise percentile"
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-
-
-def _nothing() -> None:
-    pass

@@ -1,9 +1,12 @@
 """The file ``run.json``: what was run on what, and what came out, so that it can be continued and repeated."""
 
 import dataclasses
+import importlib.util
 import json
 import platform
+import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +21,7 @@ from kg_detectron.io.atomic import replacing
 from kg_detectron.io.relative_path import checked_relative_path
 
 MANIFEST = "run.json"
+_VERSION = re.compile(r"""^__version__ = ['"]([^'"]+)['"]""", re.MULTILINE)  # in a file of PyTorch's
 
 # Seconds between two states on disk, and how many times longer than the last writing took: a run of many files should
 # not spend its time on writing what it did.
@@ -28,17 +32,34 @@ def versions(runtime: str = RUNTIMES[0]) -> dict[str, str]:
     """What the result of a prediction by one of `RUNTIMES` may depend on."""
     import cv2
     import numpy as np
-    import torch
 
     return {
         "kg_detectron": __version__,
-        "torch": torch.__version__,
+        "torch": _torch_version(),
         "torchvision": installed_version("torchvision"),
         "numpy": np.__version__,
         "opencv": cv2.__version__,
         "Python": platform.python_version(),
         **({} if runtime == RUNTIMES[0] else {runtime: installed_version(runtime)}),
     }
+
+
+def _torch_version() -> str:
+    """``torch.__version__``, which takes PyTorch's import; the version of the package leaves out the build."""
+    if "torch" not in sys.modules:
+        spec = importlib.util.find_spec("torch")
+        for folder in (spec and spec.submodule_search_locations) or []:
+            file = Path(folder, "version.py")
+            if file.is_file() and (match := _VERSION.search(file.read_text(encoding="utf-8"))):
+                return match[1]
+    import torch
+
+    return torch.__version__
+
+
+def note(record: "FileRecord", *notes: str) -> None:
+    """Add sentences to a record, each once."""
+    record.notes += [text for text in notes if text not in record.notes]
 
 
 @dataclass
@@ -204,6 +225,10 @@ class Manifest:
         pairs = ((run.model_sha256, defaults | run.settings) for run in (self, other))
         first, second = pairs
         return first == second
+
+    def same_run(self, previous: "Manifest") -> "Manifest | None":
+        """The run of a folder that made the same of the same input, if there is one."""
+        return next((run for run in reversed(previous.runs) if run.makes_the_same_as(self)), None)
 
     def follow(self, previous: "Manifest") -> None:
         """Take over the records of the folder: of the same model and settings to go on, of others as former runs."""

@@ -5,25 +5,33 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from kg_detectron.inference.cluster import STAGING, Cluster, Job, Task, remove_staging
-from kg_detectron.inference.file_prediction import FilePredictor, note
-from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, versions
-from kg_detectron.inference.model_file import load_model
+from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, note, versions
 from kg_detectron.inference.model_names import model_path
+from kg_detectron.inference.opened_file import OpenedFile, is_small_file, open_file
 from kg_detectron.inference.run_settings import SettingError, Settings, Workers, check_device, check_output
 from kg_detectron.inference.run_tables import is_parquet_installed, remove_tables, write_tables
+from kg_detectron.inference.tasks import STAGING, Task, remove_staging
 from kg_detectron.inference.tile_store import TILES
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input, find_images
 from kg_detectron.io.lock import locked
 from kg_detectron.io.relative_path import checked_relative_path
+
+# PyTorch takes seconds to import: it is, with the model, where a file has to be predicted.
+if TYPE_CHECKING:
+    from kg_detectron.inference.file_prediction import FilePredictor
 
 _PAGE = re.compile(r"(.+)_page\d{4,}")  # names of results that pages of a stack have too
 
@@ -160,6 +168,7 @@ def rerun(
                     f"{used} is not what the run used: its SHA-256 is {checksums[used]}, in {path.name} {expected}"
                 )
         again = _Run(Path(run.model), settings, device or run.device, workers, command, output, say, complain)
+        again.load()
         for name, version in again.manifest.versions.items():
             if version != run.versions.get(name):
                 again.tell(f"{name} is {version}, was {run.versions.get(name)}: the labels may differ")
@@ -202,21 +211,35 @@ class _Run:
             raise SettingError(
                 "parquet", "it needs a package that is not installed: pip install 'kg_detectron[parquet]'"
             )
-        if workers is None:
-            self.predictor = FilePredictor(model, settings, device)
-            device, threshold, sha256 = self.predictor.device, self.predictor.threshold, self.predictor.model_sha256
-        else:  # the device is the workers' business
-            threshold = load_model(model).threshold if settings.min_score is None else settings.min_score
-            sha256 = file_sha256(model)
+        self.predictor: FilePredictor | None = None
+        self.model = model
         self.manifest = Manifest(
             command,
             os.path.abspath(model),
-            sha256,
+            file_sha256(model),
             device or "cpu",
             settings.as_json(),
-            threshold,
+            settings.min_score,
             versions=versions(settings.runtime),
         )
+
+    def load(self) -> None:
+        """Load the model, once.
+
+        Raises:
+            OSError, ValueError: see `FilePredictor`.
+        """
+        manifest = self.manifest
+        if self.workers is not None:  # the device is the workers' business
+            if manifest.threshold is None:
+                from kg_detectron.inference.model_file import load_model
+
+                manifest.threshold = load_model(self.model).threshold
+        elif self.predictor is None:
+            from kg_detectron.inference.file_prediction import FilePredictor
+
+            self.predictor = predictor = FilePredictor(self.model, self.settings, self.device, manifest.model_sha256)
+            manifest.device, manifest.threshold = predictor.device, predictor.threshold
 
     def tell(self, *lines: str) -> None:
         """Print lines, less empty ones."""
@@ -226,40 +249,88 @@ class _Run:
 
     def __call__(self, items: list[Input], overwrite: bool) -> Summary:
         """Predict all files, with the manifest on disk from the start to the end, also where it is interrupted."""
+        previous = self._previous()
+        same = previous and self.manifest.same_run(previous)
+        if overwrite or self.workers is not None or same is None or same.threshold is None:
+            self.load()  # a model that cannot be loaded leaves no trace
         with locked(self.output):
             return self._predict_files(items, overwrite)
 
+    def _previous(self) -> Manifest | None:
+        """The manifest in the folder of the results."""
+        return Manifest.read(self.output / MANIFEST) if (self.output / MANIFEST).exists() else None
+
     def _predict_files(self, items: list[Input], overwrite: bool) -> Summary:
-        self.tell(*self._header())
-        if (self.output / MANIFEST).exists():
-            previous = Manifest.read(self.output / MANIFEST)
+        previous = self._previous()
+        if previous is not None:
             self.manifest.follow(previous)
-            if not previous.makes_the_same_as(self.manifest):
+        known = {} if overwrite else dict(self.manifest.files)
+        taken = _names_of_pages(items)
+        tasks = (Task(item, known.get(item.name), taken.get(item.name, ())) for item in items)
+        with ThreadPoolExecutor(1) as reader, closing(self._opened(tasks, reader)) as files:
+            skipped, rest = self._skipped(files) if self.workers is None and self.predictor is None else ([], files)
+            same = previous and self.manifest.same_run(previous)
+            if self.predictor is None and self.workers is None and same:  # nothing is to be done
+                self.manifest.device, self.manifest.threshold = same.device, same.threshold
+                self.manifest.versions = same.versions
+            self.tell(*self._header())
+            if previous is not None and not previous.makes_the_same_as(self.manifest):
                 self.tell(
                     f"{self.output} has results of another model or other settings: those of the same images are "
                     "replaced, the others stay"
                 )
-        known = {} if overwrite else dict(self.manifest.files)
-        taken = _names_of_pages(items)
-        tasks = (Task(item, known.get(item.name), taken.get(item.name, ())) for item in items)
+            return self._predict(items, tasks, skipped, rest)
 
+    def _opened(self, tasks: Iterator[Task], reader: ThreadPoolExecutor) -> Generator[OpenedFile, None, None]:
+        """The files, the next one of which is read while somebody works on one."""
+        waiting: deque[tuple[Task, Future[OpenedFile] | None]] = deque()
+
+        def opened() -> OpenedFile:
+            task, ahead = waiting.popleft()
+            return open_file(task, self.settings, self.output) if ahead is None else ahead.result()
+
+        for task in tasks:
+            ahead = reader.submit(open_file, task, self.settings, self.output) if is_small_file(task) else None
+            waiting.append((task, ahead))
+            if len(waiting) > 1:
+                yield opened()
+        while waiting:
+            yield opened()
+
+    def _skipped(self, files: Iterator[OpenedFile]) -> tuple[list[OpenedFile], Iterator[OpenedFile]]:
+        """The first files, as far as their results are there, and the others, for which the model is loaded."""
+        skipped: list[OpenedFile] = []
+        for opened in files:
+            if not opened.is_known:
+                self.load()
+                return skipped, chain([opened], files)
+            skipped.append(opened)
+        return skipped, iter(())
+
+    def _predict(
+        self, items: list[Input], tasks: Iterator[Task], skipped: list[OpenedFile], files: Iterator[OpenedFile]
+    ) -> Summary:
         summary = Summary([], [], [])
         remove_staging(self.output)
         self.file = ManifestFile(self.manifest, self.output)
         self.file.write()
         try:
             with tqdm(total=len(items), unit="image", disable=self.say is None) as bar:
-                predict = self._in_this_process if self.workers is None else self._on_workers
-                predicted = predict(tasks, _StepsOfFiles(bar))
-                for record, is_known in predicted:
-                    bar.update()
-                    if is_known:
-                        summary.skipped.append(record)
-                        continue
-                    (summary.done if record.error is None else summary.failed).append(record)
-                    self.file.add(record)
-                    bar.set_postfix(cells=summary.cells, refresh=False)
-                    self._report(record)
+                show = _StepsOfFiles(bar)
+                here = self.workers is None
+                predicted = (
+                    self._in_this_process(chain(skipped, files), show) if here else self._on_workers(tasks, show)
+                )
+                with closing(predicted):
+                    for record, is_known in predicted:
+                        bar.update()
+                        if is_known:
+                            summary.skipped.append(record)
+                            continue
+                        (summary.done if record.error is None else summary.failed).append(record)
+                        self.file.add(record)
+                        bar.set_postfix(cells=summary.cells, refresh=False)
+                        self._report(record)
         finally:
             self.file.write()
             remove_staging(self.output)
@@ -268,28 +339,63 @@ class _Run:
         write_tables(self.output, self.manifest, parquet=self.settings.parquet)
         return summary
 
-    def _in_this_process(self, tasks: Iterator[Task], show: "_StepsOfFiles") -> Iterator[tuple[FileRecord, bool]]:
-        """The record of each file, and whether it is one of an earlier run."""
-        for task in tasks:
-            former: list[str] = []
+    def _in_this_process(
+        self, files: Iterator[OpenedFile], show: "_StepsOfFiles"
+    ) -> Generator[tuple[FileRecord, bool], None, None]:
+        """The record of each file, and whether it is one of an earlier run. Results are written while the next file is
+        predicted, by one thread; everything else, what becomes of earlier results too, is done here, in turn."""
+        with ThreadPoolExecutor(1) as writer:
+            last: Callable[[], FileRecord] | None = None
+            for opened in files:
+                try:
+                    writes = [] if opened.is_known or opened.is_large else list(self._writes(opened, show))
+                except BaseException:  # an interruption; the results that are being written will be whole
+                    if last is not None:
+                        self.file.add(last())
+                    raise
+                if last is not None:
+                    record, last = last(), None
+                    yield record, False
+                if opened.is_known:
+                    yield opened.record, True
+                    continue
+                former: list[str] = []
+                if opened.is_large:  # not two of them in memory, nor two pages of a stack
+                    for number, write in enumerate(self._writes(opened, show)):
+                        if number == 0:
+                            self._make_room(opened, former)
+                        opened.attempt(write)
+                elif writes:
+                    self._make_room(opened, former)
+                    last = partial(self._finished, opened, former, writer.submit(_do, opened, writes))
+                    continue
+                yield self._finished(opened, former), False
+            if last is not None:
+                yield last(), False
 
-            def make_room(name: str = task.item.name, former: list[str] = former) -> None:
-                former += self._remove_results(name)
+    def _writes(self, opened: OpenedFile, show: "_StepsOfFiles") -> Iterator[Callable[[], None]]:
+        """What writes the results of a file, see `FilePredictor.predict`, with the progress of a page on the bar."""
+        assert self.predictor is not None  # loaded with the first file that is not done
+        return self.predictor.predict(opened, self.output, self.output / TILES, partial(show, opened.task.item))
 
-            record = self.predictor(
-                task.item,
-                self.output,
-                known=task.known,
-                taken=task.taken,
-                before_writing=make_room,
-                progress=partial(show, task.item),
-            )
-            self._note_removed(record, former)
-            yield record, record is task.known
+    def _make_room(self, opened: OpenedFile, former: list[str]) -> None:
+        """Delete the earlier results of a file, when its new ones are about to be written."""
+        opened.attempt(lambda: former.extend(self._remove_results(opened.task.item.name)))
 
-    def _on_workers(self, tasks: Iterator[Task], show: "_StepsOfFiles") -> Iterator[tuple[FileRecord, bool]]:
+    def _finished(self, opened: OpenedFile, former: list[str], written: Future[None] | None = None) -> FileRecord:
+        """The record of a file, once its results are written."""
+        if written is not None:
+            written.result()
+        self._note_removed(opened.record, former)
+        return opened.record
+
+    def _on_workers(
+        self, tasks: Iterator[Task], show: "_StepsOfFiles"
+    ) -> Generator[tuple[FileRecord, bool], None, None]:
         """The same by Dask, in the order in which the files are finished."""
         assert self.workers is not None
+        from kg_detectron.inference.cluster import Cluster, Job
+
         output = Path(os.path.abspath(self.output))
         staging = output / (STAGING + uuid.uuid4().hex)
         staging.mkdir()
@@ -336,7 +442,7 @@ class _Run:
             "versions: " + ", ".join(f"{name} {version}" for name, version in self.manifest.versions.items()),
             f"model: {self.manifest.model}, SHA-256 {self.manifest.model_sha256}",
             f"settings: {settings}, threshold {self.manifest.threshold:g}, device {self.manifest.device}",
-            *([f"fast: {self.predictor.speed}"] if self.workers is None and self.predictor.speed else []),
+            *([f"fast: {self.predictor.speed}"] if self.predictor is not None and self.predictor.speed else []),
         ]
 
     def _report(self, record: FileRecord) -> None:
@@ -344,6 +450,11 @@ class _Run:
             self.tell(_line(record), *(f"  note: {note}" for note in record.notes))
         elif self.complain is not None:
             self.complain(f"failed: {record.input}: {record.error}")
+
+
+def _do(opened: OpenedFile, work: Sequence[Callable[[], None]]) -> None:
+    for part in work:
+        opened.attempt(part)
 
 
 class _StepsOfFiles:

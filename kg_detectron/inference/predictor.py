@@ -15,7 +15,7 @@ from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
-from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing, as_tensor
+from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def predict(
         steps = _part_of_progress(progress or _no_progress, len(detections), len(MIRRORS) if ensemble else 1)
         tiled = _tiled(model, seen, tile, overlap, None if area is None else _wanted(area, mirror, seen.scale), part)
         if tiled is None:
-            (cells,) = model.detect([as_tensor(seen[:, :], model.place)])
+            cells = model.detect_seen(seen)
             steps(1, 1)
         else:
             cells = tiled.cells(steps)

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.safe_load import read_checkpoint
 
 TILES = ".kg-detectron-tiles"  # folder in the folder of results
 
@@ -30,6 +27,10 @@ class TileStore:
 
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
         """A value, of tensors, lists and dicts: the one that is kept, or else the one that is computed, and kept."""
+        import torch  # takes seconds, and a run that has nothing to do only deletes
+
+        from kg_detectron.io.safe_load import read_checkpoint
+
         path = self.folder / f"{name}.pt"
         if path.is_file():
             try:

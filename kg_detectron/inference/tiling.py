@@ -31,6 +31,10 @@ GRID = 2 * STRIDES[-1]
 # Of the boxes that are segmented at once. Eight times as many took twice the memory in all with the paper's network.
 CROP_PIXELS = 2**18
 
+# Bytes that the maps c1..c4 of a whole image may take to be computed once, and kept until all masks are made. Tiles of
+# a larger image compute them twice, with surroundings of some hundred pixels.
+KEPT_BYTES = 2**29
+
 
 class Window(NamedTuple):
     """A part of the image: input pixels, x2 and y2 exclusive."""
@@ -144,6 +148,8 @@ class TiledDetection:
         if wanted is not None:
             tiles = [core for core in tiles if wanted(core.grown(overlap, self._network.whole))]
         self.tiles = tiles
+        # Parts of an image, and processes that share one, need not all features.
+        self._network.keeps_features &= wanted is None and store is None
 
     def peaks(self, index: int) -> Peaks:
         """The peaks of a tile."""
@@ -253,6 +259,10 @@ class _LocalNetwork:
         self.image = image
         # Images are padded on the right and below, in parts as a whole.
         self.whole = Window(0, 0, *(-(-side // model.divisor) * model.divisor for side in image.shape[1::-1]))
+        self._deep: list[Tensor] | None = None
+        pixels = self.whole.x2 * self.whole.y2
+        of_pixel = sum(c / s**2 for c, s in zip(model.backbone.channels[1:], STRIDES[1:], strict=True))
+        self.keeps_features = pixels * of_pixel * model.place.element_size() <= KEPT_BYTES
         branch = model.keypoint_branch
         self.step_radii = branch.trunk.receptive_radius
         # Input pixels around a tile on which each scale's heads need to be computed.
@@ -319,8 +329,21 @@ class _LocalNetwork:
         """c0..c4, each on a window of its own, or None; that of c4 holds the others."""
         assert places[-1] is not None
         radii = self.model.backbone.receptive_radius
+        if self.keeps_features:
+            if self._deep is None:
+                pixels = self.model.batch([self.pixels(self.whole)])
+                self._deep = self.model.backbone.deep_features(pixels)
+            kept = [
+                None if place is None else place.cut(feature, self.whole, stride)
+                for feature, place, stride in zip(self._deep, places[1:], STRIDES[1:], strict=True)
+            ]
+            if places[0] is None:
+                return [None, *kept]
+            inner = places[0].grown(radii[0], self.whole)
+            c0 = self.model.backbone.image_features(self.model.batch([self.pixels(inner)]))
+            return [places[0].cut(c0, inner, 1), *kept]
         outer = places[-1].grown(max(radii), self.whole)
-        pixels = self.model.preprocessing.batch([self.pixels(outer)], self.model.divisor)
+        pixels = self.model.batch([self.pixels(outer)])
         # Copies, so that what lies around the windows does not stay in memory. c0, which is the largest, is not even
         # computed there.
         deep = [

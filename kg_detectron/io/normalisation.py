@@ -31,10 +31,12 @@ class Levels:
 
     def __call__(self, part: np.ndarray) -> np.ndarray:
         """Scale any part (h,w,C) of the image to float32 in 0..255; NaN becomes 0."""
+        scaled = np.empty(part.shape, np.float32)
         if part.dtype.kind == "u" and part.dtype.itemsize <= 2 and part.size > 2**16:
             table = self._scaled(np.arange(np.iinfo(part.dtype).max + 1)[:, None]).astype(np.float32)
-            return np.stack([np.take(table[:, c], part[..., c]) for c in range(part.shape[2])], axis=2)
-        scaled = np.empty(part.shape, np.float32)
+            for c in range(part.shape[2]):
+                scaled[..., c] = np.take(table[:, c], part[..., c])
+            return scaled
         rows = max(1, _BLOCK // max(1, part[0].size))
         for start in range(0, len(part), rows):
             scaled[start : start + rows] = self._scaled(part[start : start + rows])

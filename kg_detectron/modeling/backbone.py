@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from kg_detectron.modeling.bands import in_bands
 from kg_detectron.modeling.settings import require
 
 STRIDES = (1, 2, 4, 8, 16)  # of c0..c4
@@ -132,6 +133,12 @@ def may_be_pretrained(parameter: str) -> bool:
     return "backbone." in parameter and "c0_conv" not in parameter and ".fpn_" not in parameter
 
 
+def image_features(convolutions: nn.Sequential, image: Tensor) -> Tensor:
+    """c0 of an image (N, 3, h, w) by its `image_convolutions`."""
+    radius, channels = receptive_radius(convolutions), len(convolutions[0].get_parameter("weight"))
+    return in_bands(convolutions, image, channels=channels, before=radius, after=radius)
+
+
 def zero_bias(layer: nn.Conv2d) -> None:
     """Set the bias of a convolution that has one to zeros (in place)."""
     if layer.bias is not None:
@@ -199,7 +206,7 @@ class ResNetC4(nn.Module):
         return [self.image_features(image), *self.deep_features(image)]
 
     def image_features(self, image: Tensor) -> Tensor:
-        return self.c0_conv(image)
+        return image_features(self.c0_conv, image)
 
     def deep_features(self, image: Tensor) -> list[Tensor]:
         c1 = self.relu(self.bn1(self.conv1(image)))

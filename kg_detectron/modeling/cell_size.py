@@ -9,7 +9,7 @@ import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.io.normalisation import Levels
-from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, as_tensor, block_side
+from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, block_side
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.instance_net import InstanceNet
@@ -88,8 +88,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
 
 def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:
     """The cells of a window that the model takes for true."""
-    (cells,) = model.detect([as_tensor(seen[window], model.place)])
-    return cells.above(max(model.threshold, 1e-6))
+    return model.detect_seen(seen, window).above(max(model.threshold, 1e-6))
 
 
 def _contrast(image: np.ndarray, levels: Levels) -> np.ndarray:

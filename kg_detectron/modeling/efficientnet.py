@@ -15,9 +15,11 @@ from torch.nn.functional import interpolate, pad
 from kg_detectron.modeling.backbone import (
     BackboneSettings,
     image_convolutions,
+    image_features,
     receptive_radius,
     register_backbone,
 )
+from kg_detectron.modeling.bands import add, in_bands
 from kg_detectron.modeling.folding import conv_norm
 from kg_detectron.modeling.settings import require
 
@@ -106,8 +108,16 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, h, w) -> (N, outputs, h / stride, w / stride)."""
-        result = self.project(self.depthwise(self.expand(x)))
-        return result + x if self.has_shortcut else result
+        depthwise = self.depthwise
+        result = in_bands(
+            lambda rows: self.project(depthwise(self.expand(rows))),
+            x,
+            channels=depthwise.conv.in_channels,
+            before=depthwise.before,
+            after=depthwise.conv.kernel_size[0] - 1 - depthwise.before,
+            stride=depthwise.conv.stride[0],
+        )
+        return add(result, x) if self.has_shortcut else result
 
 
 class EfficientNetLite0(nn.Module):
@@ -190,7 +200,7 @@ class EfficientNetLite0(nn.Module):
 
     def image_features(self, image: Tensor) -> Tensor:
         """c0."""
-        return self.c0_conv(image)
+        return image_features(self.c0_conv, image)
 
     def deep_features(self, image: Tensor) -> list[Tensor]:
         """[c1, c2, c3, c4]."""

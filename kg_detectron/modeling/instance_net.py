@@ -48,6 +48,8 @@ class InstanceNet(nn.Module, ABC):
         self.settings = settings
         self.scores = Scores()
         self.precision = "float32"
+        self.layout = torch.contiguous_format
+        self.is_compiled = False
         self.register_buffer("place", torch.zeros(()), persistent=False)  # its device and type are the model's
 
     @classmethod
@@ -123,8 +125,9 @@ class InstanceNet(nn.Module, ABC):
             ValueError: another precision.
         """
         self.precision = check_precision(precision)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=layout)  # type: ignore[call-overload]  # PyTorch's overloads lack it
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.layout)  # type: ignore[call-overload]  # PyTorch's overloads lack it
+        self.is_compiled = self.is_compiled or compiled
         if compiled:
             for module in self.dense_modules():
                 module.compile()
@@ -160,7 +163,7 @@ class InstanceNet(nn.Module, ABC):
     def predict_whole(self, image: np.ndarray) -> Cells:
         """The cells of a raw image (H, W, 3), in its frame: all steps, the image at once."""
         seen, source = self.network_image(image)
-        (cells,) = self.detect([as_tensor(seen[:, :], self.place)])
+        cells = self.detect_seen(seen)
         return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale), scale_source=source)
 
     def network_image(
@@ -193,11 +196,32 @@ class InstanceNet(nn.Module, ABC):
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor]) -> list[Cells]:
         """The cells of images (3, h, w) of 0..255 that are prepared, in their frame; scores are probabilities."""
-        prepared = _checked_images(images)
-        batch = self.preprocessing.batch(prepared, self.divisor)
+        return self.detect_in(self.batch(images), [(image.shape[1], image.shape[2]) for image in images])
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """The network's input (N, 3, h, w) of images (3, h, w) of 0..255, in the layout of the model's maps."""
+        batch = self.preprocessing.batch(_checked_images(images), self.divisor)
+        return batch.contiguous(memory_format=self.layout)
+
+    @torch.no_grad()
+    def detect_in(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
+        """As `detect`, of images that `batch` has put together: whoever calls need not keep them in memory."""
         with autocast(self.precision, batch.device):
-            found = self.find(batch, [(image.shape[1], image.shape[2]) for image in prepared])
+            found = self.find(batch, sizes)
         return [dataclasses.replace(cells, scores=self.scores(cells.scores)) for cells in found]
+
+    def detect_seen(self, seen: NetworkImage, window: tuple[slice, slice] = (slice(None), slice(None))) -> Cells:
+        """The cells in a window of an image, rows and columns, in its frame."""
+        batch, size = self.batch_of(seen, window)
+        (cells,) = self.detect_in(batch, [size])
+        return cells
+
+    def batch_of(
+        self, seen: NetworkImage, window: tuple[slice, slice] = (slice(None), slice(None))
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The network's input (1, 3, h, w) of a window of an image, and the window's size without the padding."""
+        image = as_tensor(seen[window], self.place)
+        return self.batch([image]), (image.shape[1], image.shape[2])
 
     @property
     def threshold(self) -> float:

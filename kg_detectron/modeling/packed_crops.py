@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Pixels of a row of a packed grid, roughly: several crops share a row, and the grid stays nearly square.
 GRID_WIDTH = 1024
 
+# Most pixels of crops that go through the branch together in evaluation on a CPU: more take memory, and no less time.
+CPU_CHUNK_PIXELS = 2**16
+
 
 class PackedGrid(NamedTuple):
     """Crops side by side in rows, with at least one empty pixel between any two."""
@@ -78,7 +81,8 @@ def packed_logits(
     depth = (sizes >= 2).all(2).cumprod(0).sum(0).clamp(min=1)
     areas = sizes[0].prod(1)
     many = torch.is_grad_enabled() and int(areas.sum()) > branch.chunk_pixels
-    chunks = _chunks(branch, sizes[0], depth)
+    pixels = branch.chunk_pixels if torch.is_grad_enabled() or device.type != "cpu" else CPU_CHUNK_PIXELS
+    chunks = _chunks(sizes[0], depth, min(pixels, branch.chunk_pixels))
     parts = []
     for chunk in chunks:
         arguments = rows, shapes, matrices, image[chunk], windows[:, chunk], depth[chunk]
@@ -95,15 +99,15 @@ def packed_logits(
     return logits, windows[0], class_features[order.argsort().to(device)]
 
 
-def _chunks(branch: "SegmentationBranch", sizes: Tensor, depth: Tensor) -> list[Tensor]:
-    """Crops of sizes [R,2] that go through the branch together, those that reach deepest first.
+def _chunks(sizes: Tensor, depth: Tensor, pixels: int) -> list[Tensor]:
+    """Crops of sizes [R,2] that go through the branch together, about so many pixels, those that reach deepest first.
 
     They are of like height, within a factor of two: so they fill the rows of a grid.
     """
     order = sizes[:, 0].argsort(descending=True, stable=True)
     areas = sizes[order].prod(1)
     height = sizes[order, 0].double().log2().floor().long()
-    part = (areas.cumsum(0) - areas) // branch.chunk_pixels
+    part = (areas.cumsum(0) - areas) // pixels
     _, counts = torch.stack((height, part), dim=1).unique_consecutive(dim=0, return_counts=True)
     return [part[depth[part].argsort(descending=True, stable=True)] for part in order.split(counts.tolist())]
 

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from kg_detectron.io.normalisation import Levels, Normalisation
 from kg_detectron.io.resize import resize_image
@@ -136,16 +135,14 @@ class Preprocessing:
         height, width = (-(-max(image.shape[axis] for image in images) // divisor) * divisor for axis in (1, 2))
         first = images[0]
         mean, std = (first.new_tensor(v).reshape(-1, 1, 1) for v in (self.pixel_mean, self.pixel_std))
-        return torch.stack(
-            [
-                pad(
-                    ((image - mean) / std)[None],
-                    (0, width - image.shape[2], 0, height - image.shape[1]),
-                    mode="replicate",
-                )[0]
-                for image in images
-            ]
-        )
+        batch = first.new_empty(len(images), 3, height, width)
+        for image, place in zip(images, batch, strict=True):
+            _, h, w = image.shape
+            torch.sub(image, mean, out=place[:, :h, :w])
+            place[:, :h, :w].div_(std)
+            place[:, :h, w:] = place[:, :h, w - 1 : w]
+            place[:, h:] = place[:, h - 1 : h]
+        return batch
 
 
 def block_side(scale: float) -> int:
@@ -197,12 +194,14 @@ class NetworkImage:
         part = self.levels(np.asarray(self.image[rows, columns]))
         # Beyond the image its last pixels go on, so that all blocks are whole.
         missing = [(b - a) * self._block - side for a, b, side in zip(first, last, part.shape[:2], strict=True)]
-        part = cv2.copyMakeBorder(part, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
+        if any(missing):
+            part = cv2.copyMakeBorder(part, 0, missing[0], 0, missing[1], cv2.BORDER_REPLICATE)
         part = resize_image(part, ((last[0] - first[0]) * BLOCK, (last[1] - first[1]) * BLOCK))
         y, x = first[0] * BLOCK, first[1] * BLOCK
         return part[y1 - y : y2 - y, x1 - x : x2 - x]
 
 
 def as_tensor(image: np.ndarray, like: Tensor) -> Tensor:
-    """An image (H, W, 3) as a tensor (3, H, W), of the type and on the device of another one."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(like)
+    """An image (H, W, 3) as a tensor (3, H, W), of the type and on the device of another one; of the same memory where
+    these are its own."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).to(like)

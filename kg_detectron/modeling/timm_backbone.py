@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from kg_detectron.io.safe_load import read_checkpoint
-from kg_detectron.modeling.backbone import STRIDES, BackboneSettings, image_convolutions, register_backbone
+from kg_detectron.modeling.backbone import (
+    STRIDES,
+    BackboneSettings,
+    image_convolutions,
+    image_features,
+    register_backbone,
+)
 from kg_detectron.modeling.settings import require
 
 PREFIX = "timm/"
@@ -82,7 +88,7 @@ class TimmBackbone(nn.Module):
 
     def image_features(self, image: Tensor) -> Tensor:
         """c0."""
-        return self.c0_conv(image)
+        return image_features(self.c0_conv, image)
 
     def deep_features(self, image: Tensor) -> list[Tensor]:
         """[c1, c2, c3, c4]."""

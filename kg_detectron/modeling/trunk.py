@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from kg_detectron.modeling.backbone import NORMS, receptive_radius, zero_bias
+from kg_detectron.modeling.bands import add, bands, is_banded
 from kg_detectron.modeling.folding import conv_norm
 from kg_detectron.modeling.settings import require
 
@@ -82,7 +83,16 @@ class LargeKernelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, h, w) -> the same shape."""
-        return x + self.narrow(torch.relu(self.widen(conv_norm(self.depthwise, self.norm, x))))
+        values = conv_norm(self.depthwise, self.norm, x)
+        if not is_banded(values) or values.dtype != x.dtype:
+            return add(self._pointwise(values), x)
+        for first, last in bands(values.shape[2], values.shape[3], self.widen.out_channels):
+            rows = values[:, :, first:last]
+            torch.add(self._pointwise(rows), x[:, :, first:last], out=rows)
+        return values
+
+    def _pointwise(self, values: Tensor) -> Tensor:
+        return self.narrow(self.widen(values).relu_())
 
 
 class LiteStep(nn.Module):
@@ -98,7 +108,7 @@ class LiteStep(nn.Module):
         """deep (N, deep, h/2, w/2), shallow (N, shallow, h, w) -> (N, width, h, w)."""
         up = interpolate(self.deep(deep), shallow.shape[2:], mode="bilinear", align_corners=False)
         narrow, norm = self.shallow
-        return self.blocks(up + conv_norm(cast(nn.Conv2d, narrow), norm, shallow))
+        return self.blocks(add(up, conv_norm(cast(nn.Conv2d, narrow), norm, shallow)))
 
 
 class Trunk(nn.Module):

@@ -218,7 +218,7 @@ class SegmentCells(Container):
         key = str(path), path.stat().st_mtime_ns
         if key not in self._models:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._models = {key: load_model(path, device, channels_last=device == "cpu")}
+            self._models = {key: load_model(path, device)}
         return self._models[key]
 
     @ensure_main_thread

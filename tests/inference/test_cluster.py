@@ -39,18 +39,18 @@ class DeadlyFile(distributed.WorkerPlugin):
     name = "deadly"
 
     def setup(self, worker: object) -> None:
-        from kg_detectron.inference import file_prediction
+        from kg_detectron.inference import opened_file
         from kg_detectron.io import ome_zarr
 
         ome_zarr._MAP_FROM = 0
-        real = file_prediction.open_image
+        real = opened_file.open_image
 
         def deadly(path: Path, **options: object) -> object:
             if Path(path).name == "killer.png":
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(path, **options)
 
-        file_prediction.open_image = deadly
+        opened_file.open_image = deadly
 
 
 class HungryFile(distributed.WorkerPlugin):

@@ -201,6 +201,7 @@ def test_a_foreign_run_json_is_left_alone(images: Path, model: Path, tmp_path: P
 KILLED = """
 import os, signal, sys
 from kg_detectron.export.kinds import KINDS
+from kg_detectron.inference import file_prediction  # before the first of them is made
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import Settings
 
@@ -490,7 +491,7 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
     assert "only coco" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*run, "--save", "coco"]) == 0
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]
-    expected = predict(load_model(model, channels_last=True), read_image(images / "good0.png"))
+    expected = predict(load_model(model), read_image(images / "good0.png"))
     assert [a["segmentation"]["counts"] for a in found] == [rle["counts"] for rle in expected.masks.rle()]
     assert [a["score"] for a in found] == expected.scores.tolist()
     assert len(found) > len(separate_cells(expected).scores)
@@ -498,7 +499,7 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
 
 def test_doubtful_cells_can_be_left_out(images: Path, model: Path, tmp_path: Path):
     image = images / "good0.png"
-    scores = predict(load_model(model, channels_last=True), read_image(image)).scores
+    scores = predict(load_model(model), read_image(image)).scores
     limit = float(scores[len(scores) // 2])
     predict_files([image], model, tmp_path / "out", Settings(save=("coco",), keep_overlaps=True, min_score=limit))
     found = json.loads((tmp_path / "out" / "good0_coco.json").read_text())["annotations"]

@@ -15,7 +15,7 @@ from builders import ROOT, TRAINABLE, nuclei_example, tiny_network, train
 from torch import Tensor
 
 from kg_detectron.cells import Cells
-from kg_detectron.inference import predict, save_model
+from kg_detectron.inference import predict, save_model, tiling
 from kg_detectron.modeling import DecodingSettings, KeypointDecoder, KeypointGraphNet, KeypointMaps
 from kg_detectron.synthetic import nuclei_image
 
@@ -97,6 +97,30 @@ def exact(models):
     torch.set_default_dtype(torch.float64)
     yield {name: copy.deepcopy(model).double() for name, model in models.items()}
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def tiles_alone(monkeypatch):
+    """Tiles compute their own features, as in an image whose features are too large to be kept."""
+    monkeypatch.setattr(tiling, "KEPT_BYTES", 0)
+
+
+@pytest.mark.parametrize("variant", ["paper", "seg_s1", "margin"])
+def test_kept_features_give_the_same(exact, variant, monkeypatch):
+    """The backbone runs once for the whole image, but for c0."""
+    monkeypatch.setattr(tiling, "KEPT_BYTES", 2**29)
+    image, _ = nuclei_image(np.random.default_rng(7), 150, 200, 25)
+    model, calls = exact[variant], []
+    deep_features = model.backbone.deep_features
+
+    def counted(pixels):
+        calls.append(pixels.shape)
+        return deep_features(pixels)
+
+    whole = predict_whole(model, image)
+    monkeypatch.setattr(model.backbone, "deep_features", counted)
+    assert_same(predict(model, image, scale=1, tile=96, overlap=64), whole)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

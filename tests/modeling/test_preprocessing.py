@@ -120,14 +120,14 @@ def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
     ramp = np.linspace(0, 1, 1300, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (1000, 1300, 3))
 
-    def detect(images):
-        factor = 255 / 1299 / float(images[0][0, 0].diff().mean())
+    def detect(seen, window):
+        factor = 255 / 1299 / float(np.diff(seen[window][0, :, 0]).mean())
         side, count = (round(50 * factor), 30) if factor < 1.5 else (25, 6)
         windows = torch.tensor([[0, 0, side, side]] * count)
         masks = MaskCrops([torch.ones(side, side)] * count, windows, (2048, 2048))
-        return [Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)]
+        return Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)
 
-    monkeypatch.setattr(model, "detect", detect)
+    monkeypatch.setattr(model, "detect_seen", detect)
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / (50 * 2 / math.sqrt(math.pi)), rel=0.1)
 
@@ -139,15 +139,15 @@ def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
     ramp = np.linspace(0, 1, 600, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (600, 600, 3))
 
-    def detect(images):
+    def detect(seen, window):
         # The slope of the ramp tells by how much the image was resized.
-        factor = 255 / 599 / float(images[0][0, 0].diff().mean())
+        factor = 255 / 599 / float(np.diff(seen[window][0, :, 0]).mean())
         side = max(1, round(diameter * factor * math.sqrt(math.pi) / 2))
         windows = torch.tensor([[0, 0, side, side]] * 3)
         masks = MaskCrops([torch.ones(side, side)] * 3, windows, (2048, 2048))
-        return [Cells(windows.float(), torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.long), masks)]
+        return Cells(windows.float(), torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.long), masks)
 
-    monkeypatch.setattr(model, "detect", detect)
+    monkeypatch.setattr(model, "detect_seen", detect)
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / diameter, rel=0.1)
     assert scale.source.startswith("estimated from cells of about")

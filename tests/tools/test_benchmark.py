@@ -101,3 +101,14 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
 def test_cells_lie_in_the_image():
     boxes = cells(50, 128, 0)
     assert boxes.min() >= 0 and boxes.max() <= 128 and (boxes[:, 2:] - boxes[:, :2]).min() >= 13
+
+
+def test_whole_images():
+    """The command and the other networks, of the smallest size."""
+    printed = run_benchmark("images", "--sizes", "1", "--repeats", "1", "--before", str(ROOT))
+    names = ["kg_detectron", "kg_detectron before", "StarDist (network)"]
+    names += ["Mask R-CNN R50-FPN"] * (importlib.util.find_spec("detectron2") is not None)
+    rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| 256x256")]
+    assert [row[1].strip() for row in rows] == names
+    for _, _, command, cpu, image, megabytes, count in rows:
+        assert 0 < float(image) < float(command) and float(cpu) > 0 and float(megabytes) > 50 and int(count) == 1

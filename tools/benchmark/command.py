@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from benchmark import large, models, operators, slide, tasks
+from benchmark import images, large, models, operators, slide, tasks
 from kg_detectron.layers import ops
 
 
@@ -12,7 +12,7 @@ def main() -> None:
     """Entry point of the command line."""
     parser = argparse.ArgumentParser(prog="benchmark.py", description="what kg_detectron costs on this machine")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (operators, models, large, slide, tasks):
+    for module in (operators, models, images, large, slide, tasks):
         module.add_command(commands)
     arguments = parser.parse_args()
     for device in [arguments.device] if arguments.device else ["cpu", *["cuda"] * torch.cuda.is_available()]:

@@ -84,7 +84,7 @@ class MaskRCNNStages:
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         self.model = model
         self.image = image
-        self.size = image.shape[-1]
+        self.size = min(image.shape[2:])
 
     def stages(self, count: int) -> Iterator[tuple[str, Stage]]:
         from detectron2.modeling import detector_postprocess
@@ -92,7 +92,7 @@ class MaskRCNNStages:
 
         from kg_detectron.d2.evaluators import mask_rles
 
-        model, size = self.model, (self.size, self.size)
+        model, size = self.model, (self.image.shape[2], self.image.shape[3])
         images, heads = ImageList(self.image, [size]), model.roi_heads
         yield "backbone", Stage(lambda: model.backbone(self.image), (model.backbone,))
         features = model.backbone(self.image)
@@ -128,9 +128,13 @@ class MaskRCNNStages:
             return self.model([{"image": self.image[0], "instances": truth}])
 
 
-def load_stages(config: str, size: int, device: str, channels_last: bool) -> KeypointGraphStages | MaskRCNNStages:
-    """The model of a config (a file, or a name in configs/), with random weights, on a random image."""
-    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+def load_stages(
+    config: str, size: int | tuple[int, int], device: str, channels_last: bool
+) -> KeypointGraphStages | MaskRCNNStages:
+    """The model of a config (a file, or a name in configs/), with random weights, on a random image; `size` is its
+    side, or height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     torch.manual_seed(0)
     model = _model_of(config, device) if HAS_DETECTRON2 else KeypointGraphNet.build()
     model = getattr(model, "network", model)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kg_detectron.graph import GROUP_OFFSET_CHANNELS, HEATMAP_CHANNELS, SINGLE_OFFSET_CHANNELS
 from kg_detectron.modeling.backbone import NORMS, receptive_radius, zero_bias
+from kg_detectron.modeling.bands import in_bands
 from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import SCALES, LargeKernelBlock, Trunk, convolution
 
@@ -103,7 +104,11 @@ class LiteHeads(nn.Module):
 
     def forward(self, decoded: Tensor) -> KeypointMaps:
         """(N, width, h, w) -> the maps of that scale."""
-        heatmap, single_offset, group_offset = self.predict(self.trunk(decoded)).split(self.channels, dim=1)
+        block, norm, relu = self.trunk
+        maps = in_bands(
+            lambda rows: self.predict(relu(norm(rows))), block(decoded), channels=sum(self.channels), before=0, after=0
+        )
+        heatmap, single_offset, group_offset = maps.split(self.channels, dim=1)
         return KeypointMaps(heatmap, single_offset, group_offset, self.stride)
 
 

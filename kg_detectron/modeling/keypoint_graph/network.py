@@ -84,6 +84,7 @@ class KeypointGraphNet(InstanceNet):
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
         maps, crop_maps = self.maps(batch)
         boxes, scores = self.boxes(maps, sizes)
+        del maps  # large, as are those of masks
         segmented = self.segmentation.predict_cells(crop_maps, boxes, sizes)
         return [self.finish(*cells) for cells in zip(boxes, scores, segmented, strict=True)]
 
@@ -91,8 +92,14 @@ class KeypointGraphNet(InstanceNet):
 
     def maps(self, batch: Tensor) -> tuple[list[KeypointMaps], list[Tensor]]:
         """Images (N, 3, h, w) -> the keypoint maps of each scale, and the maps that masks are cut from."""
-        features = self.backbone(batch)
-        maps, decoded = self.keypoint_branch(features)
+        if 1 in self.keypoint_branch.trunk.scales or self.is_compiled:
+            features = self.backbone(batch)
+            maps, decoded = self.keypoint_branch(features)
+        else:  # c0, the largest map, is made when those of the trunk are gone
+            features = [batch, *self.backbone.deep_features(batch)]
+            maps, decoded = self.keypoint_branch(features)
+            decoded.clear()
+            features[0] = self.backbone.image_features(batch)
         return maps, self.segmentation.maps(features, decoded)
 
     def boxes(self, maps: list[KeypointMaps], sizes: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
