@@ -53,7 +53,7 @@ class FCISNet(TrunkNet):
         self.heads = PositionSensitiveMaps(widths[heads.scale - 1], heads.channels, heads.groups)
 
     def dense_modules(self) -> list[nn.Module]:
-        return [self.backbone, self.trunk, self.proposals.widen, self.proposals.network.head, self.heads]
+        return [self.backbone, self.trunk, *self.proposals.widen, self.proposals.network.head, self.heads]
 
     def losses(self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
         maps, levels = self.maps(batch)
@@ -77,7 +77,7 @@ class FCISNet(TrunkNet):
                 self.find_in_image([m[i : i + 1] for m in maps], proposals[i], size) for i, size in enumerate(sizes)
             ]
 
-    def find_in_image(self, maps: Sequence[Tensor], proposals: Tensor, size: tuple[int, int]) -> list[Cells]:
+    def find_in_image(self, maps: Sequence[Tensor], proposals: Tensor, size: tuple[int, int]) -> Cells:
         """The cells of one image, from its maps (1, C, h, w) and proposals (P, 4).
 
         Each proposal is read twice: where it lies, and where its box lies, which it tells.

@@ -37,7 +37,7 @@ class RegionProposals(nn.Module):
             _BATCH,
             _POSITIVE_PART,
             {"training": settings.candidates, "testing": settings.candidates},
-            {"training": settings.proposals, "testing": settings.proposals},
+            {"training": settings.training_proposals, "testing": settings.proposals},
             settings.proposal_overlap,
         )
 

@@ -42,15 +42,15 @@ def assembled(maps: Tensor, regions: Tensor, stride: int, groups: int) -> Tensor
     """
     from torchvision.ops import ps_roi_align  # torchvision takes seconds to import
 
-    count = len(regions)
+    count, channels = len(regions), maps.shape[1] // groups**2
     steps = torch.arange(SAMPLES, device=regions.device) - SAMPLES // 2
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     part = (regions[:, 3:] - regions[:, 1:3]) / groups  # [R,2] sides of a part
     shift = torch.stack((x, y), dim=2)[:, :, None] * part / SAMPLES  # [3,3,R,2]
     moved = torch.cat((regions[:, :1].expand(SAMPLES, SAMPLES, -1, -1), regions[:, 1:] + shift.repeat(1, 1, 1, 2)), 3)
     values = ps_roi_align(maps, moved.reshape(-1, 5), groups, 1 / stride, sampling_ratio=1)
-    values = values.view(SAMPLES, SAMPLES, count, -1, groups, groups).permute(2, 3, 4, 0, 5, 1)
-    return values.reshape(count, -1, SAMPLES * groups, SAMPLES * groups)
+    values = values.view(SAMPLES, SAMPLES, count, channels, groups, groups).permute(2, 3, 4, 0, 5, 1)
+    return values.reshape(count, channels, SAMPLES * groups, SAMPLES * groups)
 
 
 def pooled(maps: Tensor, regions: Tensor, stride: int, groups: int) -> Tensor:

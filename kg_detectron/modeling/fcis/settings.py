@@ -21,6 +21,7 @@ class ProposalSettings:
             the last on c4 (strides 4, 8, 16).
         aspect_ratios: height over width of the anchors.
         proposals: of an image, at most (published: 300).
+        training_proposals: the same in training, where each costs most.
         candidates: of an image and a map, the best, before suppression (published: 6,000 of one map).
         proposal_overlap: a proposal that overlaps a better one by more is dropped, intersection over union.
 
@@ -33,6 +34,7 @@ class ProposalSettings:
     anchor_sizes: tuple[int, ...] = (8, 12, 18, 24, 32, 48, 64, 96, 160)
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     proposals: int = 1000
+    training_proposals: int = 300
     candidates: int = 2000
     proposal_overlap: float = 0.7
 
@@ -42,7 +44,7 @@ class ProposalSettings:
         good = len(sizes) > 0 and len(sizes) % PROPOSAL_LEVELS == 0 and rising
         require(good, "anchor_sizes", f"rising numbers, a multiple of {PROPOSAL_LEVELS} of them", sizes)
         require(len(ratios) > 0 and min(ratios) > 0, "aspect_ratios", "numbers above 0", ratios)
-        for name in ("proposals", "candidates"):
+        for name in ("proposals", "training_proposals", "candidates"):
             require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         require(0 < self.proposal_overlap <= 1, "proposal_overlap", "a number of 0..1", self.proposal_overlap)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.stardist.settings import StarHeadSettings
 
 
@@ -23,12 +24,13 @@ def star_losses(
     Returns:
         ``loss_probability``, ``loss_distance``: scalars, weighted.
     """
-    distances = distances.float()
+    logits, distances = for_losses(logits), for_losses(distances)
+    probability, true_distances = probability.to(logits), true_distances.to(distances)
     error = (distances - true_distances).abs().mean(1)
     loss = (probability * error).sum() / probability.sum().clamp(min=1e-6)
     loss = loss + settings.background_weight * ((1 - probability) * distances.abs().mean(1)).mean()
     return {
-        "loss_probability": binary_cross_entropy_with_logits(logits.float(), probability),
+        "loss_probability": binary_cross_entropy_with_logits(logits, probability),
         "loss_distance": settings.distance_weight * loss,
     }
 
