@@ -91,7 +91,6 @@ def test_distances_are_the_published_ones_but_for_whole_steps():
         errors[n, k] = distances[k, row, column] - published_distance(labels, row, column, 2 * math.pi * k / 16)
     assert np.abs(errors[:, ::4]).max() < 1e-4  # along rows and columns steps end at the border
     assert np.median(np.abs(errors)) < 0.2 and abs(errors.mean()) < 0.1
-    assert np.quantile(np.abs(errors), 0.99) < 0.75  # a step may jump over a corner of background
 
 
 GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "stardist.npz")
@@ -108,7 +107,11 @@ def test_it_equals_the_published_program_on_stored_cases(case):
     np.testing.assert_allclose(object_probability(labels.long()).numpy(), true_probability, atol=1e-3)
     found = star_distances(labels[None].long(), 1, len(distances))[0].numpy()
     errors = np.abs(found - true_distances)[:, labels.numpy() > 0]
-    assert np.median(errors) < 0.2 and np.quantile(errors, 0.99) < 0.75
+    # Half a step of the program, along a diagonal 0.71 pixels; more where a step jumps over a corner of background.
+    assert errors[::4].max() < 0.01 and np.median(errors) < 0.2 and (errors < 0.72).mean() > 0.98
+    for row, column in np.argwhere(labels.numpy())[::20]:
+        loops = [published_distance(labels.numpy(), row, column, math.pi * k / 8) for k in range(16)]
+        assert (np.abs(loops - true_distances[:, row, column]) < 0.01).sum() >= 15  # a step may end between two pixels
     cells = decode_stars(probability, distances, 1, tuple(labels.shape), StarDecodingSettings())
     assert len(cells) == int(rendered.max()) > 3
     for mask, score in zip(cells.masks, cells.scores, strict=True):
@@ -119,17 +122,15 @@ def test_it_equals_the_published_program_on_stored_cases(case):
 
 def test_probability_is_the_relative_depth():
     labels = torch.zeros(9, 12, dtype=torch.int64)
-    labels[:, :5], labels[2:5, 5:8] = 1, 2  # the first one lies at the border, and touches the second
+    labels[:, :5], labels[2:5, 5:8] = 1, 2  # the first one lies at the border, which is no outline, and touches the second
     probability = object_probability(labels)
     depth = {}
     for i, j in np.ndindex(9, 12):
         if labels[i, j]:
             depth[i, j] = min(
-                math.dist((i, j), (a, b))
-                for a in range(-1, 10)
-                for b in range(-1, 13)
-                if not (0 <= a < 9 and 0 <= b < 12) or labels[a, b] != labels[i, j]
+                math.dist((i, j), (a, b)) for a, b in np.ndindex(9, 12) if labels[a, b] != labels[i, j]
             )
+    assert (object_probability(torch.ones(3, 4, dtype=torch.int64)) == 1).all()  # a cell without an outline
     for y, x in np.ndindex(9, 12):
         expected = 0.0
         if labels[y, x]:
