@@ -74,7 +74,9 @@ def stardist(logits: Tensor, distances: Tensor) -> dict[str, Tensor]:
 
 def fcis(score_maps: Tensor, box_maps: Tensor) -> dict[str, Tensor]:
     """With the assembly of the maps for regions, whose operator is torchvision's."""
-    regions = torch.cat((BOXES, BOXES + torch.tensor([1.0, 0, 1, -1]), BOXES - BOXES.mean(1, keepdim=True) / 2)).double()
+    regions = torch.cat(
+        (BOXES, BOXES + torch.tensor([1.0, 0, 1, -1]), BOXES - BOXES.mean(1, keepdim=True) / 2)
+    ).double()
     targets = region_targets([regions], [BOXES], [masks_of_boxes()], 6)
     assert 0 < int(targets.cell.sum()) < len(regions)
     rows = region_rows([regions.clamp(min=0)])
@@ -100,6 +102,8 @@ def test_gradients_are_those_of_finite_differences(name):
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
     values = losses(*inputs)
-    assert all(value.dtype == torch.float64 and value.dim() == 0 and float(value.detach()) > 0 for value in values.values())
+    assert all(
+        value.dtype == torch.float64 and value.dim() == 0 and float(value.detach()) > 0 for value in values.values()
+    )
     assert all(gradient.any() for gradient in torch.autograd.grad(sum(values.values()), inputs))
     assert gradcheck(lambda *maps: tuple(losses(*maps).values()), inputs)

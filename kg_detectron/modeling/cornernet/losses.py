@@ -39,7 +39,9 @@ def corner_losses(
         ),
         "loss_pull": settings.pull_weight * pull + 0 * maps.tag.sum(),
         "loss_push": settings.push_weight * push,
-        "loss_offset": settings.offset_weight * smooth_l1_loss(offsets, targets.offset.to(offsets), reduction="sum") / cells
+        "loss_offset": settings.offset_weight
+        * smooth_l1_loss(offsets, targets.offset.to(offsets), reduction="sum")
+        / cells
         + 0 * maps.offset.sum(),
     }
 

@@ -40,9 +40,7 @@ def decode_regions(
     return cells_of_image(cells.extents().to(boxes), scores[found], cells)
 
 
-def vote(
-    boxes: Tensor, scores: Tensor, masks: Tensor, threshold: float
-) -> tuple[Tensor, tuple[int, int, int, int]]:
+def vote(boxes: Tensor, scores: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, tuple[int, int, int, int]]:
     """The mask on which regions agree: pixels that enough of them hold, each counting by its score.
 
     Args:

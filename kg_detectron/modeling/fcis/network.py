@@ -64,9 +64,7 @@ class FCISNet(TrunkNet):
             # With the true boxes: there is a region for each cell from the start.
             regions = [torch.cat((p, b.to(p))) for p, b in zip(proposals, boxes, strict=True)]
             threshold = self.settings.decoding.mask_threshold
-            targets = region_targets(
-                regions, boxes, masks, SAMPLES * groups, settings.positive_overlap, threshold
-            )
+            targets = region_targets(regions, boxes, masks, SAMPLES * groups, settings.positive_overlap, threshold)
             return losses | region_losses(*self.read(maps, region_rows(regions)), targets, settings)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:

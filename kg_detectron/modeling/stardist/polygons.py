@@ -46,9 +46,7 @@ def holds(offsets: Tensor, distances: Tensor) -> Tensor:
     return offsets.norm(dim=2) * edge <= first * second * math.sin(step)
 
 
-def polygon_pixels(
-    centre: Tensor, distances: Tensor, size: tuple[int, int] | None = None, every: int = 1
-) -> Tensor:
+def polygon_pixels(centre: Tensor, distances: Tensor, size: tuple[int, int] | None = None, every: int = 1) -> Tensor:
     """The pixels (P, 2), x, y, int64, whose centres a polygon (2,), (K,) holds: of an image (H, W), or of the plane.
 
     With ``every`` n only each n-th row and column.

@@ -122,14 +122,15 @@ def test_it_equals_the_published_program_on_stored_cases(case):
 
 def test_probability_is_the_relative_depth():
     labels = torch.zeros(9, 12, dtype=torch.int64)
-    labels[:, :5], labels[2:5, 5:8] = 1, 2  # the first one lies at the border, which is no outline, and touches the second
+    labels[:, :5], labels[2:5, 5:8] = (
+        1,
+        2,
+    )  # the first one lies at the border, which is no outline, and touches the second
     probability = object_probability(labels)
     depth = {}
     for i, j in np.ndindex(9, 12):
         if labels[i, j]:
-            depth[i, j] = min(
-                math.dist((i, j), (a, b)) for a, b in np.ndindex(9, 12) if labels[a, b] != labels[i, j]
-            )
+            depth[i, j] = min(math.dist((i, j), (a, b)) for a, b in np.ndindex(9, 12) if labels[a, b] != labels[i, j])
     assert (object_probability(torch.ones(3, 4, dtype=torch.int64)) == 1).all()  # a cell without an outline
     for y, x in np.ndindex(9, 12):
         expected = 0.0
