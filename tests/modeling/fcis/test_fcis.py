@@ -89,7 +89,7 @@ def test_targets_decode_to_the_cells(seed, count):
     found = torch.stack([*cells.masks, torch.zeros(SIDE, SIDE, dtype=torch.bool)])
     overlap = (masks[:, None] & found).sum((2, 3)) / (masks[:, None] | found).sum((2, 3))
     whole = box_iou(boxes, boxes).fill_diagonal_(0).amax(1) < 0.5  # of two in one place a region may take either
-    assert (overlap.amax(1)[whole] > 0.85).all()
+    assert (overlap.amax(1)[whole] > 0.9).all()
     if whole.all():
         assert len(cells) == len(boxes)
 
