@@ -20,7 +20,7 @@ from kg_detectron.modeling.fcis.regions import assembled, pooled, region_rows
 from kg_detectron.modeling.fcis.settings import RegionLossSettings
 from kg_detectron.modeling.fcis.targets import region_targets
 from kg_detectron.modeling.keypoint_graph.heads import KeypointMaps
-from kg_detectron.modeling.stardist.losses import star_losses
+from kg_detectron.modeling.stardist.losses import star_class_loss, star_losses
 from kg_detectron.modeling.stardist.settings import StarHeadSettings
 from kg_detectron.modeling.stardist.targets import star_targets
 
@@ -53,7 +53,10 @@ def segmentation_branch(logits: Tensor) -> dict[str, Tensor]:
 
 def cornernet(heatmap: Tensor, tag: Tensor, offset: Tensor) -> dict[str, Tensor]:
     return corner_losses(
-        CornerMaps(heatmap, tag, offset), corner_targets([BOXES], (SIDE, SIDE), 4), CornerLossSettings()
+        CornerMaps(heatmap, tag, offset),
+        corner_targets([BOXES], (SIDE, SIDE), 4, labels=[torch.tensor([2, 0])], classes=2),  # one of no known class
+        CornerLossSettings(),
+        torch.tensor([1.0, 0.5]),
     )
 
 
@@ -67,9 +70,11 @@ def cosine_embedding(embedding: Tensor) -> dict[str, Tensor]:
     return {"loss_embedding": embedding_loss(embedding, label_map()[0, ::4, ::4], 3.0)}
 
 
-def stardist(logits: Tensor, distances: Tensor) -> dict[str, Tensor]:
+def stardist(logits: Tensor, distances: Tensor, classes: Tensor) -> dict[str, Tensor]:
     settings = StarHeadSettings(rays=4, background_weight=0.1)
-    return star_losses(logits, distances, *star_targets(label_map(), 4, 4), settings)
+    losses = star_losses(logits, distances, *star_targets(label_map(), 4, 4), settings)
+    known = torch.where(label_map()[:, ::4, ::4] == 2, -1, label_map()[:, ::4, ::4])  # one of no known class
+    return losses | {"loss_class": star_class_loss(classes, known, torch.tensor([0.5, 2.0]))}
 
 
 def fcis(score_maps: Tensor, box_maps: Tensor) -> dict[str, Tensor]:
@@ -88,10 +93,10 @@ def fcis(score_maps: Tensor, box_maps: Tensor) -> dict[str, Tensor]:
 LOSSES: dict[str, tuple[Callable[..., dict[str, Tensor]], list[tuple[int, ...]]]] = {
     "keypoint_graph": (keypoint_graph, [(1, 5, 4, 4), (1, 10, 4, 4), (1, 40, 4, 4)]),
     "segmentation_branch": (segmentation_branch, [(12,)]),
-    "cornernet": (cornernet, [(1, 2, 4, 4), (1, 2, 4, 4), (1, 2, 2, 4, 4)]),
+    "cornernet": (cornernet, [(1, 2, 2, 4, 4), (1, 2, 4, 4), (1, 2, 2, 4, 4)]),
     "dcan": (dcan, [(2, 4, 4), (2, 4, 4)]),
     "cosine_embedding": (cosine_embedding, [(3, 4, 4)]),
-    "stardist": (stardist, [(1, 4, 4), (1, 4, 4, 4)]),
+    "stardist": (stardist, [(1, 4, 4), (1, 4, 4, 4), (1, 3, 4, 4)]),
     "fcis": (fcis, [(1, 16, 4, 4), (1, 16, 4, 4)]),
 }
 

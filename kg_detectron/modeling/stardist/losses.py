@@ -45,5 +45,5 @@ def star_class_loss(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
         weights: (K,) of the classes; that of the background is 1.
     """
     of_pixel = (weights.new_ones(1), weights, weights.new_zeros(1))  # -1 is the last
-    entropy = cross_entropy(logits.float(), classes.clamp(min=0), reduction="none")
+    entropy = cross_entropy(for_losses(logits), classes.clamp(min=0), reduction="none")
     return (torch.cat(of_pixel)[classes] * entropy).mean()
