@@ -50,8 +50,9 @@ def vote(boxes: Tensor, scores: Tensor, masks: Tensor, threshold: float) -> tupl
     Returns:
         Bool (h, w), and its window x1, y1, x2, y2, which holds all boxes.
     """
-    low, high = boxes[:, :2].amin(0).floor().long(), boxes[:, 2:].amax(0).ceil().long()
-    x, y = (torch.arange(low[axis], high[axis], device=boxes.device) + 0.5 for axis in (0, 1))
+    x1, y1 = boxes[:, :2].amin(0).floor().long().tolist()
+    x2, y2 = boxes[:, 2:].amax(0).ceil().long().tolist()
+    x, y = (torch.arange(low, high, device=boxes.device) + 0.5 for low, high in ((x1, x2), (y1, y2)))
     places = []
     for axis, centres in enumerate((x, y)):
         edges = boxes[:, axis, None], boxes[:, axis + 2, None]
@@ -63,5 +64,4 @@ def vote(boxes: Tensor, scores: Tensor, masks: Tensor, threshold: float) -> tupl
     held = grid_sample(masks[:, None], grid, padding_mode="border", align_corners=False)[:, 0] >= threshold
     held &= (grid.abs() <= 1).all(3)
     share = torch.einsum("r,rhw->hw", scores / scores.sum(), held.to(scores))
-    x1, y1, x2, y2 = torch.cat((low, high)).tolist()
     return share >= threshold, (x1, y1, x2, y2)
