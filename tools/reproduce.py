@@ -1,12 +1,14 @@
-"""Train and evaluate every row of the results on DSB2018, over several seeds, and write the tables.
+"""Train and evaluate every row of the results, over several seeds, and write the tables.
 
     python tools/reproduce.py gpu --seeds 1 2 3 --num-gpus 4
     python tools/reproduce.py cpu --seeds 1 2 --minutes 20
+    python tools/reproduce.py cpu_usiigaci --seeds 1 2 --minutes 20
 
 ``gpu`` is the paper's setting (512x512, ResNet-50, the schedules of the configs); ``cpu`` the small networks, each row
-trained for equal time. Call it again after any interruption: finished rows are kept, a started training resumes. Every
-finished training is one small JSON file in ``results/<plan>/``, and the tables in ``results/<plan>/tables.md`` are
-made from these files alone (``--tables`` makes only them).
+trained for equal time. Both are on DSB2018; ``gpu_usiigaci`` and ``cpu_usiigaci`` are the rows of the methods on the
+phase-contrast cells of Usiigaci. Call it again after any interruption: finished rows are kept, a started training
+resumes; ``--dry-run`` shows what is left. Every finished training is one small JSON file in ``results/<plan>/``, and
+the tables in ``results/<plan>/tables.md`` are made from these files alone (``--tables`` makes only them).
 """
 
 import argparse
@@ -88,6 +90,38 @@ def _steps(base: Row, steps: dict[str, str], *, trained: bool) -> list[Row]:
     return rows
 
 
+# The rows of the paper's two tables, the baselines made stronger, the state of the art that the paper names, and what
+# is ours: by name the config, without its data set and its schedule.
+PAPER_SIZE = {
+    "kg": "kg_{}",
+    "kg plus": "kg_{}_plus",
+    "kg lite": "kg_lite_{}",
+    "kg lite plus": "kg_lite_{}_plus",
+    "mask_rcnn C4": "mask_rcnn_c4_{}",
+    "mask_rcnn FPN": "mask_rcnn_fpn_{}",
+    "kg seg s1": "kg_{}_seg_s1",
+    "kg single scale": "kg_{}_single_scale",
+}
+SMALL = {
+    "kg lite": "kg_lite_{}_cpu",
+    "kg lite plus": "kg_lite_{}_plus_cpu",
+    "mask_rcnn C4": "mask_rcnn_c4_narrow_{}_cpu",
+    "mask_rcnn FPN": "mask_rcnn_fpn_r18_{}_cpu",
+    "kg": "kg_r18_{}_cpu",
+    "kg plus": "kg_r18_{}_plus_cpu",
+    "kg seg s1": "kg_r18_{}_seg_s1_cpu",
+    "kg single scale": "kg_r18_{}_single_scale_cpu",
+    "kg plus single scale": "kg_r18_{}_plus_single_scale_cpu",
+}
+OTHERS = ("dcan", "cosine_embedding", "cornernet", "stardist", "fcis")
+PAPER_SIZE |= {name: f"{name}_{{}}" for name in OTHERS}
+SMALL |= {name: f"{name}_{{}}_cpu" for name in OTHERS}
+
+
+def _rows(configs: dict[str, str], data: str) -> list[Row]:
+    return [Row(name, config.format(data)) for name, config in configs.items()]
+
+
 KG, SMALL_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")
 LITE, CPU_LITE = Row("kg lite", "kg_lite_dsb2018"), Row("kg lite", "kg_lite_dsb2018_cpu")
 SINGLE_SCALE = Row("kg single scale", "kg_r18_dsb2018_single_scale_cpu")
@@ -95,27 +129,12 @@ TRAINED = _steps(CPU_LITE, TRAINING, trained=True)
 
 PLANS: dict[str, list[Row]] = {
     "gpu": [
-        KG,
-        Row("kg plus", "kg_dsb2018_plus"),
-        LITE,
-        Row("kg lite plus", "kg_lite_dsb2018_plus"),
-        Row("mask_rcnn C4", "mask_rcnn_c4_dsb2018"),
-        Row("mask_rcnn FPN", "mask_rcnn_fpn_dsb2018"),
-        Row("kg seg s1", "kg_dsb2018_seg_s1"),
-        Row("kg single scale", "kg_dsb2018_single_scale"),
+        *_rows(PAPER_SIZE, "dsb2018"),
         *_steps(KG, DECODING, trained=False),
         *_steps(LITE, DECODING, trained=False),
     ],
     "cpu": [
-        CPU_LITE,
-        Row("kg lite plus", "kg_lite_dsb2018_plus_cpu"),
-        Row("mask_rcnn C4", "mask_rcnn_c4_narrow_dsb2018_cpu"),
-        Row("mask_rcnn FPN", "mask_rcnn_fpn_r18_dsb2018_cpu"),
-        SMALL_KG,
-        Row("kg plus", "kg_r18_dsb2018_plus_cpu"),
-        Row("kg seg s1", "kg_r18_dsb2018_seg_s1_cpu"),
-        SINGLE_SCALE,
-        Row("kg plus single scale", "kg_r18_dsb2018_plus_single_scale_cpu"),
+        *_rows(SMALL, "dsb2018"),
         *_steps(SINGLE_SCALE, {"lower threshold": "low_threshold"}, trained=False),
         *_steps(SMALL_KG, DECODING, trained=False),
         *_steps(CPU_LITE, DECODING, trained=False),
@@ -124,6 +143,8 @@ PLANS: dict[str, list[Row]] = {
         Row("kg lite: heatmap weight, larger discs", CPU_LITE.config, ("jittered_boxes", "heatmap_weight")),
         *_steps(TRAINED[-1], MASKS, trained=False),
     ],
+    "gpu_usiigaci": _rows(PAPER_SIZE, "usiigaci"),
+    "cpu_usiigaci": _rows(SMALL, "usiigaci"),
 }
 
 
@@ -205,6 +226,18 @@ class Reproduction:
         }
         with replacing(result) as unfinished:
             unfinished.write_text(json.dumps(facts, indent=2) + "\n")
+
+    def state(self, row: Row, seed: int) -> str:
+        """What `run` would do, in words."""
+        if self._result(row, seed).is_file():
+            return "done"
+        recipes = "".join(f" + {recipe}" for recipe in row.recipes)
+        if row.weights_of:
+            return f"decodes {row.weights_of} by {row.config}{recipes}"
+        if (self._folder(row, seed) / WEIGHTS[-1]).is_file():
+            return "is trained; to be evaluated"
+        length = "its iterations" if self.minutes is None else f"{self.minutes:g} minutes"
+        return f"trains {row.config}{recipes}, {length}, and is evaluated on {self.dataset}"
 
     def _result(self, row: Row, seed: int) -> Path:
         return self.results / f"{file_name(row.name)}_seed{seed}.json"
@@ -317,9 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="of training a row (default: the iterations of the configs)")
     parser.add_argument("--num-gpus", type=int, help="default: 1 for gpu, 0 for cpu")
     parser.add_argument("--pretrained", action="store_true", help="start from ImageNet weights, not from random ones")
-    parser.add_argument("--dataset", default="dsb2018_val", help="registered dataset to evaluate (%(default)s)")
+    parser.add_argument("--dataset", help="registered dataset to evaluate (default: the validation part of the plan's)")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce", help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the small files")
+    parser.add_argument("--dry-run", action="store_true", help="show the rows, and what of them is there")
     parser.add_argument("--tables", action="store_true", help="train nothing; make the tables of what is there")
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys and values for all rows"
@@ -329,17 +363,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = set(options.rows or ()) - {row.name for row in rows}
     if unknown:
         parser.error(f"--rows: {sorted(unknown)} not in the plan {options.plan}: {[row.name for row in rows]}")
-    num_gpus = options.num_gpus if options.num_gpus is not None else int(options.plan == "gpu")
+    num_gpus = options.num_gpus if options.num_gpus is not None else int(options.plan.startswith("gpu"))
     reproduction = Reproduction(
         options.plan,
         options.output,
         options.results,
-        dataset=options.dataset,
+        dataset=options.dataset or f"{'usiigaci' if options.plan.endswith('usiigaci') else 'dsb2018'}_val",
         num_gpus=num_gpus,
         minutes=options.minutes,
         pretrained=options.pretrained,
         changes=options.opts,
     )
+    if options.dry_run:
+        for seed in options.seeds:
+            for row in rows:
+                if not options.rows or row.name in options.rows:
+                    print(f"{row.name}, seed {seed}: {reproduction.state(row, seed)}")
+        return 0
     failed = []
     if not options.tables:
         for seed in options.seeds:

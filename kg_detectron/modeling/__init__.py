@@ -6,6 +6,7 @@ from kg_detectron.modeling.cornernet.network import CornerNet
 from kg_detectron.modeling.cosine_embedding.network import CosineEmbeddingNet
 from kg_detectron.modeling.dcan.network import DCANNet
 from kg_detectron.modeling.efficientnet import EfficientNetLite0
+from kg_detectron.modeling.fcis.network import FCISNet
 from kg_detectron.modeling.instance_net import InstanceNet
 from kg_detectron.modeling.keypoint_graph.decoding import DecodingSettings, KeypointDecoder, Peaks
 from kg_detectron.modeling.keypoint_graph.heads import (
@@ -41,6 +42,7 @@ __all__ = [
     "DCANNet",
     "DecodingSettings",
     "EfficientNetLite0",
+    "FCISNet",
     "HeadSettings",
     "InstanceNet",
     "KeypointBranch",

@@ -11,7 +11,7 @@ from kg_detectron.report.comparison import IOUS, Pooled
 
 _CURVE_POINTS = 300
 _BINS = 24
-_SIZE_CLASSES = 7
+_CLASSES = 7
 
 
 def precision_recall_chart(
@@ -56,29 +56,43 @@ def ap_chart(models: Sequence[Pooled]) -> Chart:
     return chart
 
 
-def size_chart(names: Sequence[str], areas: NDArray, found: Sequence[NDArray[np.bool_]], iou: float) -> Chart:
-    """Share of the cells that each model found, in classes of size with about as many cells each.
+def stratum_chart(
+    title: str,
+    label: str,
+    values: NDArray,
+    names: Sequence[str],
+    found: Sequence[NDArray[np.bool_]],
+    iou: float,
+    *,
+    digits: int = 1,
+) -> Chart:
+    """Share of the cells that each model found, in classes of a quantity with about as many cells each.
 
     Args:
-        areas: (M,) of all cells, pixels.
+        title: what the classes are of.
+        label: of the quantity, with its unit.
+        values: (M,) of all cells.
+        names: of the models.
         found: (M,) bool for each model.
+        iou: from which on a cell is found.
+        digits: to which values are rounded; equal ones are in one class.
     """
-    diameter = np.sqrt(4 * np.asarray(areas, dtype=np.float64) / np.pi)
-    edges = np.unique(np.quantile(diameter, np.linspace(0, 1, _SIZE_CLASSES + 1)).round(1)) if len(areas) else [0.0]
+    values = np.asarray(values, dtype=np.float64).round(digits)
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, _CLASSES + 1)).round(digits)) if len(values) else [0.0]
     if len(edges) < 2:
         edges = np.array([edges[0], edges[0] + 1])
-    size = np.clip(np.searchsorted(edges, diameter.round(1), side="right") - 1, 0, len(edges) - 2)
-    count = np.bincount(size, minlength=len(edges) - 1)
+    place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+    count = np.bincount(place, minlength=len(edges) - 1)
     places = np.arange(len(count)) + 0.5
-    ticks = [(place, f"{edge:g}") for place, edge in enumerate(edges)]
+    ticks = [(position, f"{edge:g}") for position, edge in enumerate(edges)]
     chart = Chart(
-        f"Cells found by size, IoU {iou:g}",
-        Axis("diameter of a disc of the cell's area, pixels", 0, len(count), ticks),
+        f"Cells found by {title}, IoU {iou:g}",
+        Axis(label, 0, len(count), ticks),
         unit_axis("recall"),
         note=f"Classes of {min(count)} to {max(count)} cells each.",
     )
     for style, (name, of) in enumerate(zip(names, found, strict=True)):
-        recall = np.bincount(size, weights=of, minlength=len(count)) / np.maximum(count, 1)
+        recall = np.bincount(place, weights=of, minlength=len(count)) / np.maximum(count, 1)
         chart.add_line(name, style, places, recall, marks=range(len(places)))
     return chart
 

@@ -11,7 +11,6 @@ import cv2
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from kg_detectron._version import __version__
@@ -21,8 +20,9 @@ from kg_detectron.io.images import read_image
 from kg_detectron.io.resize import resize_image
 from kg_detectron.report import charts
 from kg_detectron.report.comparison import Comparison, JudgedImage
-from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, size_chart
+from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, stratum_chart
 from kg_detectron.report.outcomes import INSIDE, Verdict
+from kg_detectron.report.strata import GAP, strata
 from kg_detectron.report.svg_outlines import TOLERANCE, outlines
 from kg_detectron.report.tables import Table
 
@@ -124,11 +124,18 @@ def write_page(
 
 def _charts(comparison: Comparison) -> list[charts.Chart]:
     pooled, iou, threshold, scores = comparison.pooled, comparison.iou, comparison.threshold, comparison.scores
-    areas = np.array([coco_mask.area(m) for judged in comparison.images for m in judged.truth.masks], np.float64)
+    kinds = strata([judged.truth for judged in comparison.images])
     found = [np.concatenate([~of.verdicts[m].missed for of in comparison.images]) for m in range(len(pooled))]
     made: list[charts.Chart | None] = [precision_recall_chart(pooled, threshold, iou, scores), ap_chart(pooled)]
-    if len(areas):
-        made.append(size_chart(comparison.models, areas, found, iou))
+    if len(kinds.diameter):
+        made += [
+            stratum_chart(title, label, values, comparison.models, found, iou, digits=digits)
+            for title, label, values, digits in (
+                ("size", "diameter of a disc of the cell's area, pixels", kinds.diameter, 1),
+                ("elongation", "length / width of the cell", kinds.elongation, 2),
+                ("crowding", f"outline with another cell within {GAP} pixels, %", kinds.crowding, 0),
+            )
+        ]
     made += [score_chart(of, threshold, iou, score) for of, score in zip(pooled, scores, strict=True)]
     return [chart for chart in made if chart is not None and (chart.lines or chart.bars)]
 

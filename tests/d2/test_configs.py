@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 METHODS = ("kg_lite", "kg_r18", "kg", "mask_rcnn_c4_narrow", "mask_rcnn_c4", "mask_rcnn_fpn_r18", "mask_rcnn_fpn_lite0")
 METHODS += ("mask_rcnn_fpn",)
-METHODS += ("stardist", "dcan", "cornernet", "cosine_embedding")
+METHODS += ("stardist", "dcan", "cornernet", "cosine_embedding", "fcis")
 DATA = ("dsb2018", "neural", "synthetic", "usiigaci")
 RECIPES = ("plus", "plus_imagenet", "seg_s1", "single_scale", "plus_single_scale")
 

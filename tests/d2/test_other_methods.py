@@ -15,7 +15,7 @@ from kg_detectron.modeling import method_class
 # One in every run; the others take the same way.
 METHODS = [
     "stardist",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("dcan", "cornernet", "cosine_embedding")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("dcan", "cornernet", "cosine_embedding", "fcis")),
 ]
 
 

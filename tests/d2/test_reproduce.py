@@ -92,6 +92,25 @@ def test_the_stored_results_make_the_stored_tables():
     assert reproduce.file_name("kg lite: the paper's decoding") == "kg_lite-the_papers_decoding"
 
 
+def test_both_data_sets_have_the_rows_of_both_tables(capsys, tmp_path):
+    for size in ("cpu", "gpu"):
+        names = {row.name for row in reproduce.PLANS[f"{size}_usiigaci"]}
+        assert names <= {row.name for row in reproduce.PLANS[size]} and names >= {"kg", "kg seg s1", "kg single scale"}
+        assert names >= {"dcan", "cosine_embedding", "cornernet", "mask_rcnn C4", "stardist", "fcis", "kg lite"}
+        assert all("usiigaci" in row.config for row in reproduce.PLANS[f"{size}_usiigaci"])
+    folders = ["--output", str(tmp_path), "--results", str(tmp_path)]
+    assert reproduce.main(["cpu_usiigaci", "--dry-run", "--minutes", "20", *folders]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "fcis, seed 1: trains fcis_usiigaci_cpu, 20 minutes, and is evaluated on usiigaci_val" in lines
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "fcis_seed1.json").write_text("{}")
+    assert reproduce.main(["cpu", "--dry-run", "--rows", "fcis", "kg: + second hop", *folders]) == 0
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        "fcis, seed 1: done",
+        "kg: + second hop, seed 1: decodes kg by kg_r18_dsb2018_cpu + paper_decoding + sharper_votes + second_hop",
+    ]
+
+
 def test_an_unknown_row_is_named(capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["cpu", "--rows", "kg heavy"])

@@ -35,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dcan": {},
     "cornernet": {"heads": {"channels": 32, "scale": 2}},
     "cosine_embedding": {"heads": {"foreground": "learned"}},
+    "fcis": {"heads": {"channels": 32, "scale": 2}, "proposals": {"proposals": 200, "training_proposals": 200}},
 }
 # Which AP an overfitted network must reach.
 LEARNS: dict[str, str] = {"cornernet": "box_ap"}

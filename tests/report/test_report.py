@@ -23,6 +23,7 @@ from kg_detectron.report import model_names, report_dataset
 from kg_detectron.report.charts import count_axis
 from kg_detectron.report.comparison import Pooled, compare
 from kg_detectron.report.outcomes import judge, judge_class, match
+from kg_detectron.report.strata import GAP, elongation, strata
 from kg_detectron.report.svg_outlines import TOLERANCE, outline
 
 SIZE = 40, 60
@@ -209,6 +210,41 @@ def test_a_class_is_judged_as_by_plain_loops(seed: int) -> None:
         assert of_class.cells[of_class.verdict.missed].tolist() == [m for m in of_class.cells if truths[m] not in taken]
 
 
+# Strata
+
+
+def test_elongation_is_length_over_width() -> None:
+    assert elongation(np.ones((6, 6), bool)) == pytest.approx(1)
+    assert elongation(np.ones((3, 12), bool)) == pytest.approx(4)
+    y, x = np.indices((80, 80)) - 40
+    along, across = (x + y) / math.sqrt(2), (x - y) / math.sqrt(2)
+    assert elongation((along / 30) ** 2 + (across / 10) ** 2 <= 1) == pytest.approx(3, rel=0.02)
+    assert elongation(np.ones((1, 1), bool)) == 1 == elongation(np.zeros((2, 2), bool))
+
+
+def test_strata_are_those_of_plain_loops() -> None:
+    near, far = rectangle(21, 0, 25, 30), rectangle(50, 30, 54, 34)
+    masks = [LEFT, RIGHT, near, far]
+    found = strata([cells(*masks), cells(far)])
+    expected = []
+    for index, mask in enumerate(masks):
+        pixels = [tuple(p) for p in np.argwhere(mask)]
+        others = [tuple(p) for i, m in enumerate(masks) if i != index for p in np.argwhere(m)]
+        outline = [
+            (y, x)
+            for y, x in pixels
+            if any(
+                0 <= a < SIZE[0] and 0 <= b < SIZE[1] and not mask[a, b]
+                for a, b in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1))
+            )
+        ]
+        close = [p for p in outline if any(max(abs(p[0] - a), abs(p[1] - b)) <= GAP for a, b in others)]
+        expected.append(100 * len(close) / len(outline))
+    assert found.crowding.tolist() == pytest.approx([*expected, 0]) and min(expected[:3]) > 10 and expected[3] == 0
+    assert found.diameter.tolist() == pytest.approx([math.sqrt(4 * m.sum() / math.pi) for m in (*masks, far)])
+    assert found.elongation.tolist() == pytest.approx([1, 1, 7.5, 1, 1])
+
+
 # From files to the page
 
 
@@ -280,7 +316,7 @@ def test_worst_image_first(made: dict) -> None:
 def test_curves_are_sound_svg(made: dict) -> None:
     text = (made["folder"] / "page.html").read_text(encoding="utf-8")
     charts = re.findall(r'<figure class="chart">.*?(<svg viewBox="0 0 380.*?</svg>)', text, re.DOTALL)
-    assert len(charts) == 4  # precision and recall, AP, sizes, scores of the model that has some
+    assert len(charts) == 6  # precision and recall, AP, three strata, scores of the model that has some
     for chart in charts:
         assert not re.search(r"\b(nan|inf)\b", chart)
         ET.fromstring(chart)

@@ -7,6 +7,7 @@ from torch.nn.functional import smooth_l1_loss
 from kg_detectron.modeling.cornernet.heads import CornerMaps
 from kg_detectron.modeling.cornernet.settings import CornerLossSettings
 from kg_detectron.modeling.cornernet.targets import CornerTargets
+from kg_detectron.modeling.precision import for_losses
 
 
 def corner_losses(
@@ -25,20 +26,22 @@ def corner_losses(
     """
     image, corner = targets.image[:, None], torch.arange(2, device=targets.image.device)
     x, y = targets.place.unbind(2)  # [M,2] each
-    tags = maps.tag.float()[image, corner, y, x]
-    offsets = maps.offset.float()[image, corner, :, y, x]
+    tags = for_losses(maps.tag)[image, corner, y, x]
+    offsets = for_losses(maps.offset)[image, corner, :, y, x]
     pull, push = tag_losses(tags, targets.image, len(maps.tag))
     cells = max(1, len(tags))
     return {
         "loss_heatmap": focal_loss(
-            maps.heatmap.float().sigmoid(),
+            for_losses(maps.heatmap).sigmoid(),
             targets.heatmap,
             targets.unclassified if targets.heatmap.shape[2] > 1 else None,
             weights,
         ),
         "loss_pull": settings.pull_weight * pull + 0 * maps.tag.sum(),
         "loss_push": settings.push_weight * push,
-        "loss_offset": settings.offset_weight * smooth_l1_loss(offsets, targets.offset, reduction="sum") / cells
+        "loss_offset": settings.offset_weight
+        * smooth_l1_loss(offsets, targets.offset.to(offsets), reduction="sum")
+        / cells
         + 0 * maps.offset.sum(),
     }
 

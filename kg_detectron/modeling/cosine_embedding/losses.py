@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kg_detectron.modeling.precision import for_losses
+
 
 def embedding_loss(
     embedding: Tensor, labels: Tensor, radius: float, contrast_weight: float = 1.0, max_cells: int = 0
@@ -23,7 +25,7 @@ def embedding_loss(
         radius: see `neighbours`, pixels of the map.
         contrast_weight, max_cells: see `EmbeddingHeadSettings`.
     """
-    pixels = embedding.float().flatten(1).T  # [P,D]
+    pixels = for_losses(embedding).flatten(1).T  # [P,D]
     numbers, instance = labels.flatten().unique(return_inverse=True)
     counts = instance.bincount(minlength=len(numbers))
     means = pixels.new_zeros(len(numbers), pixels.shape[1]).index_add(0, instance, pixels) / counts[:, None]

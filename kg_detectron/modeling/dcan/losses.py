@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kg_detectron.modeling.dcan.settings import ContourHeadSettings
+from kg_detectron.modeling.precision import for_losses
 
 
 class Branch(NamedTuple):
@@ -29,11 +30,15 @@ def dcan_losses(
     Returns:
         ``loss_object``, ``loss_contour``, ``loss_auxiliary``: scalars, weighted.
     """
-    entropy = binary_cross_entropy_with_logits
+
+    def entropy(logits: Tensor, target: Tensor) -> Tensor:
+        logits = for_losses(logits)
+        return binary_cross_entropy_with_logits(logits, target.to(logits))
+
     weights = (1.0, settings.contour_weight)
     branches = list(zip((objects, contours), targets, weights, strict=True))
-    loss_object, loss_contour = (w * entropy(branch.fused.float(), target) for branch, target, w in branches)
-    levels = [w * entropy(level.float(), target) for branch, target, w in branches for level in branch.levels]
+    loss_object, loss_contour = (w * entropy(branch.fused, target) for branch, target, w in branches)
+    levels = [w * entropy(level, target) for branch, target, w in branches for level in branch.levels]
     return {
         "loss_object": loss_object,
         "loss_contour": loss_contour,

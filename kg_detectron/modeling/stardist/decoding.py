@@ -40,7 +40,7 @@ def decode_stars(
     row, column, centres = row[inside], column[inside], centres[inside]
     scores = probability[row, column]
     rays = distances[:, row, column].T.clamp(min=_SHORTEST)
-    kept = suppress(centres, rays, scores, settings.overlap_threshold, size)
+    kept = suppress(centres, rays, scores, settings.overlap_threshold)
     labels = torch.zeros(size, dtype=torch.int32, device=probability.device)
     for number in range(len(kept), 0, -1):
         x, y = polygon_pixels(centres[kept[number - 1]], rays[kept[number - 1]], size).unbind(1)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.stardist.settings import StarHeadSettings
 
 
@@ -23,12 +24,13 @@ def star_losses(
     Returns:
         ``loss_probability``, ``loss_distance``: scalars, weighted.
     """
-    distances = distances.float()
+    logits, distances = for_losses(logits), for_losses(distances)
+    probability, true_distances = probability.to(logits), true_distances.to(distances)
     error = (distances - true_distances).abs().mean(1)
     loss = (probability * error).sum() / probability.sum().clamp(min=1e-6)
     loss = loss + settings.background_weight * ((1 - probability) * distances.abs().mean(1)).mean()
     return {
-        "loss_probability": binary_cross_entropy_with_logits(logits.float(), probability),
+        "loss_probability": binary_cross_entropy_with_logits(logits, probability),
         "loss_distance": settings.distance_weight * loss,
     }
 
@@ -43,5 +45,5 @@ def star_class_loss(logits: Tensor, classes: Tensor, weights: Tensor) -> Tensor:
         weights: (K,) of the classes; that of the background is 1.
     """
     of_pixel = (weights.new_ones(1), weights, weights.new_zeros(1))  # -1 is the last
-    entropy = cross_entropy(logits.float(), classes.clamp(min=0), reduction="none")
+    entropy = cross_entropy(for_losses(logits), classes.clamp(min=0), reduction="none")
     return (torch.cat(of_pixel)[classes] * entropy).mean()

@@ -46,29 +46,33 @@ def holds(offsets: Tensor, distances: Tensor) -> Tensor:
     return offsets.norm(dim=2) * edge <= first * second * math.sin(step)
 
 
-def polygon_pixels(centre: Tensor, distances: Tensor, size: tuple[int, int], every: int = 1) -> Tensor:
-    """The pixels (P, 2), x, y, int64, of an image (H, W) whose centres a polygon (2,), (K,) holds; each n-th only."""
+def polygon_pixels(centre: Tensor, distances: Tensor, size: tuple[int, int] | None = None, every: int = 1) -> Tensor:
+    """The pixels (P, 2), x, y, int64, whose centres a polygon (2,), (K,) holds: of an image (H, W), or of the plane.
+
+    With ``every`` n only each n-th row and column.
+    """
     corners = vertices(centre[None], distances[None])[0]
     low = corners.amin(0).floor().long().tolist()
     high = corners.amax(0).ceil().long().tolist()
-    x, y = (
-        torch.arange(max(low[axis], 0), min(high[axis], size[1 - axis]), every, device=centre.device) for axis in (0, 1)
-    )
+    if size is not None:
+        low = [max(edge, 0) for edge in low]
+        high = [min(edge, limit) for edge, limit in zip(high, reversed(size), strict=True)]
+    x, y = (torch.arange(low[axis], max(low[axis], high[axis]), every, device=centre.device) for axis in (0, 1))
     pixels = torch.cartesian_prod(x, y).reshape(-1, 2)
     return pixels[holds((pixels + 0.5 - centre)[None], distances[None])[0]]
 
 
-def suppress(centres: Tensor, distances: Tensor, scores: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
+def suppress(centres: Tensor, distances: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Drop every polygon that overlaps a better one that stays by more than the threshold.
 
-    The overlap is the shared area, counted in pixels, over the area of the smaller one, as in the published code.
+    The overlap is the shared area, counted in pixels, over the area of the smaller one, as in the published code, which
+    rounds vertices to whole pixels first.
 
     Args:
         centres: (C, 2), x, y, pixels.
         distances: (C, K), pixels above 0.
         scores: (C,).
         threshold: 0..1.
-        size: (H, W) of the image; only overlap in it counts.
 
     Returns:
         int64, the indices of those that stay, by falling score; of equal ones the first.
@@ -85,7 +89,7 @@ def suppress(centres: Tensor, distances: Tensor, scores: Tensor, threshold: floa
         sides = torch.minimum(high[left], high[best]) - torch.maximum(low[left], low[best])
         near = (sides.clamp(min=0).prod(1) > threshold * smaller).nonzero()[:, 0]  # the others cannot overlap enough
         every = max(1, int(math.sqrt(float(area[best]) / _SAMPLES)))
-        pixels = polygon_pixels(centres[best], distances[best], size, every)
+        pixels = polygon_pixels(centres[best], distances[best], every=every)
         other = left[near]
         shared = holds(pixels + 0.5 - centres[other][:, None], distances[other]).sum(1) * every**2
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)

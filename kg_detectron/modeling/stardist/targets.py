@@ -49,15 +49,18 @@ def star_classes(labels: Tensor, stride: int, classes: Sequence[Tensor]) -> Tens
 
 
 def object_probability(labels: Tensor) -> Tensor:
-    """Distance of each pixel (h, w) to the outline of its own cell, divided by the largest one of the cell; 0..1."""
+    """Distance of each pixel (h, w) to the outline of its own cell, divided by the largest one of the cell; 0..1.
+
+    The border of the image is no outline, as in the published code.
+    """
     image = labels.cpu().numpy().astype(np.int32)
     probability = np.zeros(image.shape, np.float32)
     for number, window in enumerate(scipy.ndimage.find_objects(image), start=1):
         if window is not None:
-            # With a rim: beyond the image lies no cell.
-            cell = np.pad(image[window] == number, 1)
+            rim = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in window)
+            cell = image[rim] == number
             depth = cv2.distanceTransform(cell.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-            probability[window] += (depth / depth.max())[1:-1, 1:-1]
+            probability[rim] += depth / depth.max()
     return torch.from_numpy(probability).to(labels.device)
 
 

@@ -1,6 +1,7 @@
 """StarDist: targets, losses and decoding against plain loops, and targets that decode to the cells they come from."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,19 +67,71 @@ def test_distances_are_those_of_slow_rays(stride):
             assert float(distances[k, row, column]) == pytest.approx(length, abs=2 * step)
 
 
+def published_distance(labels: np.ndarray, row: int, column: int, angle: float) -> float:
+    """The length of a ray as the publication's program takes it: steps of one pixel from the pixel's centre, rounded to
+    the nearest pixel, until that is another cell's; less the part of the last step that overshoots on average."""
+    down, right = math.sin(angle), math.cos(angle)
+    steps = 0
+    while True:
+        steps += 1
+        i, j = round(row + steps * down), round(column + steps * right)
+        inside = 0 <= i < labels.shape[0] and 0 <= j < labels.shape[1]
+        if not (inside and labels[i, j] == labels[row, column]):
+            return steps - (1 - 0.5 / max(abs(down), abs(right)))
+
+
+def test_distances_are_the_published_ones_but_for_whole_steps():
+    labels = wavy_discs(3, 6).numpy()
+    distances = star_distances(torch.from_numpy(labels)[None], 1, 16)[0].numpy()
+    rows, columns = np.nonzero(labels)
+    steps = range(0, len(rows), 7)
+    errors = np.zeros((len(steps), 16))
+    for n, k in np.ndindex(*errors.shape):
+        row, column = rows[steps[n]], columns[steps[n]]
+        errors[n, k] = distances[k, row, column] - published_distance(labels, row, column, 2 * math.pi * k / 16)
+    assert np.abs(errors[:, ::4]).max() < 1e-4  # along rows and columns steps end at the border
+    assert np.median(np.abs(errors)) < 0.2 and abs(errors.mean()) < 0.1
+
+
+GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "stardist.npz")
+
+
+@pytest.mark.parametrize("case", range(int(GOLDEN["cases"])))
+def test_it_equals_the_published_program_on_stored_cases(case):
+    """Targets, and the way from maps to cells, of the public package stardist, see tests/golden/README.md."""
+    labels, probability, distances, rendered = (
+        torch.from_numpy(GOLDEN[f"{name}_{case}"].astype(np.float32))
+        for name in ("labels", "probability", "distances", "rendered")
+    )
+    true_probability, true_distances = GOLDEN[f"true_probability_{case}"], GOLDEN[f"true_distances_{case}"]
+    np.testing.assert_allclose(object_probability(labels.long()).numpy(), true_probability, atol=1e-3)
+    found = star_distances(labels[None].long(), 1, len(distances))[0].numpy()
+    errors = np.abs(found - true_distances)[:, labels.numpy() > 0]
+    # Half a step of the program, along a diagonal 0.71 pixels; more where a step jumps over a corner of background.
+    assert errors[::4].max() < 0.01 and np.median(errors) < 0.2 and (errors < 0.72).mean() > 0.98
+    for row, column in np.argwhere(labels.numpy())[::20]:
+        loops = [published_distance(labels.numpy(), row, column, math.pi * k / 8) for k in range(16)]
+        assert (np.abs(loops - true_distances[:, row, column]) < 0.01).sum() >= 15  # a step may end between two pixels
+    cells = decode_stars(probability, distances, 1, tuple(labels.shape), StarDecodingSettings())
+    assert len(cells) == int(rendered.max()) > 3
+    for mask, score in zip(cells.masks, cells.scores, strict=True):
+        numbers = rendered[mask].unique()
+        assert len(numbers) == 1 and int(numbers) > 0 and torch.equal(mask, rendered == numbers)
+        assert float(score) == pytest.approx(float(GOLDEN[f"scores_{case}"][int(numbers) - 1]), abs=1e-6)
+
+
 def test_probability_is_the_relative_depth():
     labels = torch.zeros(9, 12, dtype=torch.int64)
-    labels[:, :5], labels[2:5, 5:8] = 1, 2  # the first one lies at the border, and touches the second
+    labels[:, :5], labels[2:5, 5:8] = (
+        1,
+        2,
+    )  # the first one lies at the border, which is no outline, and touches the second
     probability = object_probability(labels)
     depth = {}
     for i, j in np.ndindex(9, 12):
         if labels[i, j]:
-            depth[i, j] = min(
-                math.dist((i, j), (a, b))
-                for a in range(-1, 10)
-                for b in range(-1, 13)
-                if not (0 <= a < 9 and 0 <= b < 12) or labels[a, b] != labels[i, j]
-            )
+            depth[i, j] = min(math.dist((i, j), (a, b)) for a, b in np.ndindex(9, 12) if labels[a, b] != labels[i, j])
+    assert (object_probability(torch.ones(3, 4, dtype=torch.int64)) == 1).all()  # a cell without an outline
     for y, x in np.ndindex(9, 12):
         expected = 0.0
         if labels[y, x]:
@@ -146,14 +199,13 @@ def test_pixels_of_a_polygon_are_those_that_it_draws():
 @given(st.integers(0, 10**6), st.integers(0, 12), st.sampled_from([0.0, 0.3, 0.6]))
 def test_suppression_is_that_of_a_slow_loop(seed, count, threshold):
     centres, distances, scores = random_polygons(seed, count)
-    size = (40, 44)
-    pixels = [{*map(tuple, polygon_pixels(c, d, size).tolist())} for c, d in zip(centres, distances, strict=True)]
+    pixels = [{*map(tuple, polygon_pixels(c, d).tolist())} for c, d in zip(centres, distances, strict=True)]
     area = areas(distances).tolist()
     kept: list[int] = []
     for i in sorted(range(count), key=lambda i: -float(scores[i])):
         if all(len(pixels[i] & pixels[j]) <= threshold * min(area[i], area[j]) for j in kept):
             kept.append(i)
-    assert suppress(centres, distances, scores, threshold, size).tolist() == kept
+    assert suppress(centres, distances, scores, threshold).tolist() == kept
 
 
 def test_areas_are_those_of_the_polygons():
@@ -166,8 +218,16 @@ def test_areas_are_those_of_the_polygons():
 def test_a_large_polygon_is_sampled_and_still_suppresses():
     centres = torch.tensor([[100.0, 100.0], [104.0, 100.0], [180.0, 100.0]])
     distances = torch.full((3, 32), 80.0)
-    kept = suppress(centres, distances, torch.tensor([0.9, 0.8, 0.7]), 0.5, (200, 300))
+    kept = suppress(centres, distances, torch.tensor([0.9, 0.8, 0.7]), 0.5)
     assert kept.tolist() == [0, 2]
+
+
+def test_stars_that_reach_beyond_the_image_suppress_each_other():
+    """By their whole overlap, of which a quarter lies within the image."""
+    probability = torch.zeros(32, 32)
+    probability[0, 0], probability[1, 1] = 0.9, 0.8
+    cells = decode_stars(probability, torch.full((16, 32, 32), 8.0), 1, (32, 32), StarDecodingSettings())
+    assert cells.scores.tolist() == pytest.approx([0.9])
 
 
 def test_of_overlapping_stars_the_better_one_has_the_pixels():
