@@ -30,6 +30,7 @@ from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
+from kg_detectron.io.finding import Input
 
 _AHEAD = 2  # tasks handed out for each thread of a worker
 _COUNT_EVERY = 5.0  # seconds between two looks at how many workers there are
