@@ -1,7 +1,8 @@
 """The command ``kg-detectron predict`` on whole images of several sizes, beside an earlier commit and other networks.
 
 Every measurement is a process of its own, and the candidates take turns. The networks of StarDist and Mask R-CNN have
-random weights and get the number of cells that are in the image, so that masks cost what they would.
+random weights. Mask R-CNN gets the number of cells that are in the image, so that its masks cost what they would;
+StarDist has what its random maps give, so only its network compares.
 """
 
 import argparse
