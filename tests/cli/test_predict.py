@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("image.png -o README.md", "--output: expected a folder, but README.md is a file"),
         (
             "image.png --save labels video",
-            "--save: expected some of labels, overlay, coco, geojson, roi, csv, classes, zarr",
+            "--save: expected some of labels, overlay, coco, geojson, roi, csv, classes, ome-tiff, zarr",
         ),
         ("image.png --save video", "got 'video'"),
         ("image.png --channels 1 2", "--channels: expected one or three, as names or numbers from 1, got 1 2"),
