@@ -19,7 +19,8 @@ import kg_detectron
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12")
 # Distributions whose import name is another.
-IMPORT_NAMES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage"}
+IMPORT_NAMES = {"griffelib": "griffe", "opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES |= {"scikit-image": "skimage"}
 
 
 @cache
@@ -96,7 +97,7 @@ def test_every_import_is_declared() -> None:
         "kg_detectron/d2": ("core", "detectron2"),
         "kg_detectron/napari": ("core", "napari"),
         "datasets": ("core",),
-        "tools": ("core", "detectron2", "docs"),
+        "tools": ("core", "detectron2", "docs", "napari"),
         "tests": ("core", "dev"),
         "tests/d2": ("core", "dev", "detectron2"),
         "tests/napari": ("core", "dev", "napari"),

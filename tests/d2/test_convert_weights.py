@@ -38,8 +38,9 @@ def test_same_features(tmp_path, depth, config, norm):
     source = random_resnet(depth)
     torch.save(source.state_dict(), tmp_path / "torchvision.pth")
     tool.main([str(tmp_path / "torchvision.pth"), str(tmp_path / "R.pth")])
-    model = build_model(load_config(config, "MODEL.RESNETS.NORM", norm)).eval()
-    DetectionCheckpointer(model).load(str(tmp_path / "R.pth"))
+    model = build_model(load_config(config, "MODEL.RESNETS.NORM", norm))
+    DetectionCheckpointer(model).load(str(tmp_path / "R.pth"))  # a part of the weights, to train with
+    model.eval()
 
     image = torch.randn(1, 3, 64, 96)
     expected = {}

@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 def test_a_kept_model_gives_the_cells_of_predict(tmp_path):
     """Scores are calibrated."""
     image, masks = nuclei_image(np.random.default_rng(0), 96, 128, 6)
-    core = load_model("nuclei")
+    core = load_model("nuclei", channels_last=False)  # as Detectron2's models are
     assert core.scores.raw and core.threshold > 0
     cells = predict(core, image)
     cfg = model_zoo.get_config("nuclei", trained=True)

@@ -64,8 +64,8 @@ def test_without_a_best_model_the_final_one_is_taken_and_a_checkpoint_may_be_nam
     assert export_run(tmp_path, tmp_path / "a.safetensors") == tmp_path / "model_final.pth"
     write_checkpoint(tmp_path / "model_0000007.pth", network(2))
     export_run(tmp_path / "model_0000007.pth", tmp_path / "b.pt")
-    assert_same_predictions(network(1), load_model(tmp_path / "a.safetensors"))
-    assert_same_predictions(network(2), load_model(tmp_path / "b.pt"))
+    assert_same_predictions(network(1), load_model(tmp_path / "a.safetensors", channels_last=False))
+    assert_same_predictions(network(2), load_model(tmp_path / "b.pt", channels_last=False))
 
 
 def test_the_description_stands_in_the_metadata(tmp_path):
@@ -164,7 +164,7 @@ def test_files_of_version_0_1_are_read(tmp_path, arguments, changes, trained):
                 for name, value in content["model"].items()
             }
     torch.save(content, tmp_path / "old.pth")
-    other = load_model(tmp_path / "old.pth")
+    other = load_model(tmp_path / "old.pth", channels_last=False)
     assert other.settings == model.settings
     assert_same_predictions(model, other)
 

@@ -20,7 +20,7 @@ from kg_detectron.modeling import keypoint_targets
 both = pytest.mark.parametrize("ops", [layers, reference], ids=["layers", "reference"])
 
 
-@pytest.fixture(params=golden_files("*.npz"), ids=golden_id)
+@pytest.fixture(params=golden_files("*_[0-9]*.npz"), ids=golden_id)
 def golden(request):
     with np.load(request.param) as file:
         return {name: torch.from_numpy(value) for name, value in file.items()}
