@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,23 @@ class UnimportedModule(pytest.File):
             for node in body:
                 if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
                     yield UnimportedTest.from_parent(self, name=prefix + node.name, line=node.lineno - 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start a display that has OpenGL, where there is none and napari is tested: one for all processes of a run.
+
+    Xvfb ends after this process, when its standard input ends: Qt would complain if the display went first.
+    """
+    if hasattr(config, "workerinput") or NO_NAPARI or "DISPLAY" in os.environ or shutil.which("Xvfb") is None:
+        return
+    reading, writing = os.pipe()
+    start = f"Xvfb -displayfd {writing} -screen 0 1280x960x24 -nolisten tcp & cat; kill $!"
+    subprocess.Popen(["sh", "-c", start], pass_fds=[writing], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        number = pipe.readline().strip()
+    assert number, "Xvfb did not start"
+    os.environ["DISPLAY"] = f":{number}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,8 +1,6 @@
 """A viewer without a screen, and a model that needs no training."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,28 +17,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 
 
-@pytest.fixture(scope="session")
-def display() -> Iterator[None]:
-    """A display that has OpenGL: the one that is there, or Xvfb's.
-
-    Xvfb ends after this process, when its standard input ends: Qt would complain if the display went first.
-    """
-    if "DISPLAY" in os.environ or shutil.which("Xvfb") is None:
-        yield
-        return
-    reading, writing = os.pipe()
-    start = f"Xvfb -displayfd {writing} -screen 0 1280x960x24 -nolisten tcp & cat; kill $!"
-    subprocess.Popen(["sh", "-c", start], pass_fds=[writing], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        number = pipe.readline().strip()
-    assert number, "Xvfb did not start"
-    os.environ["DISPLAY"] = f":{number}"
-    yield
-
-
 @pytest.fixture
-def viewer(display: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Viewer"]:
+def viewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["Viewer"]:
     """A napari viewer that nobody sees, with settings of its own."""
     monkeypatch.setenv("NAPARI_CONFIG", str(tmp_path / "napari_settings.yaml"))
     import napari
