@@ -192,13 +192,12 @@ class MaskCrops:
             encoded.append(encode_runs(counts, self.size))
         return encoded
 
-    def label_image(self, out: np.ndarray | None = None, *, is_zero: bool = False) -> np.ndarray:
+    def label_image(self, out: np.ndarray | None = None) -> np.ndarray:
         """(H,W) of ids: 1..N in the order of the container, 0 background. Where masks overlap, the first one wins.
 
         Args:
             out: where to write, an (H,W) integer array (a `numpy.memmap` for an image larger than memory); by default a
                 new one, uint16 up to 65,535 cells and uint32 above.
-            is_zero: `out` is 0 everywhere. A file that is new then keeps its holes, which take no space on disk.
         Returns:
             `out`, or the new array.
         Raises:
@@ -210,7 +209,7 @@ class MaskCrops:
             raise ValueError(
                 f"out: expected integers {self.size} that hold {len(self)} ids, got {out.dtype} {out.shape}"
             )
-        elif not is_zero:
+        else:
             out[...] = 0
         for i, (x1, y1, x2, y2) in reversed(list(enumerate(self.windows.tolist()))):
             out[y1:y2, x1:x2][self._binary(i).numpy(force=True)] = i + 1
