@@ -107,8 +107,6 @@ def tiles_alone(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["paper", "seg_s1", "margin"])
 @pytest.mark.parametrize("size", [(150, 200), (160, 192)])  # the latter is not padded
-    "size", [(150, 200), (160, 192)]
-)  # the latter is not padded: the image ends where its maps end
 def test_kept_features_give_the_same(exact, variant, size, monkeypatch):
     """The backbone runs once for the whole image, but for c0."""
     monkeypatch.setattr(tiling, "KEPT_BYTES", 2**29)
