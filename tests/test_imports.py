@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "d2": INFERENCE | {"inference", "training"},
     "napari": INFERENCE | {"inference", "training"},
     "__init__": INFERENCE | {"inference"},
+    "__main__": {"cli"},
 }
 
 

@@ -41,9 +41,9 @@ def predict(
 
     Args:
         model: in evaluation mode.
-        image: (H, W, 3), BGR, of any type and levels that the model's normalisation takes, as `read_image` gives it: an
-            array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one, such as `numpy.memmap`
-            or `kg_detectron.io.lazy.LazyPlane`.
+        image: (H, W, 3), BGR, as `read_image` gives it, or (H, W), grey, of any type and levels that the model's
+            normalisation takes: an array, or anything with ``shape``, ``ndim`` and ``dtype`` that is sliced like one,
+            such as `numpy.memmap` or `kg_detectron.io.lazy.LazyPlane`.
         scale: pixels of the network's input for one of the image; 1 keeps the pixels.
         diameter: median diameter of the cells, pixels of the image; it sets the scale.
         pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three

@@ -140,7 +140,7 @@ class InstanceNet(nn.Module, ABC):
 
         Args:
             images: in training N tensors (3, H, W), BGR, 0..255, sizes may differ. In evaluation raw images, (3, H, W)
-                tensors or (H, W, 3) arrays, BGR, of any type that the normalisation takes.
+                tensors or (H, W, 3) arrays, BGR, or (H, W) arrays, grey, of any type that the normalisation takes.
             targets: in training, for each image a dict with ``boxes`` (M, 4), xyxy continuous input pixels,
                 ``masks`` (M, H, W), bool, and where there are several classes ``labels`` (M,) int64, the class of each,
                 1..K, or 0 where it is not known.
@@ -161,7 +161,7 @@ class InstanceNet(nn.Module, ABC):
         return self.losses(self.preprocessing.batch(prepared, self.divisor), boxes, masks, **labels)
 
     def predict_whole(self, image: np.ndarray) -> Cells:
-        """The cells of a raw image (H, W, 3), in its frame: all steps, the image at once."""
+        """The cells of a raw image, in its frame: all steps, the image at once."""
         seen, source = self.network_image(image)
         cells = self.detect_seen(seen)
         return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale), scale_source=source)
@@ -175,17 +175,23 @@ class InstanceNet(nn.Module, ABC):
         pixel_size: float | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> tuple[NetworkImage, str]:
-        """A raw image (H, W, 3) as the network sees it, and where its scale comes from.
+        """A raw image as the network sees it, and where its scale comes from.
 
         Args:
+            image: (H, W, 3), or (H, W), grey.
             scale, diameter, pixel_size: see `kg_detectron.inference.predictor.predict`.
             preprocessing: instead of the model's own.
 
         Raises:
             ValueError: an image of another shape, type or range, or more than one way to the scale.
         """
+        if len(image.shape) == 2:
+            image = np.broadcast_to(image[..., None], (*image.shape, 3))
         if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"image: expected shape (H, W, 3), got {tuple(image.shape)}")
+            raise ValueError(
+                f"image: expected shape (H, W, 3), BGR, or (H, W), grey, got {tuple(image.shape)}; "
+                "read_image chooses channels and planes of a file"
+            )
         settings = preprocessing or self.preprocessing
         levels = settings.levels(image)
         found = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])

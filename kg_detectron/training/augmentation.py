@@ -30,6 +30,7 @@ class GeometrySettings:
         smallest_side: an image is not shrunk below this side by the jitter, pixels.
         reflection: probability that a window reflects the image and its labels beyond the edge of the image; otherwise
             the edge pixels continue, without labels, as in prediction.
+        empty: probability that the window is an empty field of view instead, see `empty_field`.
     """
 
     NODE: ClassVar[str] = "INPUT.GEOMETRY"
@@ -44,6 +45,7 @@ class GeometrySettings:
     on_cell: float = 0.85
     smallest_side: int = 144
     reflection: float = 0.75
+    empty: float = 0.04
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from kg_detectron.io.layouts import find_training_pairs
 from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours, random_window
+from kg_detectron.training.empty_fields import empty_field
 from kg_detectron.training.sampler import Sample
 from kg_detectron.training.seeds import generator_of_sample
 
@@ -310,8 +311,11 @@ def augmented(
         geometry, colours: of the augmentation.
         generator: source of the randomness.
     """
-    natural = diameter / source.diameter if source.diameter else 1.0
-    image, labels, origin = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
+    if geometry.empty and generator.random() < geometry.empty:
+        image, labels, origin = empty_field(geometry.window, generator), np.zeros((geometry.window,) * 2, np.int32), [0]
+    else:
+        natural = diameter / source.diameter if source.diameter else 1.0
+        image, labels, origin = random_window(source.image, source.labels, natural, source.centres, geometry, generator)
     image = random_colours(image, colours, generator)
     classes = None if source.classes is None else np.append(0, source.classes)[origin]
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), target_of_labels(labels, classes)

@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import platform
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -42,3 +44,26 @@ def test_unknown_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--frobnicate"])
     assert stop.value.code == 2
     assert "--frobnicate" in capsys.readouterr().err
+
+
+def test_the_program_ends_with_all_that_is_left_to_do() -> None:
+    """It does not unload PyTorch, but it waits for threads, and calls what is registered for the end."""
+    code = (
+        "import atexit, sys, threading, time\n"
+        "from kg_detectron.cli import program\n"
+        "def late():\n"
+        "    time.sleep(0.3)\n"
+        "    sys.stdout.write('late ')\n"
+        "threading.Thread(target=late).start()\n"
+        "atexit.register(sys.stdout.write, 'last')\n"
+        "program()\n"
+        "print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "predict", "nothing", "-o", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "late last"
+    assert done.stderr == "kg-detectron: error: nothing: there is no such file or folder\n"
+
+
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "kg_detectron", "models"], capture_output=True, text=True)
+    assert done.returncode == 0 and "nuclei" in done.stdout
