@@ -150,6 +150,30 @@ def test_bad_files_and_images_are_named(tmp_path):
         predict(model.train(), IMAGE)
 
 
+def empty_fields() -> dict[str, np.ndarray]:
+    """Fields without a cell as cameras and files have them."""
+    generator = np.random.default_rng(0)
+    hot = generator.normal(20, 3, (256, 256))
+    hot[generator.random((256, 256)) < 0.001] = 250
+    uneven = np.linspace(20, 120, 256)[:, None] + generator.normal(0, 4, (256, 256))
+    return {
+        "dark": generator.normal(10, 3, (256, 256)).clip(0, 255).astype(np.uint8),
+        "12 bits": generator.normal(100, 8, (400, 300)).astype(np.uint16),
+        "few photons": generator.poisson(5, (256, 256)).astype(np.uint16),
+        "glass": generator.normal((242, 236, 240), 3, (256, 256, 3)).clip(0, 255).astype(np.uint8),
+        "hot pixels": hot.clip(0, 255).astype(np.uint8),
+        "uneven light": uneven.clip(0, 255).astype(np.uint8),
+    }
+
+
+@pytest.mark.parametrize("name", kept_models())
+@pytest.mark.parametrize("field", empty_fields())
+def test_kept_models_find_nothing_in_an_empty_field(name, field):
+    """With no option: not even where the search for the scale enlarges the noise four times."""
+    model = load_model(name)
+    assert not len(predict(model, empty_fields()[field]).above(model.threshold))
+
+
 def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
     model = load_model(NUCLEI)
     assert model.preprocessing.normalisation == "percentile" and model.preprocessing.size == (512, 512)
