@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kg_detectron.cells import MaskCrops
+from kg_detectron.layers.overlaps import overlapping_pairs
 from kg_detectron.modeling.settings import require
-
-# Pairs of boxes that are compared at once: bounds the memory where an image holds very many cells.
-PAIRS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -133,24 +131,22 @@ def _suppression_factors(boxes: Tensor, overlap_sigma: float, part_sigma: float)
 
     On the CPU, in float64.
     """
+    boxes = boxes.cpu()
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
-    rows = max(1, PAIRS_AT_ONCE // max(1, len(boxes)))
-    pairs, factors = [], []
-    for part in range(0, len(boxes), rows):
-        some = boxes[part : part + rows]
-        low = torch.maximum(some[:, None, :2], boxes[:, :2])
-        intersection = (torch.minimum(some[:, None, 2:], boxes[:, 2:]) - low).clamp(min=0).prod(2)
-        pair = intersection.nonzero()
-        shared = intersection[pair[:, 0], pair[:, 1]].double()
-        pair[:, 0] += part
+    found, factors = [torch.zeros(2, 0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
+    for half in overlapping_pairs(boxes):
+        pairs = torch.cat((half, half.flip(0)), dim=1)
+        one, other = boxes[pairs]
+        sides = torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])
+        shared = sides.prod(1).double()
         exponent = torch.zeros_like(shared)
         if overlap_sigma:
-            exponent += (shared / (area[pair].double().sum(1) - shared)).square() / overlap_sigma
+            exponent += (shared / (area[pairs].double().sum(0) - shared)).square() / overlap_sigma
         if part_sigma:
-            exponent += (shared / area[pair[:, 1]].double()).square() / part_sigma
-        different = pair[:, 0] != pair[:, 1]
-        pairs.append(pair[different].cpu())
-        factors.append(torch.exp(-exponent[different]).cpu())
-    if not pairs:
-        return torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
-    return torch.cat(pairs).T, torch.cat(factors)
+            exponent += (shared / area[pairs[1]].double()).square() / part_sigma
+        found.append(pairs)
+        factors.append(torch.exp(-exponent))
+    pairs, lowering = torch.cat(found, dim=1), torch.cat(factors)
+    order = pairs[1].argsort(stable=True)
+    order = order[pairs[0][order].argsort(stable=True)]
+    return pairs[:, order], lowering[order]
