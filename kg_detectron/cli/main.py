@@ -104,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """The process of the command: `main`, and an end that leaves PyTorch's libraries to the system.
+    """The process of the command: `main`, with two settings that only a program may choose.
 
-    To unload those for CUDA takes half a second and 140 MB, on machines without a GPU too.
+    Threads that wait for others sleep; PyTorch's spin, and on a machine that is busy otherwise they make a prediction
+    take six times as long. At the end PyTorch's libraries are left to the system: to unload those for CUDA takes half a
+    second and 140 MB, on machines without a GPU too.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when PyTorch is imported
     status = main()
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

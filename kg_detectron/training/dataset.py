@@ -312,7 +312,8 @@ def augmented(
         generator: source of the randomness.
     """
     if geometry.empty and generator.random() < geometry.empty:
-        image, labels, origin = empty_field(geometry.window, generator), np.zeros((geometry.window,) * 2, np.int32), [0]
+        image = empty_field(geometry.window, generator)
+        labels, origin = np.zeros(image.shape[:2], np.int32), np.zeros(1, np.int64)
     else:
         natural = diameter / source.diameter if source.diameter else 1.0
         image, labels, origin = random_window(source.image, source.labels, natural, source.centres, geometry, generator)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def test_the_program_ends_with_all_that_is_left_to_do() -> None:
     done = subprocess.run([sys.executable, "-c", code, "predict", "nothing", "-o", "x"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "late last"
     assert done.stderr == "kg-detectron: error: nothing: there is no such file or folder\n"
+
+
+@pytest.mark.parametrize("policy", ["", "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_wants_otherwise(policy: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    code = "import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "from kg_detectron.cli import program; program()"],
+        capture_output=True,
+        text=True,
+        env=environment | ({"OMP_WAIT_POLICY": policy} if policy else {}),
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == (policy or "PASSIVE")
 
 
 def test_the_package_is_a_program() -> None:
