@@ -28,6 +28,8 @@ SPREAD = 0.75
 SETTLED = 0.25
 # Cells that the second pass needs to correct the first.
 ENOUGH = 3
+# The scale where there is none.
+NO_CELL = Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
 # An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
 LARGEST = 2**24
 
@@ -45,7 +47,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     The model looks for cells in a part of the image of bounded size, the one with most contrast. First at several
     scales: every cell that it takes for true votes for its diameter, with its score and the more, the closer it is to
     the trained diameter; the weighted median decides. Then at the scale that follows, where the median weighted by
-    the scores corrects it. Where the model finds no cell, the image keeps its pixels.
+    the scores corrects it. Where the model finds no cell in either, as in noise, the image keeps its pixels.
 
     Args:
         model: in evaluation mode.
@@ -71,12 +73,14 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         weights.append(trust * found)
     diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
-        return Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
+        return NO_CELL
     smallest = trained / min(FIRST_SCALES[-1], max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
     diameter = max(diameter, smallest)
     for _ in range(2):
         seen = NetworkImage(image, levels, trained / diameter)
         cells = _cells(model, seen, _part(seen, contrast, PART))
+        if not len(cells):
+            return NO_CELL
         if len(cells) < ENOUGH:
             break
         corrected = weighted_median(diameters(cells) / seen.scale[0], cells.scores.cpu().numpy())

@@ -14,7 +14,7 @@ from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.inference import predict
 from kg_detectron.io.resize import resize_image
 from kg_detectron.modeling import Preprocessing
-from kg_detectron.modeling.cell_size import estimate_scale, weighted_median
+from kg_detectron.modeling.cell_size import FIRST_SCALES, NO_CELL, estimate_scale, weighted_median
 from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, block_side
 
 PERCENTILE = Preprocessing(normalisation="percentile", percentiles=(2.0, 98.0))
@@ -158,6 +158,24 @@ def test_without_cells_the_image_keeps_its_pixels():
     cells = predict(model, drawn_image(50, 70))
     assert len(cells) == 0 and cells.scale == (1.0, 1.0)
     assert cells.scale_source == "own pixels, for the model found no cell to estimate a diameter from"
+
+
+def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeypatch):
+    """As in noise, which a model may take for cells at one scale by chance."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image = drawn_image(300, 400)
+    passes = []
+
+    def detect(seen, window):
+        passes.append(seen.scale[0])
+        count = 5 if len(passes) <= len(FIRST_SCALES) else 0
+        windows = torch.tensor([[0, 0, 28, 28]] * count).reshape(-1, 4)
+        masks = MaskCrops([torch.ones(28, 28)] * count, windows, (2048, 2048))
+        return Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)
+
+    monkeypatch.setattr(model, "detect_seen", detect)
+    assert estimate_scale(model, image, model.preprocessing.levels(image)) == NO_CELL
+    assert len(passes) == len(FIRST_SCALES) + 1 and NO_CELL.value == 1.0
 
 
 # Padding
