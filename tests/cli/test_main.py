@@ -65,17 +65,22 @@ def test_the_program_ends_with_all_that_is_left_to_do() -> None:
     assert done.stderr == "kg-detectron: error: nothing: there is no such file or folder\n"
 
 
-@pytest.mark.parametrize("policy", ["", "ACTIVE"])
-def test_waiting_threads_sleep_unless_the_user_wants_otherwise(policy: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    code = "import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); "
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_wants_otherwise(given: dict[str, str], spins: str) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    code = "import atexit, os; atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'))); "
     done = subprocess.run(
         [sys.executable, "-c", code + "from kg_detectron.cli import program; program()"],
         capture_output=True,
         text=True,
-        env=environment | ({"OMP_WAIT_POLICY": policy} if policy else {}),
+        env=environment | given,
     )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == (policy or "PASSIVE")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == spins
 
 
 def test_the_package_is_a_program() -> None:
