@@ -1,6 +1,6 @@
 """Non-maximum suppression: torchvision's operator, with a fake of our own, and the same for very many boxes.
 
-Torchvision's operator compares each box that stays with all others: of a slide's million boxes it would take hours.
+Torchvision's operator compares each box that stays with all others: for a slide's million boxes that would take hours.
 
 Torchvision's fake tells `torch.export` that two boxes at least remain, and an exported program stops where fewer do.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .overlaps import overlapping_pairs
 
-# Boxes that are compared all with all.
+# Up to so many boxes are compared all with all.
 _MANY = 2**14
 
 
@@ -83,10 +83,7 @@ def _pairs_above(boxes: Tensor, threshold: float) -> Tensor:
     """(2,E) the pairs of boxes whose intersection over union is above the threshold; the first index is the lower."""
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     found = [torch.zeros(2, 0, dtype=torch.long)]
-    for pairs in overlapping_pairs(boxes):
-        one, other = boxes[pairs]
-        width, height = (torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])).unbind(1)
-        shared = width * height
+    for pairs, shared in overlapping_pairs(boxes):
         iou = shared / (area[pairs].sum(0) - shared)
         found.append(pairs[:, iou.double() > threshold].sort(0).values)
     return torch.cat(found, dim=1)

@@ -11,7 +11,7 @@ _AT_ONCE = 2**22
 _WIDTH = 4
 
 
-def overlapping_pairs(boxes: Tensor) -> Iterator[Tensor]:
+def overlapping_pairs(boxes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Find the pairs of boxes whose intersection has an area.
 
     The plane is cut into vertical strips. In each, the boxes are sorted by their upper edge, so that those which a box
@@ -21,7 +21,7 @@ def overlapping_pairs(boxes: Tensor) -> Iterator[Tensor]:
         boxes: (R,4) xyxy, on the CPU, finite.
 
     Yields:
-        (2,E) int64, some of the pairs; each pair once, in no order.
+        (2,E) int64, some of the pairs, and (E,) the areas of their intersections. Each pair comes once, in no order.
     """
     x1, y1, x2, y2 = boxes.double().unbind(1)
     boxes_with_area = ((x2 > x1) & (y2 > y1)).nonzero()[:, 0]
@@ -49,7 +49,10 @@ def overlapping_pairs(boxes: Tensor) -> Iterator[Tensor]:
         left = torch.maximum(x1[box[one]], x1[box[other]])
         right = torch.minimum(x2[box[one]], x2[box[other]])
         pairs = (left < right) & ((left / width).floor().long() == strip[one])
-        yield torch.stack((box[one[pairs]], box[other[pairs]]))
+        found = torch.stack((box[one[pairs]], box[other[pairs]]))
+        first_boxes, second_boxes = boxes[found]
+        low = torch.maximum(first_boxes[:, :2], second_boxes[:, :2])
+        yield found, (torch.minimum(first_boxes[:, 2:], second_boxes[:, 2:]) - low).prod(1)
         start = end
 
 

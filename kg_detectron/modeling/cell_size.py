@@ -28,7 +28,7 @@ SPREAD = 0.75
 SETTLED = 0.25
 # Cells that the second pass needs to correct the first.
 ENOUGH = 3
-# The scale where there is none.
+# The scale of an image in which no cell is found.
 NO_CELL = Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
 # An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
 LARGEST = 2**24

@@ -134,11 +134,8 @@ def _suppression_factors(boxes: Tensor, overlap_sigma: float, part_sigma: float)
     boxes = boxes.cpu()
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1)
     found, factors = [torch.zeros(2, 0, dtype=torch.long)], [torch.zeros(0, dtype=torch.float64)]
-    for half in overlapping_pairs(boxes):
-        pairs = torch.cat((half, half.flip(0)), dim=1)
-        one, other = boxes[pairs]
-        sides = torch.minimum(one[:, 2:], other[:, 2:]) - torch.maximum(one[:, :2], other[:, :2])
-        shared = sides.prod(1).double()
+    for half, area_of_half in overlapping_pairs(boxes):
+        pairs, shared = torch.cat((half, half.flip(0)), dim=1), area_of_half.double().repeat(2)
         exponent = torch.zeros_like(shared)
         if overlap_sigma:
             exponent += (shared / (area[pairs].double().sum(0) - shared)).square() / overlap_sigma

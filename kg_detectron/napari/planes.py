@@ -67,11 +67,6 @@ def read_plane(layer: "Image", place: Place, channel: str) -> np.ndarray:
     return pixels[..., 2::-1] if channel == COLOURS else pixels[..., _CHANNELS[channel]]
 
 
-def as_bgr(pixels: np.ndarray) -> np.ndarray:
-    """A plane (H, W) or (H, W, 3) as (H, W, 3), which is what models take; a view of grey pixels."""
-    return np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
-
-
 def pixel_size(layer: "Image") -> float | None:
     """Micrometres of a pixel, where the layer has square pixels and a unit of length; otherwise None."""
     (unit_y, unit_x), (y, x) = layer.units[-2:], layer.scale[-2:]

@@ -18,7 +18,7 @@ from kg_detectron.inference.explanation import Explanation, explain
 from kg_detectron.inference.predictor import predict
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
-from kg_detectron.napari.planes import Place, as_bgr
+from kg_detectron.napari.planes import Place
 from kg_detectron.napari.shown_cells import LOWEST_SCORE
 
 TILE = Settings.tile  # largest side, pixels of the network's input, of an image that is predicted and explained at once
@@ -127,7 +127,7 @@ def segment(
 
             found = predict(
                 model,
-                as_bgr(pixels),
+                pixels,
                 diameter=diameter,
                 pixel_size=pixel_size if scale_by_pixel_size else None,
                 progress=step,
@@ -137,7 +137,7 @@ def segment(
             if graphs and (reason := _no_graphs(model, found)):
                 notes[reason] = None
             elif graphs:
-                explanation = explain(model, as_bgr(pixels), scale=found.scale[0])
+                explanation = explain(model, pixels, scale=found.scale[0])
                 graph_scores = found.scores.cpu().numpy()
             table = measure(
                 kept.masks, kept.boxes.cpu().numpy(), kept.scores.cpu().numpy(), np.asarray(pixels), pixel_size

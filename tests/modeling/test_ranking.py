@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kg_detectron.cells import MaskCrops
+from kg_detectron.layers import overlaps
 from kg_detectron.metrics import box_iou
 from kg_detectron.metrics.iou import box_intersection
 from kg_detectron.modeling import CellRanking, RankingSettings, outline_blur
@@ -78,6 +79,15 @@ def test_the_paper_keeps_its_scores_and_their_order():
     assert len(scores.unique()) < len(scores)
     order, ranked = CellRanking()(boxes, scores, masks)
     assert torch.equal(order, torch.arange(12)) and torch.equal(ranked, scores)
+
+
+def test_many_cells_are_compared_in_parts(monkeypatch):
+    boxes, scores, masks = cells(np.random.default_rng(1), 23)
+    whole = ranked_by(0.0, 0.1)(boxes, scores, masks)
+    monkeypatch.setattr(overlaps, "_AT_ONCE", 50)
+    parts = ranked_by(0.0, 0.1)(boxes, scores, masks)
+    assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    assert not torch.equal(whole[1], scores)
 
 
 def disc(radius: float, softness: float) -> MaskCrops:

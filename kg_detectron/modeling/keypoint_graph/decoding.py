@@ -146,7 +146,8 @@ class KeypointDecoder(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Group, retrieve, NMS: from the peaks of whole images, wherever they were found, to boxes.
 
-        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image.
+        On a GPU nothing but sizes comes to the host: one in `find`, two here, and two for each image; but of images
+        with very many boxes also these (see `nms_of_many`).
 
         Args:
             peaks: of N images and all scales, in the order of `find_peaks`.
