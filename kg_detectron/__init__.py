@@ -32,6 +32,7 @@ _MODULES = {
     "evaluate": "metrics.scoring",
     "kept_models": "inference",
     "load_model": "inference",
+    "model_zoo": "d2",  # needs Detectron2, so not in __all__
     "predict": "inference",
     "read_image": "io.images",
     "save_results": "export.results",

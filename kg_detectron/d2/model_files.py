@@ -162,7 +162,7 @@ def take_description(network: InstanceNet, metadata: Mapping[str, Any]) -> None:
             if part is Preprocessing:
                 raise ValueError(
                     f"{key}: the config has {ours}, but {description[_FILE]} was trained with {theirs}; its own "
-                    "config is kg_detectron.d2.model_zoo.get_config(FILE, trained=True)"
+                    "config is kg_detectron.model_zoo.get_config(FILE, trained=True)"
                 )
             logger.warning("%s: %s, as the config says; %s has %s", key, ours, description[_FILE], theirs)
     if network.scores == Scores():

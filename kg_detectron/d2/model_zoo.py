@@ -1,6 +1,6 @@
 """Configs and trained models by name, as in ``detectron2.model_zoo``.
 
-    from kg_detectron.d2 import model_zoo
+    from kg_detectron import model_zoo
 
     cfg = model_zoo.get_config("nuclei", trained=True)
     instances = DefaultPredictor(cfg)(image)["instances"]

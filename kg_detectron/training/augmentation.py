@@ -48,6 +48,12 @@ class GeometrySettings:
     empty: float = 0.04
 
 
+# Images of bright cells on dark have a median grey level below, 0..1.
+_DARK = 0.25
+# Optical densities of haematoxylin and eosin in blue, green and red.
+_DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07)))
+
+
 @dataclass(frozen=True)
 class ColourSettings:
     """How colours and grey levels change: probabilities, and the sizes of the changes.
@@ -58,6 +64,8 @@ class ColourSettings:
         tint: probability that a grey image is mapped to the colours between two random ones.
         permutation: probability that the channels change places.
         stain: probability that the hue, the saturation and the channels' optical densities of a coloured image change.
+        dyes: probability that the optical densities of its channels are mixed at random besides, as other dyes would.
+        section: probability that an image of bright cells is shown as a stained section.
         contrast, brightness, gamma: contrast times 2^u, plus grey levels, gamma 2^u; u uniform within +- the value.
         levels: probability of those three.
         illumination: probability of a linear ramp of brightness.
@@ -72,6 +80,8 @@ class ColourSettings:
     tint: float = 0.08
     permutation: float = 0.15
     stain: float = 0.6
+    dyes: float = 0.5
+    section: float = 0.1
     contrast: float = 0.6
     brightness: float = 32.0
     gamma: float = 0.7
@@ -198,11 +208,15 @@ def random_colours(image: np.ndarray, settings: ColourSettings, generator: np.ra
     if np.abs(image - grey).mean() > 0.01:
         if happens(settings.stain):
             image = _stained(image, generator)
+        if happens(settings.dyes):
+            image = _with_other_dyes(image, generator)
         if happens(settings.grey):
             weights = generator.dirichlet((2, 2, 2)).astype(np.float32)
             image = np.repeat((image @ weights)[..., None], 3, axis=2)
         if happens(settings.permutation):
             image = image[..., generator.permutation(3)]
+    elif np.median(grey) < _DARK and happens(settings.section):
+        image = _section(grey[..., 0], generator)
     elif happens(settings.tint):
         dark, bright = generator.uniform(0, 0.4, 3), generator.uniform(0.5, 1, 3)
         image = (dark + (bright - dark) * grey).astype(np.float32)
@@ -237,3 +251,34 @@ def _stained(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
     densities = (2.0 ** generator.uniform(-0.4, 0.4, 3)).astype(np.float32)
     return np.clip(image, 1 / 255, 1) ** densities
+
+
+def _with_other_dyes(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Each channel's optical density a random mixture of all, (h, w, 3) in 0..1."""
+    mixing = np.eye(3) + generator.normal(0, 0.35, (3, 3))
+    densities = -np.log(np.clip(image, 1 / 255, 1)) @ mixing.astype(np.float32)
+    return _stretched(np.exp(-np.maximum(densities, 0)), generator)
+
+
+def _section(cells: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A section in transmitted light, (h, w, 3) BGR in 0..1: the cells (h, w) in one dye, tissue between in another.
+
+    By the law of Beer and Lambert; the dyes vary around haematoxylin and eosin (Ruifrok and Johnston 2001).
+    """
+    tissue = np.zeros_like(cells)
+    for sigma in (1.0, 4.0, 16.0):
+        noise = generator.standard_normal(cells.shape, dtype=np.float32)
+        smooth = cv2.GaussianBlur(noise, (0, 0), sigma)
+        tissue += np.float32(generator.uniform(0, 1)) * smooth / smooth.std()
+    tissue = 1 / (1 + np.exp(-tissue - np.float32(generator.uniform(-1, 1))))
+    dyes = np.abs(_DYES + generator.normal(0, 0.12, (2, 3))).astype(np.float32)
+    amounts = generator.uniform((0.5, 0.05), (2.0, 1.2)).astype(np.float32)
+    density = np.stack((cells * amounts[0], tissue * amounts[1]), axis=2) @ dyes
+    return _stretched(np.exp(-density), generator)
+
+
+def _stretched(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """As bright as percentile normalisation leaves images, and in part as dark."""
+    low, high = np.percentile(image, (1, 99.8), axis=(0, 1)).astype(np.float32)
+    low *= np.float32(generator.uniform(0, 1))
+    return np.clip((image - low) / np.maximum(high - low, 1e-3), 0, 1)

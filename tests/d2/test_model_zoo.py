@@ -13,7 +13,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from kg_detectron.d2 import add_kg_config, model_zoo
+from kg_detectron import model_zoo
+from kg_detectron.d2 import add_kg_config
 from kg_detectron.d2.checkpointer import WholeCheckpointer
 from kg_detectron.inference import load_model, predict
 from kg_detectron.inference.model_file import save_model

@@ -130,3 +130,34 @@ def test_images_are_measured() -> None:
     assert source.kind == "fluorescence small"
     empty = labelled_image("b", image, np.zeros((160, 160), int), Preprocessing())
     assert empty.diameter is None and empty.centres.shape == (0, 2)
+
+
+def only(name: str) -> ColourSettings:
+    return ColourSettings(**{f.name: float(f.name == name) for f in dataclasses.fields(ColourSettings)})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_section_has_dark_cells_in_coloured_tissue(seed: int) -> None:
+    image, labels, _ = scene()
+    section = random_colours(image.astype(np.float32), only("section"), np.random.default_rng(seed))
+    cells, tissue = section[labels > 0], section[labels == 0]
+    assert cells[:, 1].mean() < tissue[:, 1].mean() - 10  # both dyes absorb green; the cells' one is added
+    assert np.ptp(tissue.mean(0)) > 1  # the tissue has a colour
+    assert 0 <= section.min() and section.max() <= 255
+
+
+def test_only_images_of_bright_cells_become_sections() -> None:
+    image, _, _ = scene()
+    for other in (255 - image, np.maximum(image, (90, 0, 0)).astype(np.uint8)):
+        same = random_colours(other.astype(np.float32), only("section"), np.random.default_rng(0))
+        assert np.allclose(same, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_other_dyes_change_colours_by_their_density_alone(seed: int) -> None:
+    image, labels, _ = scene()
+    picture = np.where(labels[..., None] > 0, (150, 60, 90), 255).astype(np.float32)
+    changed = random_colours(picture, only("dyes"), np.random.default_rng(seed))
+    assert np.allclose(changed[labels == 0], 255)  # where no dye is, there is light
+    assert np.ptp(changed[labels > 0], axis=0).max() == 0  # pixels of one colour keep one colour
+    assert np.abs(changed[labels > 0][0] - (150, 60, 90)).max() > 1
