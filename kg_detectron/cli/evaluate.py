@@ -1,6 +1,8 @@
 """``kg-detectron evaluate``: compare predictions with ground truth."""
 
 import argparse
+import sys
+from pathlib import Path
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,8 +45,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print all figures."""
+    from kg_detectron.inference.manifest import MANIFEST
     from kg_detectron.metrics.scoring import evaluate, report, write_report
 
+    if Path(arguments.ground_truth, MANIFEST).exists() and not Path(arguments.predictions, MANIFEST).exists():
+        print(
+            f"note: {arguments.ground_truth} holds results of kg-detectron predict ({MANIFEST}), and "
+            f"{arguments.predictions} does not; the ground truth comes first: evaluate GT PRED",
+            file=sys.stderr,
+        )
     figures = evaluate(
         arguments.ground_truth,
         arguments.predictions,

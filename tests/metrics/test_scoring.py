@@ -196,6 +196,17 @@ def test_label_images_have_no_ranking(truth, tmp_path, capsys):
         evaluate(truth, folder, min_score=0.5)
 
 
+def test_an_exchanged_truth_and_prediction_are_noticed(tmp_path, capsys):
+    truth = write_labels(tmp_path / "gt", TRUTH)
+    found = write_labels(tmp_path / "found", FOUND, "_labels")
+    write_json(found / "run.json", {})
+    assert main(["evaluate", str(found), str(truth)]) == 0
+    assert "holds results of kg-detectron predict (run.json)" in capsys.readouterr().err
+    assert main(["evaluate", str(truth), str(found)]) == 0
+    assert main(["evaluate", str(found), str(found)]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_boxes_of_label_images_are_the_extent_of_their_pixels(tmp_path):
     report = evaluate(
         write_labels(tmp_path / "gt", TRUTH), write_json(tmp_path / "p.json", dataset(TRUTH, {**SCORES, "b": [1]}))
