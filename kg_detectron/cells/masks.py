@@ -11,6 +11,8 @@ from torch.nn.functional import grid_sample
 
 from kg_detectron.cells.run_lengths import RLE, decode_runs, encode_runs, foreground
 
+_PIXELS_TOGETHER = 2**22  # of crops, whose extents are found at once: about a hundred bytes each
+
 
 class MaskCrops:
     """The masks of the cells of one image: mask probabilities inside each cell's box, nothing outside it.
@@ -121,18 +123,24 @@ class MaskCrops:
 
     def extents(self) -> Tensor:
         """The box of the pixels of each mask, (R,4) int64 xyxy; of a mask without any pixel, its window."""
-        if not len(self):
-            return self.windows
-        # The pixels of all masks, numbered through all crops.
-        inside = torch.cat([self._binary(i).flatten() for i in range(len(self))]).nonzero()[:, 0]
-        sizes = (self.windows[:, 2:] - self.windows[:, :2]).to(inside.device)
+        areas = (self.windows[:, 2:] - self.windows[:, :2]).prod(1)
+        _, counts = (areas.cumsum(0) // _PIXELS_TOGETHER).unique_consecutive(return_counts=True)
+        parts = torch.arange(len(self)).split(counts.tolist()) if len(self) else []
+        return torch.cat([self.windows[:0], *map(self._extents, parts)])
+
+    def _extents(self, masks: Tensor) -> Tensor:
+        """Those of some masks (n,), one at least, together."""
+        # The pixels of all of them, numbered through their crops.
+        inside = torch.cat([self._binary(i).flatten() for i in masks.tolist()]).nonzero()[:, 0]
+        windows = self.windows[masks]
+        sizes = (windows[:, 2:] - windows[:, :2]).to(inside.device)
         ends = sizes.prod(1).cumsum(0)
         crop = torch.searchsorted(ends, inside, right=True)
         at, width = inside - (ends - sizes.prod(1))[crop], sizes[crop, 0]
         at, crop = torch.stack((at % width, at // width), dim=1), crop[:, None].expand(-1, 2)
         low = torch.zeros_like(sizes).scatter_reduce(0, crop, at, "amin", include_self=False)
         high = sizes.scatter_reduce(0, crop, at + 1, "amax", include_self=False)
-        return self.windows[:, :2].repeat(1, 2) + torch.cat((low, high), dim=1).cpu()
+        return windows[:, :2].repeat(1, 2) + torch.cat((low, high), dim=1).cpu()
 
     def pixels(self, order: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, tuple[int, int, int, int]]]:
         """Each cell as a bool array (h,w) and its window x1, y1, x2, y2; in another order if one is given."""

@@ -44,6 +44,13 @@ def test_extents_are_those_of_dense_masks(seed):
     assert masks[:0].extents().shape == (0, 4)
 
 
+def test_extents_of_many_masks_are_found_in_parts(monkeypatch):
+    masks = random_crops(0, count=30)
+    together = masks.extents()
+    monkeypatch.setattr("kg_detectron.cells.masks._PIXELS_TOGETHER", 50)
+    assert torch.equal(masks.extents(), together)
+
+
 @given(seed=st.integers(0, 2**31))
 def test_masks_come_back_from_run_lengths(seed):
     masks = random_crops(seed)
