@@ -1,6 +1,7 @@
 """What can be measured of each cell, as a table."""
 
 import csv
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +16,15 @@ if TYPE_CHECKING:
     from kg_detectron.cells.masks import MaskCrops
     from kg_detectron.export.result import Result
 
-# Of skimage.measure.regionprops, by what the columns are called; lengths get their unit behind the name.
-_LENGTHS = {
-    "perimeter": "perimeter_crofton",
-    "axis_major_length": "axis_major_length",
-    "axis_minor_length": "axis_minor_length",
-    "feret_diameter_max": "feret_diameter_max",
-    "equivalent_diameter_area": "equivalent_diameter_area",
-}
-_SHAPES = {"eccentricity": "eccentricity", "solidity": "solidity", "orientation_rad": "orientation"}
+# What shapes are described by; lengths get their unit behind the name.
+_LENGTHS = (
+    "perimeter",
+    "axis_major_length",
+    "axis_minor_length",
+    "feret_diameter_max",
+    "equivalent_diameter_area",
+)
+_SHAPES = ("eccentricity", "solidity", "orientation_rad")
 _INTENSITIES = ("mean", "min", "max", "std")
 
 
@@ -48,35 +49,36 @@ def measure(
         channel_names: of the C channels, in the order of the array. Without names, three channels are blue, green, red.
     Returns:
         Columns (R,): ``id`` (1..R), ``score``, ``area_px``, ``centroid_x_px`` and ``y``, ``box_x1_px``, ``y1``, ``x2``
-        and ``y2``, and of `skimage.measure.regionprops` ``perimeter_px`` (Crofton's formula in four directions),
+        and ``y2``, and as `skimage.measure.regionprops` has them ``perimeter_px`` (Crofton's formula in four directions),
         ``axis_major_length_px``, ``axis_minor_length_px``, ``feret_diameter_max_px``, ``equivalent_diameter_area_px``,
         ``eccentricity``, ``solidity``, ``orientation_rad``; with a pixel size, areas and lengths again in ``um2`` and
         ``um``. For every channel ``mean_intensity_NAME``, ``min``, ``max`` and ``std``; of a grey image without
         ``_NAME``.
     """
-    from skimage.measure import regionprops
-
     image = image[..., None] if image.ndim == 2 else image
     count, channels = len(masks), image.shape[2]
     area, centroid = np.zeros(count, np.int64), np.zeros((count, 2))
-    shapes = {name: np.zeros(count) for name in (*_LENGTHS, *_SHAPES)}
+    variances, outlines = np.zeros((count, 3)), np.zeros((count, 3))
     intensity = {name: np.zeros((count, channels)) for name in _INTENSITIES}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of hulls of single pixels
-        order = range(count)
-        if isinstance(image, LazyPlane):  # neighbours one after the other, for it keeps what it read last
-            rows, columns = (masks.windows[:, axis].numpy() // BLOCK for axis in (1, 0))
-            order = np.lexsort((columns, rows)).tolist()
-        for i, (crop, (x1, y1, x2, y2)) in zip(order, masks.pixels(order), strict=True):
-            y, x = np.nonzero(crop)
-            area[i] = len(x)
-            centroid[i] = x1 + x.mean() + 0.5, y1 + y.mean() + 0.5
-            (region,) = regionprops(np.pad(crop, 1).view(np.uint8))
-            for name, attribute in (_LENGTHS | _SHAPES).items():
-                shapes[name][i] = getattr(region, attribute)
-            pixels = image[y1:y2, x1:x2][crop].astype(np.float64)
-            for name in _INTENSITIES:
-                intensity[name][i] = getattr(pixels, name)(axis=0)
+    order = range(count)
+    if isinstance(image, LazyPlane):  # neighbours one after the other, for it keeps what it read last
+        rows, columns = (masks.windows[:, axis].numpy() // BLOCK for axis in (1, 0))
+        order = np.lexsort((columns, rows)).tolist()
+    for i, (crop, (x1, y1, x2, y2)) in zip(order, masks.pixels(order), strict=True):
+        y, x = np.nonzero(crop)
+        area[i] = len(x)
+        centre = x.mean(), y.mean()
+        centroid[i] = x1 + centre[0] + 0.5, y1 + centre[1] + 0.5
+        dx, dy = x - centre[0], y - centre[1]
+        variances[i] = dx @ dx, dx @ dy, dy @ dy
+        outlines[i] = _outline(crop)
+        pixels = image[y1:y2, x1:x2][crop].astype(np.float64)
+        for name in _INTENSITIES:
+            intensity[name][i] = getattr(pixels, name)(axis=0)
+    shapes = _ellipses(variances / np.maximum(area, 1)[:, None])
+    shapes["equivalent_diameter_area"] = 2 * np.sqrt(area / math.pi)
+    shapes["perimeter"], shapes["feret_diameter_max"], hull = outlines.T
+    shapes["solidity"] = area / np.maximum(hull, 1)
 
     boxes = np.asarray(boxes, np.float64)
     lengths = {"centroid_x": centroid[:, 0], "centroid_y": centroid[:, 1]}
@@ -91,6 +93,41 @@ def measure(
     for c, suffix in _channel_suffixes(channels, channel_names):
         columns |= {f"{name}_intensity{suffix}": intensity[name][:, c] for name in _INTENSITIES}
     return columns
+
+
+def _outline(crop: np.ndarray) -> tuple[float, float, float]:
+    """Crofton's perimeter, the largest Feret diameter, and the pixels of the convex hull, of a cell's pixels (h, w)."""
+    from skimage.measure import perimeter_crofton
+    from skimage.morphology import convex_hull_image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of hulls of single pixels
+        hull = convex_hull_image(crop)
+    # The ends of its rows and columns: the middles of the pixels' outer edges, which regionprops finds by contours.
+    ends = []
+    for lines in (hull, hull.T):
+        line = np.flatnonzero(lines.any(1))
+        first, last = lines[line].argmax(1), lines.shape[1] - lines[line, ::-1].argmax(1)
+        points = np.stack((np.tile(line, 2), np.concatenate((first - 0.5, last - 0.5))), axis=1)
+        ends.append(points if lines is hull else points[:, ::-1])
+    places = np.concatenate(ends)
+    squares = (places**2).sum(1)
+    distances = squares[:, None] + squares - 2 * places @ places.T
+    feret = math.sqrt(max(0.0, distances.max(initial=0)))
+    return float(perimeter_crofton(crop)), feret, float(np.count_nonzero(hull))
+
+
+def _ellipses(variances: np.ndarray) -> dict[str, np.ndarray]:
+    """The ellipses of (R, 3) variances of x, of x and y, and of y; as in regionprops."""
+    xx, xy, yy = variances.T
+    middle, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    major, minor = middle + half, np.maximum(middle - half, 0)
+    return {
+        "axis_major_length": 4 * np.sqrt(major),
+        "axis_minor_length": 4 * np.sqrt(minor),
+        "eccentricity": np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0)),
+        "orientation_rad": np.where(xx == yy, np.where(xy > 0, 1, -1) * math.pi / 4, np.arctan2(2 * xy, yy - xx) / 2),
+    }
 
 
 def _channel_suffixes(channels: int, names: Sequence[str]) -> list[tuple[int, str]]:

@@ -308,7 +308,7 @@ class _LocalNetwork:
         else:
             decoded, places = self._decoded(around, {1: margin + 1})
             maps, place = [decoded[1]], places[1]
-        # The branch reads pixels as rows of channels: one copy in that layout, or it makes one for each of the parts below.
+        # The branch reads pixels as rows of channels: one copy in that layout, not one for each of the parts below.
         maps = [m.contiguous(memory_format=torch.channels_last) for m in maps]
         origin = torch.tensor([place.x1, place.y1] * 2)
         # Without the padding of the image.
