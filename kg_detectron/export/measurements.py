@@ -49,7 +49,7 @@ def measure(
         channel_names: of the C channels, in the order of the array. Without names, three channels are blue, green, red.
     Returns:
         Columns (R,): ``id`` (1..R), ``score``, ``area_px``, ``centroid_x_px`` and ``y``, ``box_x1_px``, ``y1``, ``x2``
-        and ``y2``, and as `skimage.measure.regionprops` has them ``perimeter_px`` (Crofton's formula in four directions),
+        and ``y2``; as `skimage.measure.regionprops` has them ``perimeter_px`` (Crofton's, in four directions),
         ``axis_major_length_px``, ``axis_minor_length_px``, ``feret_diameter_max_px``, ``equivalent_diameter_area_px``,
         ``eccentricity``, ``solidity``, ``orientation_rad``; with a pixel size, areas and lengths again in ``um2`` and
         ``um``. For every channel ``mean_intensity_NAME``, ``min``, ``max`` and ``std``; of a grey image without

@@ -69,7 +69,7 @@ def test_a_slide_goes_on_in_its_folder_and_is_compared_with_a_crop(
         printed = capsys.readouterr().out
         assert f"1 files: {state}, 0 failed" in printed and "peak memory" in printed
     last = printed.splitlines()[-1]
-    assert last.startswith("crop 384 x 384 at 0: ") and last.endswith(" in tiles, 0 pixels differ")
+    assert last.startswith("192 x 192 pixels: ") and last.endswith(" in four, 0 pixels differ")
     assert int(last.split(": ")[1].split()[0]) > 2
 
 

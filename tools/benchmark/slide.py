@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import tifffile
 
+from kg_detectron.cells.label_plane import LabelPlane
 from kg_detectron.cells.separation import separate_cells
 from kg_detectron.export.kinds import EXPORTERS
 from kg_detectron.inference import load_model, predict
+from kg_detectron.inference.area import area_of, regions_of
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.model_file import DEFAULT_MODEL
 from kg_detectron.inference.run_settings import Settings
@@ -92,34 +94,34 @@ def benchmark_slide(arguments: argparse.Namespace, device: str) -> None:
 
 
 def compare_crop(arguments: argparse.Namespace, slide: Path, labels: Path, device: str) -> str:
-    """The cells of a crop around a corner of four tiles, predicted at once, and those of the slide in its inner half.
+    """The cells around a corner of four tiles, predicted in one larger tile, and those of the slide.
 
-    Outside of that half the edges of the crop have a part in the result.
+    Compared is the inner half of a square region, for cells across its border are in the slide alone.
 
     Args:
         labels: the slide's, as a pyramid in OME-TIFF.
     """
     side = arguments.crop
     start = max(0, (arguments.tile - side // 2) // GRID * GRID)
-    place = slice(start, start + side)
     model = load_model(arguments.model, device)
-    pixels = np.ascontiguousarray(open_image(slide).pages[0].pixels[place, place])
-    cells = predict(model, pixels, scale=1.0, tile=-(-side // GRID) * GRID)
-    whole = separate_cells(cells.above(model.threshold)).masks.label_image()
+    pixels = open_image(slide).pages[0].pixels
+    area = area_of(pixels, regions_of([f"{start},{start},{side},{side}"]), tissue=False)
+    cells = predict(model, pixels, scale=1.0, tile=-(-(start + side) // GRID) * GRID, area=area)
+    inner = slice(start + side // 4, start + side - side // 4)
+    whole = LabelPlane(separate_cells(cells.above(model.threshold)).masks)[inner, inner]
     with tifffile.TiffFile(labels) as file:
-        tiled = importlib.import_module("zarr").open_array(file.series[0].aszarr(level=0), mode="r")[place, place]
-    inner = slice(side // 4, side - side // 4)
-    first, second = (_renumbered(part[inner, inner]) for part in (whole, tiled))
+        tiled = importlib.import_module("zarr").open_array(file.series[0].aszarr(level=0), mode="r")[inner, inner]
+    first, second = _by_first_pixels(whole), _by_first_pixels(tiled)
+    counts = [len(np.unique(part[part > 0])) for part in (first, second)]
     differing = np.count_nonzero(first != second)
-    counts = f"{first.max()} cells at once, {second.max()} in tiles, {differing} pixels differ"
-    return f"crop {side} x {side} at {start}: {counts}"
+    found = f"{counts[0]} cells in one tile, {counts[1]} in four, {differing} pixels differ"
+    return f"{side // 2} x {side // 2} pixels: {found}"
 
 
-def _renumbered(labels: np.ndarray) -> np.ndarray:
-    """Labels with the ids 1, 2, ... in the order of their first pixels."""
+def _by_first_pixels(labels: np.ndarray) -> np.ndarray:
+    """Labels whose ids are the places of their first pixels, from 1, so that equal cells have equal ids."""
     ids, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
-    order = np.argsort(np.argsort(np.where(ids == 0, -1, first)))
-    return order[numbers].reshape(labels.shape) + (0 not in ids)
+    return np.where(ids == 0, 0, first + 1)[numbers].reshape(labels.shape)
 
 
 def add_command(commands: Any) -> None:
@@ -139,7 +141,7 @@ def add_command(commands: Any) -> None:
         "--crop",
         type=int,
         default=0,
-        help="compare such a crop, pixels, with the whole; needs ome-tiff and zarr (none)",
+        help="compare such a square, pixels, with one tile; needs ome-tiff and zarr (none)",
     )
     command.add_argument("--folder", type=Path, help="keep slide and results here, and go on after Ctrl-C (do not)")
     command.add_argument("--scratch", type=Path, help="folder for the slide and the results (the system's for such)")
