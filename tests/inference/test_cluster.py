@@ -59,9 +59,9 @@ class HungryFile(distributed.WorkerPlugin):
     name = "hungry"
 
     def setup(self, worker: object) -> None:
-        from kg_detectron.inference import file_prediction
+        from kg_detectron.inference import opened_file
 
-        real = file_prediction.open_image
+        real = opened_file.open_image
 
         def hungry(path: Path, **options: object) -> object:
             taken = []
@@ -70,7 +70,7 @@ class HungryFile(distributed.WorkerPlugin):
                 time.sleep(0.01)
             return real(path, **options)
 
-        file_prediction.open_image = hungry
+        opened_file.open_image = hungry
 
 
 @pytest.fixture(scope="module")
