@@ -124,8 +124,7 @@ class MaskCrops:
     def extents(self) -> Tensor:
         """The box of the pixels of each mask, (R,4) int64 xyxy; of a mask without any pixel, its window."""
         areas = (self.windows[:, 2:] - self.windows[:, :2]).prod(1)
-        _, counts = (areas.cumsum(0) // _PIXELS_TOGETHER).unique_consecutive(return_counts=True)
-        parts = torch.arange(len(self)).split(counts.tolist()) if len(self) else []
+        parts = torch.arange(len(self)).split(runs_of_areas(areas, _PIXELS_TOGETHER))
         return torch.cat([self.windows[:0], *map(self._extents, parts)])
 
     def _extents(self, masks: Tensor) -> Tensor:
@@ -222,6 +221,12 @@ class MaskCrops:
         for i, (x1, y1, x2, y2) in reversed(list(enumerate(self.windows.tolist()))):
             out[y1:y2, x1:x2][self._binary(i).numpy(force=True)] = i + 1
         return out
+
+
+def runs_of_areas(areas: Tensor, pixels: int) -> list[int]:
+    """Lengths of the runs, in their order, in which areas (N,) come to about so many pixels together."""
+    run = torch.div(areas.cumsum(0), pixels, rounding_mode="floor")
+    return run.unique_consecutive(return_counts=True)[1].tolist()
 
 
 def label_dtype(count: int) -> type[np.unsignedinteger]:

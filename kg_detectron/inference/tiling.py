@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells.masks import runs_of_areas
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.modeling import KeypointGraphNet, Peaks
 from kg_detectron.modeling.backbone import STRIDES
@@ -315,10 +316,9 @@ class _LocalNetwork:
         size = (min(place.y2, self.image.shape[0]) - place.y1, min(place.x2, self.image.shape[1]) - place.x1)
         threshold = self.model.segmentation.settings.mask_threshold
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
-        pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1).cumsum(0)
-        _, counts = (pixels / CROP_PIXELS).long().unique_consecutive(return_counts=True)
+        counts = runs_of_areas((boxes[:, 2:] - boxes[:, :2]).prod(1), CROP_PIXELS)
         crops, windows, blurs, labels = [], [], [], []
-        for part in (boxes - origin.to(boxes)).split(counts.tolist()):
+        for part in (boxes - origin.to(boxes)).split(counts):
             ((masks, labels_of_part),) = self.model.segmentation.predict_cells(maps, [part], [size])
             crops += _compact(masks.crops, threshold, self.image.scale)
             windows.append(masks.windows + origin)
