@@ -50,8 +50,8 @@ class GeometrySettings:
 
 # Images of bright cells on dark have a median grey level below, 0..1.
 _DARK = 0.25
-# Optical densities of haematoxylin and eosin in blue, green and red.
-_DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07)))
+# Optical densities of haematoxylin, eosin and diaminobenzidine in blue, green and red (Ruifrok and Johnston 2001).
+DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07), (0.78, 0.57, 0.27)))
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ColourSettings:
         permutation: probability that the channels change places.
         stain: probability that the hue, the saturation and the channels' optical densities of a coloured image change.
         dyes: probability that the optical densities of its channels are mixed at random besides, as other dyes would.
+        haematoxylin: probability that a coloured image is shown as a grey one of about its density of haematoxylin.
         section: probability that an image of bright cells is shown as a stained section.
         contrast, brightness, gamma: contrast times 2^u, plus grey levels, gamma 2^u; u uniform within +- the value.
         levels: probability of those three.
@@ -81,6 +82,7 @@ class ColourSettings:
     permutation: float = 0.15
     stain: float = 0.6
     dyes: float = 0.5
+    haematoxylin: float = 0.25
     section: float = 0.1
     contrast: float = 0.6
     brightness: float = 32.0
@@ -210,13 +212,17 @@ def random_colours(image: np.ndarray, settings: ColourSettings, generator: np.ra
             image = _stained(image, generator)
         if happens(settings.dyes):
             image = _with_other_dyes(image, generator)
-        if happens(settings.grey):
+        if happens(settings.haematoxylin):
+            image = _haematoxylin(image, generator)
+        elif happens(settings.grey):
             weights = generator.dirichlet((2, 2, 2)).astype(np.float32)
             image = np.repeat((image @ weights)[..., None], 3, axis=2)
         if happens(settings.permutation):
             image = image[..., generator.permutation(3)]
     elif np.median(grey) < _DARK and happens(settings.section):
         image = _section(grey[..., 0], generator)
+        if happens(settings.haematoxylin):
+            image = _haematoxylin(image, generator)
     elif happens(settings.tint):
         dark, bright = generator.uniform(0, 0.4, 3), generator.uniform(0.5, 1, 3)
         image = (dark + (bright - dark) * grey).astype(np.float32)
@@ -260,10 +266,19 @@ def _with_other_dyes(image: np.ndarray, generator: np.random.Generator) -> np.nd
     return _stretched(np.exp(-np.maximum(densities, 0)), generator)
 
 
+def _haematoxylin(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The first of the dyes that are about `DYES`, alone and grey, (h, w, 3) in 0..1."""
+    dyes = DYES + generator.normal(0, 0.05, DYES.shape)
+    density = -np.log(np.clip(image, 1 / 255, 1)) @ np.linalg.inv(dyes)[:, 0].astype(np.float32)
+    low, high = np.percentile(density, (1, 99.8)).astype(np.float32)
+    grey = 1 - np.clip((density - low) / np.maximum(high - low, 1e-3), 0, 1)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
 def _section(cells: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """A section in transmitted light, (h, w, 3) BGR in 0..1: the cells (h, w) in one dye, tissue between in another.
 
-    By the law of Beer and Lambert; the dyes vary around haematoxylin and eosin (Ruifrok and Johnston 2001).
+    By the law of Beer and Lambert; the dyes vary around haematoxylin and eosin.
     """
     tissue = np.zeros_like(cells)
     for sigma in (1.0, 4.0, 16.0):
@@ -271,7 +286,7 @@ def _section(cells: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         smooth = cv2.GaussianBlur(noise, (0, 0), sigma)
         tissue += np.float32(generator.uniform(0, 1)) * smooth / smooth.std()
     tissue = 1 / (1 + np.exp(-tissue - np.float32(generator.uniform(-1, 1))))
-    dyes = np.abs(_DYES + generator.normal(0, 0.12, (2, 3))).astype(np.float32)
+    dyes = np.abs(DYES[:2] + generator.normal(0, 0.12, (2, 3))).astype(np.float32)
     amounts = generator.uniform((0.5, 0.05), (2.0, 1.2)).astype(np.float32)
     density = np.stack((cells * amounts[0], tissue * amounts[1]), axis=2) @ dyes
     return _stretched(np.exp(-density), generator)
