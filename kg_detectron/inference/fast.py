@@ -58,11 +58,11 @@ def _run(model: InstanceNet, image: np.ndarray) -> tuple[float, Cells]:
     taken = []
     for _ in range(1 + _REPEATS):  # the first prepares kernels and memory
         start = time.perf_counter()
-        cells = predict(model, image, scale=1.0)
+        cells = predict(model, image, scale=1.0, min_score=model.threshold)
         if model.place.device.type == "cuda":
             torch.cuda.synchronize(model.place.device)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:]), cells.above(model.threshold)
+    return statistics.median(taken[1:]), cells
 
 
 def _agreement(cells: Cells, others: Cells) -> float:

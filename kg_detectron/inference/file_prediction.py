@@ -178,13 +178,12 @@ class FilePredictor:
         page: Page,
         cells: Cells,
     ) -> None:
-        """Save the cells of a page, less those of low scores, separated; the record of a page is the last that is made.
+        """Save the cells of a page, separated; the record of a page is the last that is made.
 
         Args:
             number: of the page, from 1.
             name: of its results.
         """
-        cells = cells.above(self.threshold)
         if not self.settings.keep_overlaps:
             cells = separate_cells(cells)
         classes = self.network.classes
@@ -249,6 +248,7 @@ class FilePredictor:
                 page.pixels,
                 **self._sizes(record),
                 normalisation=settings.normalise,
+                min_score=self.threshold,
                 tile=settings.tile,
                 overlap=settings.overlap,
                 area=self._area(page),
@@ -261,7 +261,7 @@ class FilePredictor:
 
     def _key(self, record: FileRecord, page: int) -> str:
         """A name for what is computed of the tiles of a page, with all that it depends on."""
-        settings = {**asdict(self.settings), "save": None, "min_score": None, "stack": None}
+        settings = {**asdict(self.settings), "save": None, "min_score": self.threshold, "stack": None}
         about = [self.network.precision, record.pixel_size, self.versions]
         content = [record.sha256, self.model_sha256, page, settings, *about]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -269,7 +269,7 @@ class FilePredictor:
     def _predict_page(
         self, page: Page, record: FileRecord, store: TileStore | None, progress: Progress | None
     ) -> Cells:
-        """All cells of a page."""
+        """The cells of a page."""
         settings = self.settings
         area = self._area(page)
         if area is not None and self._is_slide(page) and not settings.all_tiles:
@@ -279,6 +279,7 @@ class FilePredictor:
             page.pixels,
             **self._sizes(record),
             normalisation=settings.normalise,
+            min_score=self.threshold,
             tile=settings.tile,
             overlap=settings.overlap,
             ensemble=settings.ensemble,

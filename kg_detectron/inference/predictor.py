@@ -27,6 +27,7 @@ def predict(
     diameter: float | None = None,
     pixel_size: float | None = None,
     normalisation: str | None = None,
+    min_score: float = 0.0,
     tile: int = Settings.tile,
     overlap: int = Settings.overlap,
     ensemble: bool = False,
@@ -49,6 +50,8 @@ def predict(
         pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three
             may be given; without any the model estimates the scale from the image.
         normalisation: "fixed" or "percentile" instead of the model's own.
+        min_score: cells of a lower score are left out, before time is spent on their masks; ``model.threshold`` gives
+            those that the model takes for true.
         tile: largest side of a tile, pixels of the network's input, a multiple of 32. Around it the network sees as
             much again as its results depend on; so larger tiles take less time a pixel, and more memory.
         overlap: largest side of a cell, pixels of the network's input, that is segmented together with the others of
@@ -69,8 +72,8 @@ def predict(
 
     Example:
         >>> model = load_model("nuclei")
-        >>> cells = predict(model, read_image("image.tif"))
-        >>> labels = cells.above(model.threshold).masks.label_image()
+        >>> cells = predict(model, read_image("image.tif"), min_score=model.threshold)
+        >>> labels = cells.masks.label_image()
     """
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
@@ -86,16 +89,19 @@ def predict(
         if preprocessing.resize == "isotropic":  # the mirror images get the same scale
             scale, diameter, pixel_size = seen.scale[0], None, None
         steps = _part_of_progress(progress or _no_progress, len(detections), len(MIRRORS) if ensemble else 1)
-        tiled = _tiled(model, seen, tile, overlap, None if area is None else _wanted(area, mirror, seen.scale), part)
+        wanted = None if area is None else _wanted(area, mirror, seen.scale)
+        # Of an ensemble, the mean of the scores counts.
+        lowest = 0.0 if ensemble else min_score
+        tiled = _tiled(model, seen, lowest, tile, overlap, wanted, part)
         if tiled is None:
-            cells = model.detect_seen(seen)
+            cells = model.detect_seen(seen, min_score=lowest)
             steps(1, 1)
         else:
             cells = tiled.cells(steps)
             cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale)
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source)))
-    cells = join_cells(detections) if ensemble else detections[0]
+    cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:
         return cells
     centres = ((cells.boxes[:, :2] + cells.boxes[:, 2:]) / 2).cpu().double().numpy()
@@ -127,6 +133,7 @@ def tiled_steps(
     diameter: float | None,
     pixel_size: float | None,
     normalisation: str | None,
+    min_score: float,
     tile: int,
     overlap: int,
     area: Area | None,
@@ -138,7 +145,7 @@ def tiled_steps(
     part = store.part("0")
     seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, part)
     wanted = None if area is None else _wanted(area, MIRRORS[0], seen.scale)
-    return _tiled(model, seen, tile, overlap, wanted, part)
+    return _tiled(model, seen, min_score, tile, overlap, wanted, part)
 
 
 def _preprocessing(model: InstanceNet, normalisation: str | None) -> Preprocessing:
@@ -173,6 +180,7 @@ def _seen(
 def _tiled(
     model: InstanceNet,
     seen: NetworkImage,
+    min_score: float,
     tile: int,
     overlap: int,
     wanted: Callable[[Window], bool] | None,
@@ -181,7 +189,15 @@ def _tiled(
     """The steps of an image that is larger than a tile, where the method knows how; None for others."""
     if max(seen.shape[:2]) <= tile or not model.tiled:
         return None
-    return TiledDetection(cast(KeypointGraphNet, model), seen, tile=tile, overlap=overlap, wanted=wanted, store=store)
+    return TiledDetection(
+        cast(KeypointGraphNet, model),
+        seen,
+        min_score=min_score,
+        tile=tile,
+        overlap=overlap,
+        wanted=wanted,
+        store=store,
+    )
 
 
 def _no_progress(done: int, steps: int) -> None:

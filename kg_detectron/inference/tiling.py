@@ -113,7 +113,7 @@ class TiledDetection:
     Args:
         model: in evaluation mode.
         image: as the network sees it; it is only read in slices of a tile and its surroundings.
-        tile, overlap: see `kg_detectron.inference.predictor.predict`.
+        tile, overlap, min_score: see `kg_detectron.inference.predictor.predict`; cells of a lower score may remain.
         wanted: whether anything in a window is looked for; tiles in which nothing is are left out.
         store: where the parts of the result are kept, and taken from where they are there.
 
@@ -131,6 +131,7 @@ class TiledDetection:
         *,
         tile: int,
         overlap: int,
+        min_score: float = 0.0,
         wanted: Callable[[Window], bool] | None = None,
         store: TileStore | None = None,
     ) -> None:
@@ -140,7 +141,7 @@ class TiledDetection:
                 f"not cut into tiles: expected {max(image.shape[:2])} or more for an image that the network sees at "
                 f"{image.shape[1]} x {image.shape[0]} pixels, got {tile}"
             )
-        self.model, self.image, self.tile, self.overlap = model, image, tile, overlap
+        self.model, self.image, self.tile, self.overlap, self.min_score = model, image, tile, overlap, min_score
         self._network = _LocalNetwork(model, image)
         self._kept = store.get if store is not None else _computed
         tiles = self._network.whole.tiles(tile)
@@ -174,6 +175,8 @@ class TiledDetection:
         strides = [model.keypoint_branch.head(scale).stride for scale in model.keypoint_branch.scales]
         peaks = _joined(parts or [self._network.no_peaks()])
         ((boxes, scores),) = model.decoder.assemble(peaks, [self.image.shape[:2]], strides)
+        reaches = model.can_reach(self.min_score, scores)
+        boxes, scores = boxes[reaches], scores[reaches]
         fits = _longest(boxes) <= self.tile + self.overlap
         return {"boxes": boxes[fits], "scores": scores[fits], "too_long": len(fits) - int(fits.sum())}
 

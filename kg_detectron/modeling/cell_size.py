@@ -92,7 +92,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
 
 def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:
     """The cells of a window that the model takes for true."""
-    return model.detect_seen(seen, window).above(max(model.threshold, 1e-6))
+    return model.detect_seen(seen, window, min_score=max(model.threshold, 1e-6))
 
 
 def _contrast(image: np.ndarray, levels: Levels) -> np.ndarray:

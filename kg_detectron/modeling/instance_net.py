@@ -79,6 +79,10 @@ class InstanceNet(nn.Module, ABC):
             sizes: (H, W) of each of the N images, without the padding.
         """
 
+    def find_above(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float) -> list[Cells]:
+        """As `find`; a method may leave out cells whose probability is below ``min_score`` before it segments them."""
+        return self.find(batch, sizes)
+
     @property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing that this model was trained with."""
@@ -210,16 +214,24 @@ class InstanceNet(nn.Module, ABC):
         return batch.contiguous(memory_format=self.layout)
 
     @torch.no_grad()
-    def detect_in(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
-        """As `detect`, of images that `batch` has put together: whoever calls need not keep them in memory."""
-        with autocast(self.precision, batch.device):
-            found = self.find(batch, sizes)
-        return [dataclasses.replace(cells, scores=self.scores(cells.scores)) for cells in found]
+    def detect_in(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float = 0.0) -> list[Cells]:
+        """As `detect`, of images that `batch` has put together: whoever calls need not keep them in memory.
 
-    def detect_seen(self, seen: NetworkImage, window: tuple[slice, slice] = (slice(None), slice(None))) -> Cells:
-        """The cells in a window of an image, rows and columns, in its frame."""
+        Cells of a probability below ``min_score`` are left out, which saves their masks.
+        """
+        with autocast(self.precision, batch.device):
+            found = self.find_above(batch, sizes, min_score)
+        return [dataclasses.replace(cells, scores=self.scores(cells.scores)).above(min_score) for cells in found]
+
+    def detect_seen(
+        self,
+        seen: NetworkImage,
+        window: tuple[slice, slice] = (slice(None), slice(None)),
+        min_score: float = 0.0,
+    ) -> Cells:
+        """The cells in a window of an image, rows and columns, in its frame; ``min_score`` as in `detect_in`."""
         batch, size = self.batch_of(seen, window)
-        (cells,) = self.detect_in(batch, [size])
+        (cells,) = self.detect_in(batch, [size], min_score)
         return cells
 
     def batch_of(

@@ -130,9 +130,10 @@ def segment(
                 pixels,
                 diameter=diameter,
                 pixel_size=pixel_size if scale_by_pixel_size else None,
+                min_score=LOWEST_SCORE,
                 progress=step,
             )
-            kept = separate_cells(found.above(LOWEST_SCORE))
+            kept = separate_cells(found)
             explanation, graph_scores = None, None
             if graphs and (reason := _no_graphs(model, found)):
                 notes[reason] = None

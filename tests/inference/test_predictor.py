@@ -183,3 +183,32 @@ def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
     masks = [one["segmentation"] for one in truths["annotations"] if one["image_id"] == image]
     overlap = mask_iou(cells.above(0.004).masks.rle(), masks)
     assert (overlap.max(axis=1) > 0.5).mean() > 0.7 and (overlap.max(axis=0) > 0.5).mean() > 0.6
+
+
+@pytest.mark.parametrize("ways", [{}, {"tile": 64, "overlap": 64}, {"ensemble": True}])
+@pytest.mark.parametrize("ranking", [{}, {"blur_weight": 0.3, "overlap_sigma": 0.1, "part_sigma": 1.0}])
+def test_a_lowest_score_leaves_the_other_cells_as_they_are(ways, ranking, monkeypatch):
+    """Equal to prediction without one, cut afterwards, though fewer masks are computed."""
+    model = tiny_network(resize="isotropic", nms_threshold=0.9, **ranking).eval()
+    model.scores = Scores((0.0, 0.5), (0.1, 0.9))
+    image, segmented = drawn_image(96, 128), []
+    segment = model.segmentation.predict_cells
+
+    def counted(maps, boxes, sizes):
+        segmented[-1] += sum(map(len, boxes))
+        return segment(maps, boxes, sizes)
+
+    monkeypatch.setattr(model.segmentation, "predict_cells", counted)
+    segmented.append(0)
+    every = predict(model, image, scale=1.0, **ways)
+    for share in (0.3, 0.9):
+        lowest = float(every.scores.quantile(share))
+        segmented.append(0)
+        cells, expected = predict(model, image, scale=1.0, min_score=lowest, **ways), every.above(lowest)
+        assert 0 < len(cells) < len(every)
+        torch.testing.assert_close(cells.scores, expected.scores)
+        torch.testing.assert_close(cells.boxes, expected.boxes)
+        assert cells.masks.rle() == expected.masks.rle()
+    if not ranking:  # which lowers scores after the masks
+        assert (segmented[2] < segmented[0]) == ("ensemble" not in ways)
+    assert len(predict(model, image, scale=1.0, min_score=1.0, **ways)) == 0

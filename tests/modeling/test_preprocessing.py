@@ -120,7 +120,7 @@ def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
     ramp = np.linspace(0, 1, 1300, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (1000, 1300, 3))
 
-    def detect(seen, window):
+    def detect(seen, window, min_score):
         factor = 255 / 1299 / float(np.diff(seen[window][0, :, 0]).mean())
         side, count = (round(50 * factor), 30) if factor < 1.5 else (25, 6)
         windows = torch.tensor([[0, 0, side, side]] * count)
@@ -139,7 +139,7 @@ def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
     ramp = np.linspace(0, 1, 600, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (600, 600, 3))
 
-    def detect(seen, window):
+    def detect(seen, window, min_score):
         # The slope of the ramp tells by how much the image was resized.
         factor = 255 / 599 / float(np.diff(seen[window][0, :, 0]).mean())
         side = max(1, round(diameter * factor * math.sqrt(math.pi) / 2))
@@ -166,7 +166,7 @@ def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeyp
     image = drawn_image(300, 400)
     passes = []
 
-    def detect(seen, window):
+    def detect(seen, window, min_score):
         passes.append(seen.scale[0])
         count = 5 if len(passes) <= len(FIRST_SCALES) else 0
         windows = torch.tensor([[0, 0, 28, 28]] * count).reshape(-1, 4)

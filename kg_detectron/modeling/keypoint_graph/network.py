@@ -82,9 +82,16 @@ class KeypointGraphNet(InstanceNet):
         return losses | self.segmentation.losses(crop_maps, boxes, masks, labels)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
+        return self.find_above(batch, sizes, 0.0)
+
+    def find_above(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float) -> list[Cells]:
         maps, crop_maps = self.maps(batch)
         boxes, scores = self.boxes(maps, sizes)
         del maps  # large, as are those of masks
+        if min_score > 0:
+            wanted = [self.can_reach(min_score, scores_of_image) for scores_of_image in scores]
+            boxes = [b[w] for b, w in zip(boxes, wanted, strict=True)]
+            scores = [s[w] for s, w in zip(scores, wanted, strict=True)]
         segmented = self.segmentation.predict_cells(crop_maps, boxes, sizes)
         return [self.finish(*cells) for cells in zip(boxes, scores, segmented, strict=True)]
 
@@ -107,6 +114,14 @@ class KeypointGraphNet(InstanceNet):
         with full_precision(maps[0].heatmap.device):
             detections = self.decoder(maps, sizes)
         return [boxes for boxes, _ in detections], [scores for _, scores in detections]
+
+    def can_reach(self, min_score: float, scores: Tensor) -> Tensor:
+        """(R,) whether cells of scores (R,) of `boxes` may come to a probability of ``min_score`` or more.
+
+        `finish` only lowers scores, and a score that is lower to begin with lowers no higher one: so what cannot reach
+        it may be left out before its mask is made, and the others stay as they are.
+        """
+        return self.scores(scores) >= min_score
 
     def finish(self, boxes: Tensor, scores: Tensor, segmented: Segmented, blur: Tensor | None = None) -> Cells:
         """Boxes, scores, masks and classes of one image -> its cells, ranked.
