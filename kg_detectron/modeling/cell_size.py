@@ -14,13 +14,15 @@ from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, bloc
 if TYPE_CHECKING:
     from kg_detectron.modeling.instance_net import InstanceNet
 
-# Scales that the first pass tries; a model that was trained on cells of half to twice its diameter sees cells of any
-# diameter that is not far off at one of them.
+# Scales that the first look may try, beginning with 1; a model that was trained on cells of half to twice its diameter
+# sees cells of any diameter that is not far off at one of them.
 FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# Side of the part of an image that a pass looks at, pixels of the network's input. In the first pass it is smaller
-# where the image is small: this share of the image's longer side, but not less than the smallest part.
+# It goes on to the next smaller or larger scale while the estimate is closer to the end of those tried, or beyond it.
+NEAR_END = math.sqrt(2)
+# Side of the part of an image that is looked at, pixels of the network's input. In the first look it is smaller where
+# the image is small: this share of the image's longer side, but not less than the smallest part.
 PART = 384
-SMALLEST_PART, SHARE = 256, 3 / 8
+SMALLEST_PART, SHARE = 192, 9 / 32
 # A detection of the first pass counts less, the further its diameter in the network's input is from that of the
 # training; octaves.
 SPREAD = 0.75
@@ -44,10 +46,11 @@ def diameters(cells: Cells) -> np.ndarray:
 def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> Scale:
     """The scale at which the cells of an image get the diameter that the model was trained for.
 
-    The model looks for cells in a part of the image of bounded size, the one with most contrast. First at several
-    scales: every cell that it takes for true votes for its diameter, with its score and the more, the closer it is to
-    the trained diameter; the weighted median decides. Then at the scale that follows, where the median weighted by
-    the scores corrects it. Where the model finds no cell in either, as in noise, the image keeps its pixels.
+    The model looks for cells in a part of the image of bounded size, the one with most contrast. First at as many
+    scales as it takes: every cell that it takes for true votes for its diameter, with its score and the more, the
+    closer it is to the trained diameter; the weighted median decides. Then at the scale that follows, where the median
+    weighted by the scores corrects it. Where the model finds no cell in either, as in noise, the image keeps its
+    pixels.
 
     Args:
         model: in evaluation mode.
@@ -58,20 +61,23 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     contrast = _contrast(image, levels)
     first_part = round(min(max(SMALLEST_PART, SHARE * max(image.shape[:2])), PART))
     values, weights = [np.zeros(0)], [np.zeros(0)]
-    for scale in FIRST_SCALES:
-        seen = NetworkImage(image, levels, scale)
-        if max(seen.shape[:2]) < BLOCK:
-            continue
-        window = _part(seen, contrast, first_part)
-        cells = _cells(model, seen, window)
-        found = diameters(cells)
-        octaves = np.log2(np.maximum(found, 1) / trained)
-        values.append(found / seen.scale[0])
-        trust = cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2)
-        # All parts have about the same size for the network, so each scale has as many votes as it fills its part with
-        # cells. The diameter lets a cell outvote the fragments that a finer scale finds in it.
-        weights.append(trust * found)
-    diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
+    diameter = None
+    tried: list[float] = []
+    while scales := _scales_to_try(tried, None if diameter is None else trained / diameter):
+        tried += scales
+        for scale in scales:
+            seen = NetworkImage(image, levels, scale)
+            if max(seen.shape[:2]) < BLOCK:
+                continue
+            cells = _cells(model, seen, _part(seen, contrast, first_part))
+            found = diameters(cells)
+            octaves = np.log2(np.maximum(found, 1) / trained)
+            values.append(found / seen.scale[0])
+            trust = cells.scores.cpu().numpy() * np.exp(-0.5 * (octaves / SPREAD) ** 2)
+            # All parts have about the same size for the network, so each scale has as many votes as it fills its part
+            # with cells. The diameter lets a cell outvote the fragments that a finer scale finds in it.
+            weights.append(trust * found)
+        diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
         return NO_CELL
     smallest = trained / min(FIRST_SCALES[-1], max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
@@ -88,6 +94,20 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
         if abs(math.log2(diameter / previous)) < SETTLED:
             break
     return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")
+
+
+def _scales_to_try(tried: list[float], best: float | None) -> list[float]:
+    """Which scales the first look tries next, by those it has tried and the estimate from them; none at its end."""
+    if not tried:
+        return [1.0]
+    if best is None:
+        return [scale for scale in FIRST_SCALES if scale not in tried]
+    low, high = FIRST_SCALES.index(min(tried)), FIRST_SCALES.index(max(tried))
+    if best < FIRST_SCALES[low] * NEAR_END and low > 0:
+        return [FIRST_SCALES[low - 1]]
+    if best > FIRST_SCALES[high] / NEAR_END and high + 1 < len(FIRST_SCALES):
+        return [FIRST_SCALES[high + 1]]
+    return []
 
 
 def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:

@@ -21,7 +21,7 @@ from kg_detectron.modeling.classes import masked_mean
 if TYPE_CHECKING:
     from kg_detectron.modeling.segmentation_branch import SegmentationBranch
 
-# Pixels of a row of a packed grid, roughly: several crops share a row, and the grid stays nearly square.
+# Most pixels of a row of a packed grid, roughly: several crops share a row, and the grid stays nearly square.
 GRID_WIDTH = 1024
 
 # Most pixels of crops that go through the branch together in evaluation on a CPU: more take memory, and no less time.
@@ -239,7 +239,11 @@ def pack(sizes: Tensor, deep_crops: int, device: torch.device) -> PackedGrid:
     order = (below * (1 + sizes[:, 0].max()) - sizes[:, 0]).argsort(stable=True)  # each row as high as its first crop
     height, width = (sizes[order] + 1).unbind(1)
     before = width.cumsum(0) - width
-    full = (before - below[order] * before[min(deep_crops, len(sizes) - 1)]) // GRID_WIDTH
+    # The rows of each part get about equally many pixels, for the last one is as wide as the others.
+    total = torch.zeros(2, dtype=torch.long).index_add_(0, below[order], width)
+    rows = -(-total // GRID_WIDTH)
+    of_part = before - below[order] * total[0]
+    full = of_part * rows[below[order]] // total[below[order]]
     _, row, counts = torch.stack((below[order], full)).unique_consecutive(
         dim=1, return_inverse=True, return_counts=True
     )

@@ -132,14 +132,21 @@ def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
     assert scale.value == pytest.approx(28 / (50 * 2 / math.sqrt(math.pi)), rel=0.1)
 
 
-@pytest.mark.parametrize("diameter", [7.0, 14.0, 56.0])
-def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
-    """A model that finds every cell at every scale: the estimate brings them to the trained diameter."""
+@pytest.mark.parametrize(
+    ("diameter", "tried"),
+    [(7.0, [1, 2, 4]), (14.0, [1, 2, 4]), (25.0, [1, 0.5, 2]), (56.0, [1, 0.5, 0.25]), (112.0, [1, 0.5, 0.25])],
+)
+def test_scale_is_estimated_from_the_cells(diameter, tried, monkeypatch):
+    """A model that finds every cell at every scale: the estimate brings them to the trained diameter, and scales on the
+    other side of it are not tried."""
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     ramp = np.linspace(0, 1, 600, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (600, 600, 3))
 
+    scales = []
+
     def detect(seen, window, min_score):
+        scales.append(seen.scale[0])
         # The slope of the ramp tells by how much the image was resized.
         factor = 255 / 599 / float(np.diff(seen[window][0, :, 0]).mean())
         side = max(1, round(diameter * factor * math.sqrt(math.pi) / 2))
@@ -151,6 +158,26 @@ def test_scale_is_estimated_from_the_cells(diameter, monkeypatch):
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / diameter, rel=0.1)
     assert scale.source.startswith("estimated from cells of about")
+    assert scales == [*tried, pytest.approx(28 / diameter, rel=0.1)]
+
+
+def test_where_one_scale_shows_nothing_all_are_tried(monkeypatch):
+    """Cells of 8 pixels, which the model does not see at their own scale."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, scales = drawn_image(300, 400), []
+
+    def detect(seen, window, min_score):
+        scale = seen.scale[0]
+        scales.append(scale)
+        side, count = round(8 * scale), 5 if scale > 1.5 else 0
+        windows = torch.tensor([[0, 0, side, side]] * count).reshape(-1, 4)
+        masks = MaskCrops([torch.ones(side, side)] * count, windows, (2048, 2048))
+        return Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)
+
+    monkeypatch.setattr(model, "detect_seen", detect)
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scales[: len(FIRST_SCALES)] == [1.0, 0.25, 0.5, 2.0, 4.0]
+    assert scale.value == pytest.approx(28 / (8 * 2 / math.sqrt(math.pi)), rel=0.15)
 
 
 def test_without_cells_the_image_keeps_its_pixels():
@@ -168,14 +195,14 @@ def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeyp
 
     def detect(seen, window, min_score):
         passes.append(seen.scale[0])
-        count = 5 if len(passes) <= len(FIRST_SCALES) else 0
+        count = 5 if seen.scale[0] in FIRST_SCALES and len(passes) <= 3 else 0
         windows = torch.tensor([[0, 0, 28, 28]] * count).reshape(-1, 4)
         masks = MaskCrops([torch.ones(28, 28)] * count, windows, (2048, 2048))
         return Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)
 
     monkeypatch.setattr(model, "detect_seen", detect)
     assert estimate_scale(model, image, model.preprocessing.levels(image)) == NO_CELL
-    assert len(passes) == len(FIRST_SCALES) + 1 and NO_CELL.value == 1.0
+    assert len(passes) == 4 and NO_CELL.value == 1.0
 
 
 # Padding
