@@ -1,0 +1,76 @@
+"""Stained tissue in transmitted light, and how much of a dye is where.
+
+H, W: height and width in pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kg_detectron.io.lazy import LazyPlane
+
+# Optical densities of haematoxylin, eosin and diaminobenzidine in blue, green and red (Ruifrok and Johnston 2001).
+DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07), (0.78, 0.57, 0.27)))
+
+# The median grey level of a stained image is above, of 0..1, and its channels differ from grey by more, on average.
+# Between those of 36 sections and smears (0.51, 0.025) and of other images (0.27 or colourless) that were looked at.
+_BRIGHT, _COLOURED = 0.4, 0.01
+_SAMPLE = 2**21  # pixels
+_PERCENTILES = (1, 99.8)
+_ROWS = 2**20  # pixels treated together, which bounds the memory
+
+
+@dataclass(frozen=True)
+class HaematoxylinLevels:
+    """A stained image as a grey one of its density of haematoxylin, dark on bright, pixel by pixel.
+
+    Attributes:
+        white: (3,) BGR, the levels of clear glass.
+        low, high: the densities that become 255 and 0.
+    """
+
+    white: np.ndarray
+    low: float
+    high: float
+
+    def __call__(self, part: np.ndarray) -> np.ndarray:
+        """Any part (h, w, 3) of the image -> (h, w, 3) float32 of 0..255, grey."""
+        grey = np.empty(part.shape[:2], np.float32)
+        rows = max(1, _ROWS // max(1, part.shape[1]))
+        for start in range(0, len(part), rows):
+            density = haematoxylin_density(part[start : start + rows], self.white)
+            grey[start : start + rows] = (255 * (self.high - density) / (self.high - self.low)).clip(0, 255)
+        return np.repeat(grey[..., None], 3, axis=2)
+
+
+def haematoxylin_levels(image: np.ndarray, white: np.ndarray) -> HaematoxylinLevels | None:
+    """How a stained image becomes one of its haematoxylin; None for any other image.
+
+    Stained is an image that is bright and coloured: no fluorescence, no phase contrast, nothing grey.
+
+    Args:
+        image: (H, W, 3) BGR of any real type, may be a `numpy.memmap` or `LazyPlane`.
+        white: (3,) levels of clear glass.
+    """
+    if isinstance(image, LazyPlane):
+        image = image.overview()
+    step = int(np.ceil(np.sqrt(max(1.0, image.shape[0] * image.shape[1] / _SAMPLE))))
+    sample = np.asarray(image[::step, ::step])
+    if sample.strides[2] == 0 or not (np.asarray(white) > 0).all():
+        return None
+    share = np.nan_to_num(sample / white, nan=0.0).clip(0, 1)
+    grey = share.mean(axis=2)
+    if np.median(grey) <= _BRIGHT or np.abs(share - grey[..., None]).mean() <= _COLOURED:
+        return None
+    low, high = np.percentile(haematoxylin_density(sample, white), _PERCENTILES)
+    return HaematoxylinLevels(white, float(low), float(high)) if high > low else None
+
+
+def haematoxylin_density(image: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """The density of haematoxylin, (..., 3) -> (...), where the three `DYES` and nothing else take light away.
+
+    By the law of Beer and Lambert, each channel's optical density is the sum of those of the dyes. At least 1/255 of
+    the light comes through, which is what 8 bits tell apart.
+    """
+    share = np.nan_to_num(np.asarray(image, np.float32) / white, nan=0.0).clip(1 / 255, 1)
+    return np.maximum(-np.log(share) @ np.linalg.inv(DYES)[:, 0], 0).astype(np.float32)
