@@ -28,6 +28,11 @@ _TEST_SIDE, _TEST_CELLS = 128, 6
 _COVER_SIZE = (512, 256)  # width and height, of which bioimage.io asks for 2 to 1
 
 
+_OF_STAINS = """
+Of sections in haematoxylin and eosin kg_detectron also shows the network a grey image of the density of haematoxylin,
+dark on bright, and takes the view in which it expects more cells; here the user has to."""
+
+
 def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> None:
     """Write a model as a package of bioimage.io, a zip file, which appears whole or not at all.
 
@@ -166,7 +171,7 @@ def _readme(model: KeypointGraphNet, name: str) -> str:
 The dense part of a keypoint-graph network for cells, written by kg_detectron {__version__} ({PAPER}).
 
 Resize the image so that a typical cell has a diameter of {model.preprocessing.diameter:g} pixels, and pad its sides to
-multiples of {model.divisor}. The outputs are keypoint maps at several scales ({strides}) and features.
+multiples of {model.divisor}.{_OF_STAINS if model.preprocessing.haematoxylin else ""} The outputs are keypoint maps at several scales ({strides}) and features.
 Boxes and masks come of them by kg_detectron: `kg-detectron predict`.
 
 ## Validation

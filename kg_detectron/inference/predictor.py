@@ -15,7 +15,11 @@ from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
-from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing
+from kg_detectron.modeling.preprocessing import HAEMATOXYLIN, NetworkImage, Preprocessing
+
+HAEMATOXYLIN_NOTE = (
+    "The network was shown how much haematoxylin is where, for there it expects more cells than in colours."
+)
 
 
 @torch.no_grad()
@@ -82,10 +86,12 @@ def predict(
         raise ValueError("ensemble: the image is too large to be mirrored, for it is read piece by piece")
     preprocessing = _preprocessing(model, normalisation)
     detections: list[Cells] = []
+    view: str | None = None
     for mirror in MIRRORS if ensemble else MIRRORS[:1]:
         part = None if store is None else store.part(str(len(detections)))
         mirrored = mirror.apply(image) if ensemble else image
-        seen, source = _seen(model, mirrored, preprocessing, scale, diameter, pixel_size, part)
+        seen, source = _seen(model, mirrored, preprocessing, scale, diameter, pixel_size, view, part)
+        view = seen.view
         if preprocessing.resize == "isotropic":  # the mirror images get the same scale
             scale, diameter, pixel_size = seen.scale[0], None, None
         steps = _part_of_progress(progress or _no_progress, len(detections), len(MIRRORS) if ensemble else 1)
@@ -100,7 +106,8 @@ def predict(
             cells = tiled.cells(steps)
             cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale)
-        detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source)))
+        notes = (*cells.notes, HAEMATOXYLIN_NOTE) if view == HAEMATOXYLIN else cells.notes
+        detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:
         return cells
@@ -143,7 +150,7 @@ def tiled_steps(
     not predicted in tiles. The arguments are those of `predict`."""
     preprocessing = _preprocessing(model, normalisation)
     part = store.part("0")
-    seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, part)
+    seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, None, part)
     wanted = None if area is None else _wanted(area, MIRRORS[0], seen.scale)
     return _tiled(model, seen, min_score, tile, overlap, wanted, part)
 
@@ -161,20 +168,20 @@ def _seen(
     scale: float | None,
     diameter: float | None,
     pixel_size: float | None,
+    view: str | None,
     store: TileStore | None,
 ) -> tuple[NetworkImage, str]:
-    """The image as the network sees it, and where its scale comes from; an estimate is kept in the store."""
-    if store is not None and preprocessing.resize == "isotropic" and scale is diameter is pixel_size is None:
+    """The image as the network sees it, and where its scale comes from; what the model chose is kept in the store."""
+    sizes = {"scale": scale, "diameter": diameter, "pixel_size": pixel_size}
+    if store is None or preprocessing.resize != "isotropic":
+        return model.network_image(image, **sizes, preprocessing=preprocessing, view=view)
 
-        def estimate() -> list[float | str]:
-            seen, source = model.network_image(image, preprocessing=preprocessing)
-            return [seen.scale[0], source]
+    def choose() -> list[float | str]:
+        seen, source = model.network_image(image, **sizes, preprocessing=preprocessing, view=view)
+        return [seen.scale[0], source, seen.view]
 
-        value, source = store.get("scale", estimate)
-        return model.network_image(image, scale=value, preprocessing=preprocessing)[0], source
-    return model.network_image(
-        image, scale=scale, diameter=diameter, pixel_size=pixel_size, preprocessing=preprocessing
-    )
+    value, source, view = store.get("view", choose)
+    return model.network_image(image, scale=value, preprocessing=preprocessing, view=view)[0], source
 
 
 def _tiled(

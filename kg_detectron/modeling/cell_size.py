@@ -1,6 +1,7 @@
-"""The scale of an image from the cells in it: a first pass of the model tells their diameter."""
+"""What a first look of the model decides: the scale of an image, from its cells, and the view of a stained one."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import cv2
@@ -8,8 +9,7 @@ import numpy as np
 import torch
 
 from kg_detectron.cells import Cells
-from kg_detectron.io.normalisation import Levels
-from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, block_side
+from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, View, block_side
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.instance_net import InstanceNet
@@ -43,7 +43,7 @@ def diameters(cells: Cells) -> np.ndarray:
 
 
 @torch.no_grad()
-def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> Scale:
+def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Scale:
     """The scale at which the cells of an image get the diameter that the model was trained for.
 
     The model looks for cells in a part of the image of bounded size, the one with most contrast. First at as many
@@ -55,7 +55,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     Args:
         model: in evaluation mode.
         image: (H, W, 3), may be a `numpy.memmap`.
-        levels: see `Preprocessing.levels`.
+        levels: see `Preprocessing.views`.
     """
     trained = model.preprocessing.diameter
     contrast = _contrast(image, levels)
@@ -96,6 +96,33 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: Levels) -> S
     return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")
 
 
+@torch.no_grad()
+def choose_view(
+    model: "InstanceNet", image: np.ndarray, views: Mapping[str, View], scale: Scale | None
+) -> tuple[str, Scale]:
+    """The view of an image in which the model expects most cells, and the scale.
+
+    The sum of the probabilities of cells is the number of true ones to be expected. It is compared in one part of the
+    image of bounded size, the one with most contrast; of equal views the first is taken.
+
+    Args:
+        model: in evaluation mode.
+        image: (H, W, 3), may be a `numpy.memmap`.
+        views: see `Preprocessing.views`.
+        scale: None estimates it, in the first view in which the model finds cells.
+    """
+    if scale is None:
+        estimates = (estimate_scale(model, image, levels) for levels in views.values())
+        scale = next((estimate for estimate in estimates if estimate is not NO_CELL), NO_CELL)
+    if len(views) == 1:
+        return next(iter(views)), scale
+    seen = {name: NetworkImage(image, levels, scale.value) for name, levels in views.items()}
+    first = next(iter(views))
+    part = _part(seen[first], _contrast(image, views[first]), PART)
+    expected = {name: float(_cells(model, shown, part).scores.sum()) for name, shown in seen.items()}
+    return max(expected, key=expected.__getitem__), scale
+
+
 def _scales_to_try(tried: list[float], best: float | None) -> list[float]:
     """Which scales the first look tries next, by those it has tried and the estimate from them; none at its end."""
     if not tried:
@@ -115,7 +142,7 @@ def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]
     return model.detect_seen(seen, window, min_score=max(model.threshold, 1e-6))
 
 
-def _contrast(image: np.ndarray, levels: Levels) -> np.ndarray:
+def _contrast(image: np.ndarray, levels: View) -> np.ndarray:
     """(h, w) local contrast of a coarse sample of an image, 256 pixels a side at most."""
     step = max(1, -(-max(image.shape[:2]) // 256))
     sample = levels(np.asarray(image[::step, ::step])).mean(2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
-from kg_detectron.modeling.cell_size import estimate_scale
+from kg_detectron.modeling.cell_size import choose_view
 from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.precision import autocast, check_precision
 from kg_detectron.modeling.preprocessing import NetworkImage, Preprocessing, as_tensor
@@ -178,6 +178,7 @@ class InstanceNet(nn.Module, ABC):
         diameter: float | None = None,
         pixel_size: float | None = None,
         preprocessing: Preprocessing | None = None,
+        view: str | None = None,
     ) -> tuple[NetworkImage, str]:
         """A raw image as the network sees it, and where its scale comes from.
 
@@ -185,6 +186,7 @@ class InstanceNet(nn.Module, ABC):
             image: (H, W, 3), or (H, W), grey.
             scale, diameter, pixel_size: see `kg_detectron.inference.predictor.predict`.
             preprocessing: instead of the model's own.
+            view: of `Preprocessing.views`; None lets the model choose.
 
         Raises:
             ValueError: an image of another shape, type or range, or more than one way to the scale.
@@ -197,11 +199,12 @@ class InstanceNet(nn.Module, ABC):
                 "read_image chooses channels and planes of a file"
             )
         settings = preprocessing or self.preprocessing
-        levels = settings.levels(image)
-        found = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
-        if found is None:
-            found = estimate_scale(self, image, levels)
-        return NetworkImage(image, levels, found.value), found.source
+        views = settings.views(image)
+        if view is not None:
+            views = {view: views[view]}
+        given = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
+        view, found = choose_view(self, image, views, given)
+        return NetworkImage(image, views[view], found.value), found.source
 
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor]) -> list[Cells]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kg_detectron.io.normalisation import Levels, Normalisation
 from kg_detectron.io.resize import resize_image
+from kg_detectron.io.stains import HaematoxylinLevels, haematoxylin_levels
 from kg_detectron.modeling.settings import require
 
 # Windows of an image are read in blocks of so many network pixels a side, and a scale maps a block to whole pixels of
@@ -23,6 +24,10 @@ BLOCK = 32
 _BLOCK_SIDES = (4, 512)
 
 RESIZE = ("isotropic", "squeeze")
+
+# The views of `Preprocessing.views`.
+COLOURS, HAEMATOXYLIN = "colours", "haematoxylin"
+View = Levels | HaematoxylinLevels
 
 
 class Scale(NamedTuple):
@@ -49,6 +54,8 @@ class Preprocessing:
         diameters: the diameters of the training cells in the network's input, pixels, at the percentiles 5, 25, 50, 75
             and 95; empty where unknown.
         pixel_size: micrometres of a pixel of the network's input; None where unknown.
+        haematoxylin: whether a stained image is also looked at as a grey one of its density of haematoxylin, see
+            `kg_detectron.io.stains`; prediction takes the view in which the model expects more cells. Ours.
         pixel_mean, pixel_std: the network sees (levels - mean) / std, channels BGR.
 
     Raises:
@@ -64,6 +71,7 @@ class Preprocessing:
     diameter: float = 28.0
     diameters: tuple[float, ...] = ()
     pixel_size: float | None = None
+    haematoxylin: bool = False
     pixel_mean: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), metadata={"key": "MODEL.PIXEL_MEAN"})
     pixel_std: tuple[float, float, float] = field(default=(255.0, 255.0, 255.0), metadata={"key": "MODEL.PIXEL_STD"})
 
@@ -122,6 +130,16 @@ class Preprocessing:
         """
         return self.levels_rule().levels(image)
 
+    def views(self, image: np.ndarray) -> dict[str, View]:
+        """How an image (H, W, 3) may be shown to the network, by name: one view, or two of a stained image.
+
+        Raises:
+            ValueError: as `levels` does.
+        """
+        levels = self.levels(image)
+        density = haematoxylin_levels(image, levels.high) if self.haematoxylin else None
+        return {COLOURS: levels} if density is None else {COLOURS: levels, HAEMATOXYLIN: density}
+
     def levels_rule(self) -> Normalisation:
         """How grey levels become 0..255."""
         return Normalisation(self.normalisation, tuple(self.percentiles))  # type: ignore[arg-type]  # which counts them
@@ -158,17 +176,19 @@ class NetworkImage:
 
     Args:
         image: (H, W, 3), or anything with a shape that is sliced like an array, such as `numpy.memmap`.
-        levels: see `Preprocessing.levels`.
+        levels: see `Preprocessing.views`.
         scale: pixels of the network's input for one of the image; rounded so that `BLOCK` of the former are whole
             pixels of the latter, or a size (h, w) to which the image is resized at once.
 
     Attributes:
         shape: (h, w, 3).
         scale: (y, x), as it came out.
+        view: the name of the levels, see `Preprocessing.views`.
     """
 
-    def __init__(self, image: np.ndarray, levels: Levels, scale: float | tuple[int, int]) -> None:
+    def __init__(self, image: np.ndarray, levels: View, scale: float | tuple[int, int]) -> None:
         self.image, self.levels = image, levels
+        self.view = HAEMATOXYLIN if isinstance(levels, HaematoxylinLevels) else COLOURS
         height, width = image.shape[:2]
         self._resized: np.ndarray | None = None
         if isinstance(scale, tuple):

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
+from kg_detectron.io.stains import DYES
+
 # An image that is shrunk further than this is averaged over areas first, as in prediction.
 _AREA_BELOW = 0.95
 
@@ -50,8 +52,6 @@ class GeometrySettings:
 
 # Images of bright cells on dark have a median grey level below, 0..1.
 _DARK = 0.25
-# Optical densities of haematoxylin, eosin and diaminobenzidine in blue, green and red (Ruifrok and Johnston 2001).
-DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07), (0.78, 0.57, 0.27)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Stained images are predicted in the view in which the model expects more cells."""
+
+import numpy as np
+import pytest
+import torch
+from builders import tiny_network
+from test_predictor import NUCLEI
+
+from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.inference.predictor import HAEMATOXYLIN_NOTE
+from kg_detectron.inference.tile_store import TileStore
+from kg_detectron.io.stains import DYES
+from kg_detectron.modeling import KeypointGraphNet, Scores
+from kg_detectron.modeling.preprocessing import COLOURS, HAEMATOXYLIN
+from kg_detectron.synthetic import nuclei_image
+
+
+def section(seed: int = 0, height: int = 160, width: int = 200) -> np.ndarray:
+    """Drawn nuclei in haematoxylin, (H, W, 3) uint8, in tissue that is as dark, in eosin."""
+    generator = np.random.default_rng(seed)
+    image, _ = nuclei_image(generator, height, width, 12)
+    nuclei = image[..., 0] / max(1, image.max())
+    eosin = generator.uniform(0.0, 1.2, (height // 8 + 1, width // 8 + 1)).repeat(8, 0).repeat(8, 1)[:height, :width]
+    densities = np.stack((nuclei, eosin * (1 - nuclei), np.zeros_like(eosin)), axis=2)
+    return (255 * np.exp(-densities @ DYES)).round().astype(np.uint8)
+
+
+def expecting(view: str) -> KeypointGraphNet:
+    """A network that finds cells of 20 pixels, surely in one of the views, and hardly in the other."""
+    model = tiny_network(resize="isotropic", diameter=20.0, haematoxylin=True).eval()
+
+    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0):
+        side = round(20 * seen.scale[0])
+        windows = torch.tensor([[4 * i, 0, 4 * i + side, side] for i in range(5)])
+        scores = torch.full((5,), 0.9 if seen.view == view else 0.3)
+        masks = MaskCrops([torch.ones(side, side)] * 5, windows, seen.shape[:2])
+        return Cells(windows.float(), scores, torch.ones(5, dtype=torch.long), masks).above(min_score)
+
+    model.detect_seen = detect_seen
+    return model
+
+
+@pytest.mark.parametrize("sizes", [{}, {"scale": 1.0}, {"diameter": 20.0}])
+@pytest.mark.parametrize("view", [COLOURS, HAEMATOXYLIN])
+def test_the_view_of_more_expected_cells_is_taken(view, sizes):
+    cells = predict(expecting(view), section(), **sizes)
+    assert cells.notes == ((HAEMATOXYLIN_NOTE,) if view == HAEMATOXYLIN else ())
+    assert (cells.scores == 0.9).all()
+
+
+def test_other_images_are_looked_at_once():
+    model, image = expecting(HAEMATOXYLIN), section()
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+    for other in (grey, 255 - image, grey[..., 0]):
+        assert model.network_image(other, scale=1.0)[0].view == COLOURS
+    assert model.with_preprocessing(haematoxylin=False).network_image(image, scale=1.0)[0].view == COLOURS
+
+
+def test_scale_comes_from_the_view_that_shows_cells():
+    model = expecting(HAEMATOXYLIN)
+    model.scores = Scores(threshold=0.5)
+    seen, source = model.network_image(section())
+    assert seen.view == HAEMATOXYLIN and source == "estimated from cells of about 23 pixels"
+
+
+@pytest.mark.parametrize("ways", [{"tile": 64, "overlap": 64}, {"ensemble": True}])
+def test_tiles_and_mirror_images_get_the_same_view(ways, monkeypatch, tmp_path):
+    model, views = expecting(HAEMATOXYLIN), []
+    chosen = type(model).network_image
+
+    def network_image(self, image, **arguments):
+        seen, source = chosen(self, image, **arguments)
+        views.append((arguments["view"], seen.view))
+        return seen, source
+
+    monkeypatch.setattr(type(model), "network_image", network_image)
+    store = TileStore(tmp_path / "store")
+    first = predict(model, section(0, 96, 128), scale=1.0, store=store, **ways)
+    assert HAEMATOXYLIN_NOTE in first.notes and {view for _, view in views} == {HAEMATOXYLIN}
+    assert sum(asked is None for asked, _ in views) == 1
+    views.clear()
+    again = predict(model, section(0, 96, 128), scale=1.0, store=store, **ways)
+    assert [asked for asked, _ in views] == [HAEMATOXYLIN] * len(views) and again.notes == first.notes
+    assert torch.equal(again.boxes, first.boxes) and again.masks.rle() == first.masks.rle()
+
+
+def test_the_kept_model_sees_nuclei_among_eosin(tmp_path):
+    model = load_model(NUCLEI)
+    assert model.preprocessing.haematoxylin
+    image = section(height=300, width=400)
+    found = predict(model, image, min_score=model.threshold)
+    assert HAEMATOXYLIN_NOTE in found.notes
+    save_model(model, tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors").preprocessing.haematoxylin
+    in_colours = predict(model.with_preprocessing(haematoxylin=False), image, min_score=model.threshold)
+    assert len(found) > len(in_colours)
