@@ -165,13 +165,14 @@ def _meaning(output: str, stride: float) -> str:
 
 
 def _readme(model: KeypointGraphNet, name: str) -> str:
+    stains = _OF_STAINS if model.preprocessing.haematoxylin else ""
     strides = ", ".join(f"s{scale} has stride {STRIDES[scale - 1]}" for scale in model.keypoint_branch.scales)
     return f"""# {name}
 
 The dense part of a keypoint-graph network for cells, written by kg_detectron {__version__} ({PAPER}).
 
 Resize the image so that a typical cell has a diameter of {model.preprocessing.diameter:g} pixels, and pad its sides to
-multiples of {model.divisor}.{_OF_STAINS if model.preprocessing.haematoxylin else ""} The outputs are keypoint maps at several scales ({strides}) and features.
+multiples of {model.divisor}.{stains} The outputs are keypoint maps at several scales ({strides}) and features.
 Boxes and masks come of them by kg_detectron: `kg-detectron predict`.
 
 ## Validation
