@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from builders import tiny_network
-from test_predictor import NUCLEI
 
 from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.inference import load_model, predict, save_model
@@ -86,7 +85,7 @@ def test_tiles_and_mirror_images_get_the_same_view(ways, monkeypatch, tmp_path):
 
 
 def test_the_kept_model_sees_nuclei_among_eosin(tmp_path):
-    model = load_model(NUCLEI)
+    model = load_model("nuclei")
     assert model.preprocessing.haematoxylin
     image = section(height=300, width=400)
     found = predict(model, image, min_score=model.threshold)
