@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,16 +242,11 @@ class FilePredictor:
         pages = open_pages(Task(item, None, ()), self.settings, record).pages
         if self.settings.ensemble or not all(page.is_lazy and self._is_kept(page) for page in pages):
             return []
-        settings = self.settings
         found = [
             tiled_steps(
                 self.network,
                 page.pixels,
-                **self._sizes(record),
-                normalisation=settings.normalise,
-                min_score=self.threshold,
-                tile=settings.tile,
-                overlap=settings.overlap,
+                **self._options(record),
                 area=self._area(page),
                 store=TileStore(tiles / self._key(record, number)),
             )
@@ -277,11 +273,7 @@ class FilePredictor:
         return predict(
             self.network,
             page.pixels,
-            **self._sizes(record),
-            normalisation=settings.normalise,
-            min_score=self.threshold,
-            tile=settings.tile,
-            overlap=settings.overlap,
+            **self._options(record),
             ensemble=settings.ensemble,
             area=area,
             store=store,
@@ -299,12 +291,19 @@ class FilePredictor:
         settings = self.settings
         return area_of(page.pixels, settings.regions, tissue=self._is_slide(page) and not settings.all_tiles)
 
-    def _sizes(self, record: FileRecord) -> dict[str, float | None]:
-        """What sets the scale; an estimate does where all are None."""
+    def _options(self, record: FileRecord) -> dict[str, Any]:
+        """What `predict` and `tiled_steps` are told alike, so that all processes of a run agree."""
         settings = self.settings
         given = settings.scale is not None or settings.diameter is not None
-        pixel_size = None if given else self._pixel_size_for_scale(record)
-        return {"scale": settings.scale, "diameter": settings.diameter, "pixel_size": pixel_size}
+        return {
+            "scale": settings.scale,
+            "diameter": settings.diameter,
+            "pixel_size": None if given else self._pixel_size_for_scale(record),
+            "normalisation": settings.normalise,
+            "min_score": self.threshold,
+            "tile": settings.tile,
+            "overlap": settings.overlap,
+        }
 
     def _pixel_size_for_scale(self, record: FileRecord) -> float | None:
         """The pixel size, where the model knows its own and the two do not contradict each other."""

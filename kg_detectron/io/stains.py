@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kg_detectron.io.lazy import LazyPlane
-
 # Optical densities of haematoxylin, eosin and diaminobenzidine in blue, green and red (Ruifrok and Johnston 2001).
 DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07), (0.78, 0.57, 0.27)))
 
@@ -17,7 +15,7 @@ DYES = np.array(((0.29, 0.70, 0.65), (0.11, 0.99, 0.07), (0.78, 0.57, 0.27)))
 _BRIGHT, _COLOURED = 0.4, 0.01
 _SAMPLE = 2**21  # pixels
 _PERCENTILES = (1, 99.8)
-_ROWS = 2**20  # pixels treated together, which bounds the memory
+_TOGETHER = 2**20  # pixels, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class HaematoxylinLevels:
     def __call__(self, part: np.ndarray) -> np.ndarray:
         """Any part (h, w, 3) of the image -> (h, w, 3) float32 of 0..255, grey."""
         grey = np.empty(part.shape[:2], np.float32)
-        rows = max(1, _ROWS // max(1, part.shape[1]))
+        rows = max(1, _TOGETHER // max(1, part.shape[1]))
         for start in range(0, len(part), rows):
             density = haematoxylin_density(part[start : start + rows], self.white)
             grey[start : start + rows] = (255 * (self.high - density) / (self.high - self.low)).clip(0, 255)
@@ -49,11 +47,9 @@ def haematoxylin_levels(image: np.ndarray, white: np.ndarray) -> HaematoxylinLev
     Stained is an image that is bright and coloured: no fluorescence, no phase contrast, nothing grey.
 
     Args:
-        image: (H, W, 3) BGR of any real type, may be a `numpy.memmap` or `LazyPlane`.
+        image: (H, W, 3) BGR of any real type, may be a `numpy.memmap`.
         white: (3,) levels of clear glass.
     """
-    if isinstance(image, LazyPlane):
-        image = image.overview()
     step = int(np.ceil(np.sqrt(max(1.0, image.shape[0] * image.shape[1] / _SAMPLE))))
     sample = np.asarray(image[::step, ::step])
     if sample.strides[2] == 0 or not (np.asarray(white) > 0).all():
@@ -67,10 +63,22 @@ def haematoxylin_levels(image: np.ndarray, white: np.ndarray) -> HaematoxylinLev
 
 
 def haematoxylin_density(image: np.ndarray, white: np.ndarray) -> np.ndarray:
-    """The density of haematoxylin, (..., 3) -> (...), where the three `DYES` and nothing else take light away.
+    """The density of haematoxylin, (..., 3) -> (...) float32, at least 0, see `density_of_first`."""
+    share = np.nan_to_num(np.asarray(image, np.float32) / white, nan=0.0)
+    return np.maximum(density_of_first(DYES, share), 0).astype(np.float32)
+
+
+def density_of_first(dyes: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The density of the first of three dyes, where these and nothing else take light away.
 
     By the law of Beer and Lambert, each channel's optical density is the sum of those of the dyes. At least 1/255 of
     the light comes through, which is what 8 bits tell apart.
+
+    Args:
+        dyes: (3, 3) optical densities, of each dye in each channel.
+        share: (..., 3) of the light that comes through, 0..1.
+
+    Returns:
+        (...), below 0 where the dyes do not explain the colour.
     """
-    share = np.nan_to_num(np.asarray(image, np.float32) / white, nan=0.0).clip(1 / 255, 1)
-    return np.maximum(-np.log(share) @ np.linalg.inv(DYES)[:, 0], 0).astype(np.float32)
+    return -np.log(share.clip(1 / 255, 1)) @ np.linalg.inv(dyes)[:, 0]

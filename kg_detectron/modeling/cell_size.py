@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # Scales that the first look may try, beginning with 1; a model that was trained on cells of half to twice its diameter
 # sees cells of any diameter that is not far off at one of them.
 FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-# It goes on to the next smaller or larger scale while the estimate is closer to the end of those tried, or beyond it.
+# It goes on to the next smaller or larger scale while the estimate is within this factor of the end of those tried, or
+# beyond it.
 NEAR_END = math.sqrt(2)
 # Side of the part of an image that is looked at, pixels of the network's input. In the first look it is smaller where
 # the image is small: this share of the image's longer side, but not less than the smallest part.

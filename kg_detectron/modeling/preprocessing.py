@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.normalisation import Levels, Normalisation
 from kg_detectron.io.resize import resize_image
 from kg_detectron.io.stains import HaematoxylinLevels, haematoxylin_levels
@@ -136,6 +137,8 @@ class Preprocessing:
         Raises:
             ValueError: as `levels` does.
         """
+        if isinstance(image, LazyPlane):
+            image = image.overview()  # read once for both views
         levels = self.levels(image)
         density = haematoxylin_levels(image, levels.high) if self.haematoxylin else None
         return {COLOURS: levels} if density is None else {COLOURS: levels, HAEMATOXYLIN: density}

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from kg_detectron.io.stains import DYES
+from kg_detectron.io.stains import DYES, density_of_first
 
 # An image that is shrunk further than this is averaged over areas first, as in prediction.
 _AREA_BELOW = 0.95
@@ -268,8 +268,7 @@ def _with_other_dyes(image: np.ndarray, generator: np.random.Generator) -> np.nd
 
 def _haematoxylin(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """The first of the dyes that are about `DYES`, alone and grey, (h, w, 3) in 0..1."""
-    dyes = DYES + generator.normal(0, 0.05, DYES.shape)
-    density = -np.log(np.clip(image, 1 / 255, 1)) @ np.linalg.inv(dyes)[:, 0].astype(np.float32)
+    density = density_of_first(DYES + generator.normal(0, 0.05, DYES.shape), image).astype(np.float32)
     low, high = np.percentile(density, (1, 99.8)).astype(np.float32)
     grey = 1 - np.clip((density - low) / np.maximum(high - low, 1e-3), 0, 1)
     return np.repeat(grey[..., None], 3, axis=2)
