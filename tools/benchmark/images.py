@@ -34,7 +34,8 @@ Command s: wall time of the process, from its start. CPU s: its time on all core
 writing of the image (Mask R-CNN: from pixels to masks; StarDist: from pixels to maps), without imports and loading.
 MB: largest memory of the process. Medians."""
 
-_PREDICT = "from kg_detectron.cli import main; raise SystemExit(main())"
+# As the installed command does; at the end of an earlier commit's, `main` was that.
+_PREDICT = "from kg_detectron import cli; raise SystemExit(getattr(cli, 'program', cli.main)())"
 _OTHER = "from benchmark.images import measure_network; measure_network()"
 
 
