@@ -92,7 +92,9 @@ class LargeKernelBlock(nn.Module):
         return values
 
     def _pointwise(self, values: Tensor) -> Tensor:
-        return self.narrow(self.widen(values).relu_())
+        wide = self.widen(values)
+        # In place, autograd would copy the whole map where it is a view, as that of a matrix product is.
+        return self.narrow(wide.relu() if torch.is_grad_enabled() else wide.relu_())
 
 
 class LiteStep(nn.Module):

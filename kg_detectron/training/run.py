@@ -330,7 +330,7 @@ class _Keeper:
         average = self.trainer.average
         assert average is not None
         with average.applied(self.model):
-            figures = validate(self.model, self.images)
+            figures = validate(self.model, self.images, true_scale=True)
             best = max((record["value"] for record in self.records), default=-1.0)
             value = float(np.nan_to_num(list(figures.mask_ap.values())).mean() + np.nan_to_num(figures.f1))
             if figures.class_accuracy is not None:

@@ -52,6 +52,17 @@ def test_the_schedule_warms_up_and_ends_low() -> None:
     assert values == sorted(values, reverse=True)
 
 
+def test_the_warm_up_takes_a_small_share_of_a_short_run() -> None:
+    schedule = CosineSchedule(warmup=100, warmup_share=0.05)
+    for iterations in (40, 150):
+        factors = [schedule(i, i / iterations) for i in range(iterations)]
+        assert factors[0] == pytest.approx(0.01)
+        assert factors.index(max(factors)) == pytest.approx(0.05 * iterations, abs=1)
+        assert max(factors) > 0.98
+    long = [schedule(i, i / 10000) for i in range(10000)]
+    assert long.index(max(long)) == 99
+
+
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "checkpoint.pth"
     save_checkpoint(file, {"model": {"w": torch.ones(2)}, "iteration": 3})
