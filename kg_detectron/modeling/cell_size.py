@@ -1,7 +1,7 @@
 """What a first look of the model decides: the scale of an image, from its cells, and the view of a stained one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from kg_detectron.cells import Cells
-from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Scale, View, block_side
+from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, Preprocessing, Scale, View, block_side
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.instance_net import InstanceNet
 
-# Scales that the first look may try, beginning with 1; a model that was trained on cells of half to twice its diameter
-# sees cells of any diameter that is not far off at one of them.
+# Scales that the first look may try, beginning with 1, as factors of the one of the training images, where these had
+# one, or else of the image's own pixels. A model that was trained on cells of half to twice its diameter sees cells of
+# any diameter that is not far off at one of them.
 FIRST_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 # It goes on to the next smaller or larger scale while the estimate is within this factor of the end of those tried, or
 # beyond it.
@@ -31,10 +32,10 @@ SPREAD = 0.75
 SETTLED = 0.25
 # Cells that the second pass needs to correct the first.
 ENOUGH = 3
-# The scale of an image in which no cell is found.
-NO_CELL = Scale(1.0, "own pixels, for the model found no cell to estimate a diameter from")
 # An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
 LARGEST = 2**24
+# Training images are alike in the size of their cells where all but the extremes differ by this factor at most.
+ALIKE = 2.0
 
 
 def diameters(cells: Cells) -> np.ndarray:
@@ -51,23 +52,28 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
     scales as it takes: every cell that it takes for true votes for its diameter, with its score and the more, the
     closer it is to the trained diameter; the weighted median decides. Then at the scale that follows, where the median
     weighted by the scores corrects it. Where the model finds no cell in either, as in noise, the image keeps its
-    pixels.
+    pixels, or gets the scale of the training images.
+
+    Where all training images had one scale (`Preprocessing.image_diameter`), the first look begins with it, and goes no
+    further if the cells have about the trained diameter there: a model of few images may be good at their own scale
+    and see cells in anything at others.
 
     Args:
         model: in evaluation mode.
         image: (H, W, 3), may be a `numpy.memmap`.
         levels: see `Preprocessing.views`.
     """
-    trained = model.preprocessing.diameter
+    trained, typical = model.preprocessing.diameter, model.preprocessing.image_diameter
+    start = trained / (typical or trained)
     contrast = _contrast(image, levels)
     first_part = round(min(max(SMALLEST_PART, SHARE * max(image.shape[:2])), PART))
     values, weights = [np.zeros(0)], [np.zeros(0)]
     diameter = None
     tried: list[float] = []
-    while scales := _scales_to_try(tried, None if diameter is None else trained / diameter):
-        tried += scales
-        for scale in scales:
-            seen = NetworkImage(image, levels, scale)
+    while factors := _scales_to_try(tried, None if diameter is None else trained / diameter / start, bool(typical)):
+        tried += factors
+        for factor in factors:
+            seen = NetworkImage(image, levels, start * factor)
             if max(seen.shape[:2]) < BLOCK:
                 continue
             cells = _cells(model, seen, _part(seen, contrast, first_part))
@@ -80,14 +86,15 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
             weights.append(trust * found)
         diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
     if diameter is None:
-        return NO_CELL
-    smallest = trained / min(FIRST_SCALES[-1], max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
+        return no_cell(model.preprocessing)
+    most = max(FIRST_SCALES[-1], start)
+    smallest = trained / min(most, max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
     diameter = max(diameter, smallest)
     for _ in range(2):
         seen = NetworkImage(image, levels, trained / diameter)
         cells = _cells(model, seen, _part(seen, contrast, PART))
         if not len(cells):
-            return NO_CELL
+            return no_cell(model.preprocessing)
         if len(cells) < ENOUGH:
             break
         corrected = weighted_median(diameters(cells) / seen.scale[0], cells.scores.cpu().numpy())
@@ -95,6 +102,22 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
         if abs(math.log2(diameter / previous)) < SETTLED:
             break
     return Scale(BLOCK / block_side(trained / diameter), f"estimated from cells of about {diameter:.0f} pixels")
+
+
+def no_cell(preprocessing: Preprocessing) -> Scale:
+    """The scale of an image in which no cell is found."""
+    reason = "for the model found no cell to estimate a diameter from"
+    if preprocessing.image_diameter is None:
+        return Scale(1.0, f"own pixels, {reason}")
+    return Scale(preprocessing.diameter / preprocessing.image_diameter, f"scale of the training images, {reason}")
+
+
+def common_diameter(diameters: Sequence[float]) -> float | None:
+    """The median of the median diameters of training images, where these images are alike; None where they are not."""
+    if not len(diameters):
+        return None
+    low, median, high = np.percentile(diameters, (5, 50, 95))
+    return round(float(median), 1) if high <= ALIKE * low else None
 
 
 @torch.no_grad()
@@ -113,8 +136,9 @@ def choose_view(
         scale: None estimates it, in the first view in which the model finds cells.
     """
     if scale is None:
+        nothing = no_cell(model.preprocessing)
         estimates = (estimate_scale(model, image, levels) for levels in views.values())
-        scale = next((estimate for estimate in estimates if estimate is not NO_CELL), NO_CELL)
+        scale = next((estimate for estimate in estimates if estimate != nothing), nothing)
     if len(views) == 1:
         return next(iter(views)), scale
     seen = {name: NetworkImage(image, levels, scale.value) for name, levels in views.items()}
@@ -124,12 +148,20 @@ def choose_view(
     return max(expected, key=expected.__getitem__), scale
 
 
-def _scales_to_try(tried: list[float], best: float | None) -> list[float]:
-    """Which scales the first look tries next, by those it has tried and the estimate from them; none at its end."""
+def _scales_to_try(tried: list[float], best: float | None, expected: bool) -> list[float]:
+    """Which of `FIRST_SCALES` come next, by those tried and the estimate from them; none at the end.
+
+    Args:
+        tried: the scales so far.
+        best: the estimate from them; None without cells.
+        expected: whether the estimate is likely near 1.
+    """
     if not tried:
         return [1.0]
     if best is None:
         return [scale for scale in FIRST_SCALES if scale not in tried]
+    if expected and len(tried) == 1 and 1 / NEAR_END <= best <= NEAR_END:
+        return []
     low, high = FIRST_SCALES.index(min(tried)), FIRST_SCALES.index(max(tried))
     if best < FIRST_SCALES[low] * NEAR_END and low > 0:
         return [FIRST_SCALES[low - 1]]

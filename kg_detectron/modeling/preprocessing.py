@@ -54,6 +54,9 @@ class Preprocessing:
             is that of the circle of its area, 2 sqrt(area / pi).
         diameters: the diameters of the training cells in the network's input, pixels, at the percentiles 5, 25, 50, 75
             and 95; empty where unknown.
+        image_diameter: median diameter of the cells in the images of the training, pixels of these images, where they
+            are all about as large; None where they are not, or unknown. The search for the scale of an image begins
+            there. Ours.
         pixel_size: micrometres of a pixel of the network's input; None where unknown.
         haematoxylin: whether a stained image is also looked at as a grey one of its density of haematoxylin, see
             `kg_detectron.io.stains`; prediction takes the view in which the model expects more cells. Ours.
@@ -71,6 +74,7 @@ class Preprocessing:
     size: tuple[int, int] = (512, 512)
     diameter: float = 28.0
     diameters: tuple[float, ...] = ()
+    image_diameter: float | None = None
     pixel_size: float | None = None
     haematoxylin: bool = False
     pixel_mean: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), metadata={"key": "MODEL.PIXEL_MEAN"})
@@ -81,7 +85,9 @@ class Preprocessing:
         require(self.resize in RESIZE, "resize", f"one of {', '.join(RESIZE)}", self.resize)
         require(len(self.size) == 2 and min(self.size) >= 1, "size", "a positive height and width", self.size)
         require(0 < self.diameter < float("inf"), "diameter", "pixels above 0", self.diameter)
-        require(self.pixel_size is None or self.pixel_size > 0, "pixel_size", "micrometres above 0", self.pixel_size)
+        for name, unit in (("image_diameter", "pixels"), ("pixel_size", "micrometres")):
+            value = getattr(self, name)
+            require(value is None or 0 < value < float("inf"), name, f"{unit} above 0", value)
         for name in ("pixel_mean", "pixel_std"):
             require(len(getattr(self, name)) == 3, name, "three numbers", getattr(self, name))
         require(min(self.pixel_std) > 0, "pixel_std", "numbers above 0", self.pixel_std)

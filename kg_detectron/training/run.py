@@ -17,6 +17,7 @@ from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.modeling import InstanceNet, Scores, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
+from kg_detectron.modeling.cell_size import common_diameter
 from kg_detectron.modeling.classes import ClassBalance
 from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
@@ -49,7 +50,7 @@ class TrainSettings:
         minutes: budget of time, of all stretches of a run together; validation is not counted.
         iterations: budget of iterations instead; a run is then exactly the same on every machine of one kind.
         batch_size: windows of an iteration.
-        learning_rate: highest rate of AdamW; None takes 1e-3, or 3e-4 where a trained model is adapted.
+        learning_rate: highest rate of AdamW.
         weight_decay: of AdamW.
         average_decay: of the moving average of the weights, which is what is kept.
         seed: of the run, 0 or more.
@@ -65,7 +66,7 @@ class TrainSettings:
     minutes: float | None = 20.0
     iterations: int | None = None
     batch_size: int = 4
-    learning_rate: float | None = None
+    learning_rate: float = 1e-3
     weight_decay: float = 0.01
     average_decay: float = 0.995
     seed: int = 0
@@ -221,7 +222,7 @@ def train(
         validation: those to choose the weights and the threshold by.
         folder: of the run, made where absent.
         settings: budget and optimiser.
-        adapts: the model is trained already: it learns at a lower rate, and has to get better to be kept.
+        adapts: the model is trained already, and has to get better to be kept.
         geometry: augmentation of places and sizes.
         colours: augmentation of grey levels and colours.
         log: gets a line for every validation.
@@ -243,7 +244,6 @@ def train(
     balance_classes(model, training)
     _check_folder(folder, settings, model, geometry, colours)
     torch.manual_seed(settings.seed)
-    rate = settings.learning_rate or (3e-4 if adapts else 1e-3)
     segmentation: Any = getattr(model, "segmentation", None)
     if segmentation is not None:
         segmentation.settings = dataclasses.replace(segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
@@ -255,7 +255,7 @@ def train(
     trainer = Trainer(
         model,
         lambda images, targets: model(_on(images, model.place), [_target_on(t, model.place) for t in targets]),
-        torch.optim.AdamW(parameter_groups(model, rate, settings.weight_decay)),
+        torch.optim.AdamW(parameter_groups(model, settings.learning_rate, settings.weight_decay)),
         TrainingSamples(training, model.preprocessing.diameter, geometry, colours),
         EndlessSampler(len(training), settings.seed, weights=balanced_weights(kinds)),
         folder,
@@ -356,6 +356,10 @@ class _Keeper:
     def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage]) -> Validation:
         """Load the best weights, calibrate them on all validation images, and write the model file."""
         best = load_model(self.folder / MODEL_FILE, self.model.place.device)
+        best.with_preprocessing(
+            diameters=cell_diameters(training, best.preprocessing.diameter),
+            image_diameter=common_diameter([image.diameter for image in training if image.diameter]),
+        )
         figures = validate(best, validation)
         best.scores = Scores()
         try:
@@ -363,7 +367,6 @@ class _Keeper:
             self.log(f"expected calibration error {quality.expected_error:.3f}, threshold {best.threshold:.3f}")
         except ValueError as error:
             self.log(f"scores are not calibrated: {error}")
-        best.with_preprocessing(diameters=cell_diameters(training, best.preprocessing.diameter))
         save_model(best, self.folder / MODEL_FILE)
         plot_curves(self.folder, self.records)
         return figures

@@ -14,7 +14,7 @@ from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.inference import predict
 from kg_detectron.io.resize import resize_image
 from kg_detectron.modeling import Preprocessing
-from kg_detectron.modeling.cell_size import FIRST_SCALES, NO_CELL, estimate_scale, weighted_median
+from kg_detectron.modeling.cell_size import FIRST_SCALES, common_diameter, estimate_scale, no_cell, weighted_median
 from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, block_side
 
 PERCENTILE = Preprocessing(normalisation="percentile", percentiles=(2.0, 98.0))
@@ -139,7 +139,33 @@ def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
 def test_scale_is_estimated_from_the_cells(diameter, tried, monkeypatch):
     """A model that finds every cell at every scale: the estimate brings them to the trained diameter, and scales on the
     other side of it are not tried."""
-    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    scale, scales = estimate_of_cells(diameter, monkeypatch)
+    assert scale.value == pytest.approx(28 / diameter, rel=0.1)
+    assert scale.source.startswith("estimated from cells of about")
+    assert scales == [*tried, pytest.approx(28 / diameter, rel=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("diameter", "tried"), [(7.0, [1]), (9.0, [1]), (3.0, [1, 2]), (14.0, [1, 0.5, 0.25]), (56.0, [1, 0.5, 0.25])]
+)
+def test_the_search_begins_at_the_scale_of_the_training_images(diameter, tried, monkeypatch):
+    """And ends there, if the cells have about the trained diameter."""
+    scale, scales = estimate_of_cells(diameter, monkeypatch, image_diameter=7.0)
+    assert scales[: len(tried)] == [pytest.approx(4 * factor, rel=0.1) for factor in tried]
+    assert scale.value == pytest.approx(28 / diameter, rel=0.15) or diameter == 3.0  # not enlarged more than four times
+
+
+@pytest.mark.parametrize(
+    ("diameters", "expected"),
+    [([], None), ([30.0], 30.0), ([20.0, 30.0, 39.0], 30.0), ([10.0, 30.0], None), ([20.04, 22.0], 21.0)],
+)
+def test_training_images_are_alike_if_their_cells_are_about_as_large(diameters, expected):
+    assert common_diameter(diameters) == expected
+
+
+def estimate_of_cells(diameter, monkeypatch, **preprocessing):
+    """The scale for an image of cells that are found at every scale, and the scales that were looked at."""
+    model = tiny_network(resize="isotropic", diameter=28.0, **preprocessing).eval()
     ramp = np.linspace(0, 1, 600, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (600, 600, 3))
 
@@ -155,10 +181,7 @@ def test_scale_is_estimated_from_the_cells(diameter, tried, monkeypatch):
         return Cells(windows.float(), torch.tensor([0.9, 0.8, 0.7]), torch.ones(3, dtype=torch.long), masks)
 
     monkeypatch.setattr(model, "detect_seen", detect)
-    scale = estimate_scale(model, image, model.preprocessing.levels(image))
-    assert scale.value == pytest.approx(28 / diameter, rel=0.1)
-    assert scale.source.startswith("estimated from cells of about")
-    assert scales == [*tried, pytest.approx(28 / diameter, rel=0.1)]
+    return estimate_scale(model, image, model.preprocessing.levels(image)), scales
 
 
 def test_where_one_scale_shows_nothing_all_are_tried(monkeypatch):
@@ -187,6 +210,13 @@ def test_without_cells_the_image_keeps_its_pixels():
     assert cells.scale_source == "own pixels, for the model found no cell to estimate a diameter from"
 
 
+def test_without_cells_the_image_gets_the_scale_of_the_training_images():
+    model = tiny_network(resize="isotropic", diameter=28.0, image_diameter=14.0, peak_threshold=1e6).eval()
+    cells = predict(model, drawn_image(50, 70))
+    assert len(cells) == 0 and cells.scale == (2.0, 2.0)
+    assert cells.scale_source.startswith("scale of the training images, for the model found no cell")
+
+
 def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeypatch):
     """As in noise, which a model may take for cells at one scale by chance."""
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
@@ -201,8 +231,8 @@ def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeyp
         return Cells(windows.float(), torch.full((count,), 0.8), torch.ones(count, dtype=torch.long), masks)
 
     monkeypatch.setattr(model, "detect_seen", detect)
-    assert estimate_scale(model, image, model.preprocessing.levels(image)) == NO_CELL
-    assert len(passes) == 4 and NO_CELL.value == 1.0
+    assert estimate_scale(model, image, model.preprocessing.levels(image)) == no_cell(model.preprocessing)
+    assert len(passes) == 4 and no_cell(model.preprocessing).value == 1.0
 
 
 # Padding
