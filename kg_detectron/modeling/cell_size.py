@@ -184,9 +184,16 @@ def _has_smaller_cells(
     scale: float,
     density: Mapping[float, float],
 ) -> bool:
-    """Whether the same part of the image shows more cells at twice the scale, if the density at those tried allows it.
+    """Whether twice the scale shows more cells in the same part of the image.
 
-    In a smear the model may take whole cells for nuclei where they are as small as these.
+    In a smear a model of nuclei may take whole cells for these, where they are seen no larger. It looks again only if
+    the scales that were tried leave room for that.
+
+    Args:
+        contrast: see `_contrast`.
+        side: of the part, pixels of the network's input.
+        scale: the estimate.
+        density: trust in cells for a pixel of the image, by the scales that were tried.
     """
     near = min(density, key=lambda tried: abs(math.log(tried / scale)))
     finer = min((tried for tried in density if tried > near * NEAR_END), default=near)
