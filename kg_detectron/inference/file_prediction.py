@@ -14,7 +14,14 @@ import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.cells.separation import separate_cells
-from kg_detectron.export.kinds import EXPORTERS, KINDS_OF_LABELS, KINDS_OF_STACKS, KINDS_OF_WHOLE_STACKS, result_files
+from kg_detectron.export.kinds import (
+    EXPORTERS,
+    KINDS_OF_LABELS,
+    KINDS_OF_PAGES_TOO,
+    KINDS_OF_STACKS,
+    KINDS_OF_WHOLE_STACKS,
+    result_files,
+)
 from kg_detectron.export.label_images import LabelStack, stack_shape
 from kg_detectron.export.ome_tiff import write_pyramid
 from kg_detectron.export.ome_zarr import write_into, write_label_group
@@ -331,7 +338,8 @@ class _Stack:
         if len(pages) > 1 and len(sizes) == 1 and settings.stack != "pages":
             joined = KINDS_OF_STACKS if settings.stack == "one" else KINDS_OF_WHOLE_STACKS
         self.kinds = [kind for kind in kinds if kind in joined]
-        self.kinds_of_pages = [kind for kind in kinds if kind not in joined]
+        both = () if settings.stack == "one" else KINDS_OF_PAGES_TOO
+        self.kinds_of_pages = [kind for kind in kinds if kind not in joined or kind in both]
         self.results: list[Result] = []
         self.labels: LabelStack | None = None
         is_into = settings.into_zarr and is_ome_zarr(item.path)

@@ -46,9 +46,8 @@ class Settings:
     Attributes:
         save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved, unless
             `keep_overlaps` is set.
-        stack: files of a stack. "auto": one label image with its axes and one file of ROIs,
-            other results page by page; "one": one file
-            for each kind that can hold a stack; "pages": all page by page.
+        stack: files of a stack. "auto": one label image with its axes, regions as one file and page by page, other
+            results page by page; "one": one file for each kind that can hold a stack; "pages": all page by page.
         axes: axis order of stacks, instead of the one that the file declares, such as "ZCYX".
         channels: one, or three as red, green and blue, by name or by number from 1; None takes a grey or RGB image as
             it is.

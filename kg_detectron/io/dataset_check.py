@@ -28,6 +28,7 @@ from kg_detectron.io.normalisation import Normalisation
 
 _CORNERS_JOIN = np.ones((3, 3), bool)
 _NAMED = 5  # labels or files that a message names
+_FEW_CELLS = 10  # annotations that a category should have
 _PICTURE = 4  # pixels: the mean area of the pieces of a label image is larger, that of a picture's levels smaller
 
 
@@ -360,7 +361,12 @@ def dataset_faults(dataset: CocoDataset, json_file: str | Path) -> list[Fault]:
     if len(counts) > 1:
         named = ", ".join(f"{dataset.category_names[index]} ({counts[index]})" for index in sorted(counts))
         text = f"its annotations are of {len(counts)} categories, {named}, which a model learns to tell apart"
-        faults.append(Fault(fault.CATEGORIES, where, text, "kg-detectron convert --merge-categories makes them one"))
+        rare = [dataset.category_names[index] for index in sorted(counts) if counts[index] < _FEW_CELLS]
+        if rare:
+            text += f"; of {', '.join(rare[:_NAMED])} there are too few to learn or to measure, below {_FEW_CELLS}"
+        severity = Severity.HARMLESS if rare else Severity.NOTE
+        remedy = "kg-detectron convert --merge-categories makes them one"
+        faults.append(Fault(fault.CATEGORIES, where, text, remedy, severity))
     if unstated and len(dataset.category_ids) > 1:
         text = (
             f"{unstated} of {len(cells)} annotations have no category: a training learns to find them, not their class"

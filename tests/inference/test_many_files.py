@@ -348,7 +348,10 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("auto", {"s_labels.tif", "s_page000{}.geojson", "s_rois.zip", "s_page000{}_cells.csv"}),
+        (
+            "auto",
+            {"s_labels.tif", "s_page000{}.geojson", "s_rois.zip", "s_page000{}_rois.zip", "s_page000{}_cells.csv"},
+        ),
         ("one", {"s_labels.tif", "s.geojson", "s_rois.zip", "s_cells.csv"}),
         ("pages", {f"s_page000{{}}{end}" for end in ("_labels.tif", ".geojson", "_rois.zip", "_cells.csv")}),
     ],

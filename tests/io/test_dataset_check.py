@@ -512,6 +512,7 @@ def test_coco_files_that_train_something_else_are_named_and_mended(coco, capsys)
     text = "\n".join(map(str, faults))
     assert "2 of 9 annotations are crowds, which training leaves out; CVAT writes brush masks so" in text
     assert "2 categories, cell (8), mitosis (1)" in text
+    assert "; of cell, mitosis there are too few to learn or to measure, below 10; kg-detectron convert" in text
     command = ["convert", str(path), "-o", str(path.parent / "new.json")]
     assert main(command) == main([*command, "--merge-categories"]) == 2
     assert main([*command, "--crowds", "cells"]) == 0
@@ -523,6 +524,20 @@ def test_coco_files_that_train_something_else_are_named_and_mended(coco, capsys)
         mended = json.loads((path.parent / "new.json").read_text())
         assert mended["categories"] == [{"id": 1, "name": "cell"}] and len(mended["annotations"]) == count
         assert [one["id"] for one in mended["annotations"]] == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize(("rare", "status"), [(9, 1), (10, 0)])
+def test_categories_of_few_cells_are_named(coco, rare: int, status: int):
+    """A name that is misspelt once makes a category of one cell."""
+    path, data = coco
+    data["annotations"] = [one | {"id": n} for n, one in enumerate(data["annotations"] * 3, 1)]
+    for cell in data["annotations"][:rare]:
+        cell["category_id"] = 5
+    data["categories"].append({"id": 5, "name": "mitosis"})
+    path.write_text(json.dumps(data))
+    faults = [one for one in check_coco(path)[0] if one.kind == fault.CATEGORIES]
+    assert [one.severity > fault.Severity.NOTE for one in faults] == [bool(status)]
+    assert ("of mitosis there are too few" in faults[0].text) == bool(status)
 
 
 def test_a_coco_file_of_windows_whose_polygons_reach_outside_is_mended(coco):
