@@ -67,7 +67,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--stack",
         choices=("auto", "one", "pages"),
-        help="files of a stack: auto (default), one label image, ROIs as one zip and one a page, other results by page; "
+        help="files of a stack: auto (default), one label image, ROIs as one zip and one a page, the rest by page; "
         "one, one file for each kind that can hold a stack; pages, all page by page",
     )
     parser.add_argument(
