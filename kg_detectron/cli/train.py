@@ -54,7 +54,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--minutes", type=float, metavar="N", help="train for so long; default: 20")
     parser.add_argument("--iterations", type=int, metavar="N", help="train for so many iterations instead")
     parser.add_argument("--batch-size", type=int, metavar="N", help="windows of an iteration; default: 4")
-    parser.add_argument("--learning-rate", type=float, metavar="R", help="default: 0.001")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help="default: 0.002")
     parser.add_argument("--seed", type=int, metavar="N", help="default: 0")
     parser.add_argument("--validations", type=int, metavar="N", help="how many during the run; default: 3")
     parser.add_argument(

@@ -66,7 +66,7 @@ class TrainSettings:
     minutes: float | None = 20.0
     iterations: int | None = None
     batch_size: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     average_decay: float = 0.995
     seed: int = 0
