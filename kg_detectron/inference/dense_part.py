@@ -1,7 +1,7 @@
 """The dense part of a keypoint graph as ONNX or as a program of `torch.export`: image in, maps out.
 
 What follows works on a varying number of cells, and stays with our operators: decoding, masks, ranking. `with_onnx`
-puts a file in the place of a network's own dense part.
+puts a file in the place of a network's own dense part, `run_by_onnxruntime` the network's own in another form.
 
 N, h, w: images, height and width of the network's input.
 """
@@ -69,9 +69,8 @@ def export_program(model: InstanceNet) -> "ExportedProgram":
     network = _checked(model)
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     shapes = {INPUT: {0: batch, 2: network.divisor * rows, 3: network.divisor * columns}}
-    example = torch.zeros(2, 3, 3 * network.divisor, 4 * network.divisor)
     with torch.no_grad():
-        return torch.export.export(DensePart(network).eval(), (example,), dynamic_shapes=shapes)
+        return torch.export.export(DensePart(network).eval(), (_example(network),), dynamic_shapes=shapes)
 
 
 def save_program(model: InstanceNet, path: str | Path) -> None:
@@ -131,40 +130,59 @@ def with_onnx(model: InstanceNet, path: str | Path) -> KeypointGraphNet:
         ImportError: onnxruntime is not installed.
         ValueError: a model that is no keypoint graph, a file that is no dense part, or one of another model.
     """
-    network = _checked(model)
-    maps = _onnx_maps(network, path)
-    network = copy.deepcopy(network)
-    network.maps = maps  # type: ignore[method-assign, assignment]
+    network = copy.deepcopy(_checked(model))
+    try:
+        session = _session(str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # onnxruntime's own, of many names
+        raise ValueError(f"{path} cannot be read as ONNX: {error}") from error
+    given = json.loads(session.get_modelmeta().custom_metadata_map.get(DESCRIPTION_KEY, "{}"))
+    names = [output.name for output in session.get_outputs()]
+    if names != output_names(network) or given != network.description():
+        raise ValueError(f"{path} is not the dense part of this model")
+    network.maps = _maps_by(session, network)  # type: ignore[method-assign, assignment]
     return network
 
 
-def by_onnxruntime(model: InstanceNet) -> KeypointGraphNet:
-    """A copy of a model whose dense part is exported, and run by onnxruntime on the CPU. It takes some seconds.
+def run_by_onnxruntime(model: InstanceNet) -> None:
+    """Let onnxruntime run the dense part of a model on the CPU, in place, until its weights are loaded or trained anew.
+
+    It takes some seconds: the dense part is traced, which needs neither onnx nor onnxscript. Larger images than a tile
+    still run by PyTorch, see `with_onnx`.
 
     Raises:
-        ImportError, ValueError: see `save_onnx` and `with_onnx`.
+        ImportError: onnxruntime is not installed.
+        ValueError: a model that is no keypoint graph.
     """
+    network, names = _checked(model), output_names(_checked(model))
+    axes = {name: {0: "batch", 2: f"rows_{name}", 3: f"columns_{name}"} for name in (INPUT, *names)}
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "dense_part.onnx")
-        save_onnx(model, file)
-        return with_onnx(model, file)
+        path = str(Path(folder, "dense_part.onnx"))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are the same for every image, and of this way's age
+            torch.onnx.export(
+                DensePart(network).eval(),
+                (_example(network),),
+                path,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=names,
+                dynamic_axes=axes,
+            )
+        network.maps = _maps_by(_session(path), network)  # type: ignore[method-assign, assignment]
 
 
-def _onnx_maps(
-    network: KeypointGraphNet, path: str | Path
-) -> Callable[[Tensor], tuple[list[KeypointMaps], list[Tensor]]]:
+def _session(path: str) -> Any:
     onnxruntime: Any = importlib.import_module("onnxruntime")
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own, of many names
-        raise ValueError(f"{path} cannot be read as ONNX: {error}") from error
-    names, scales = output_names(network), network.keypoint_branch.scales
-    given = json.loads(session.get_modelmeta().custom_metadata_map.get(DESCRIPTION_KEY, "{}"))
-    if [output.name for output in session.get_outputs()] != names or given != network.description():
-        raise ValueError(f"{path} is not the dense part of this model")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _maps_by(session: Any, network: KeypointGraphNet) -> Callable[[Tensor], tuple[list[KeypointMaps], list[Tensor]]]:
+    scales = network.keypoint_branch.scales
 
     def maps(batch: Tensor) -> tuple[list[KeypointMaps], list[Tensor]]:
         found = [torch.from_numpy(part).to(batch) for part in session.run(None, {INPUT: batch.float().cpu().numpy()})]
@@ -173,6 +191,10 @@ def _onnx_maps(
         return keypoints, list(rest)
 
     return maps
+
+
+def _example(network: KeypointGraphNet) -> Tensor:
+    return torch.zeros(2, 3, 3 * network.divisor, 4 * network.divisor)
 
 
 def _checked(model: InstanceNet) -> KeypointGraphNet:

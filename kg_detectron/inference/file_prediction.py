@@ -94,9 +94,9 @@ class FilePredictor:
     def _run_by_onnxruntime(self) -> None:
         if self.device != "cpu":
             raise SettingError("runtime", f"onnxruntime runs on the CPU here, not on {self.device}; add --device cpu")
-        from kg_detectron.inference.dense_part import by_onnxruntime
+        from kg_detectron.inference.dense_part import run_by_onnxruntime
 
-        self.network = by_onnxruntime(self.network)
+        run_by_onnxruntime(self.network)
 
     def __call__(self, task: Task, folder: Path, output: Path) -> FileRecord:
         """Predict all pages of a file and save the results.

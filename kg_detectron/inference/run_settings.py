@@ -11,7 +11,6 @@ from kg_detectron.export.kinds import fault_in_kinds
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
 RUNTIMES = ("pytorch", "onnxruntime")
-_FOR_ONNXRUNTIME = ("onnx", "onnxscript", "onnxruntime")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 _ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx|ucxx)://\S+")
 
@@ -59,9 +58,9 @@ class Settings:
         normalise: "fixed" or "percentile" instead of the model's own normalisation; None keeps it.
         tile, overlap: larger images are predicted in such tiles, network pixels.
         ensemble: the four mirror images are predicted and joined.
-        fast: 16-bit numbers where that is faster here and finds the same cells, see `make_fast`.
+        fast: 16-bit numbers or onnxruntime where that is faster here and finds the same cells, see `make_fast`.
         runtime: what runs the dense part of the network: "pytorch", or "onnxruntime" on the CPU, see
-            `kg_detectron.inference.dense_part.by_onnxruntime`.
+            `kg_detectron.inference.dense_part.run_by_onnxruntime`.
         min_score: cells of a lower score are left out; None takes the model's own threshold.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
             is one piece. For COCO JSON alone.
@@ -143,11 +142,8 @@ class Settings:
         if self.runtime == "onnxruntime":
             if self.fast:
                 raise SettingError(("runtime", "fast"), "onnxruntime has no 16-bit numbers here; expected one of them")
-            missing = [name for name in _FOR_ONNXRUNTIME if importlib.util.find_spec(name) is None]
-            if missing:
-                raise SettingError(
-                    "runtime", f'{" and ".join(missing)} not installed: pip install "kg_detectron[onnx]"'
-                )
+            if importlib.util.find_spec("onnxruntime") is None:
+                raise SettingError("runtime", 'onnxruntime is not installed: pip install "kg_detectron[onnx]"')
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":

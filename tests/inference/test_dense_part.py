@@ -1,5 +1,6 @@
 """The dense part in ONNX and as an exported program: the same maps at any size, and the same cells."""
 
+import copy
 import importlib.util
 import json
 
@@ -12,7 +13,15 @@ from toy_method import ToyNet
 
 from kg_detectron.cli.main import main
 from kg_detectron.inference import predict, save_model
-from kg_detectron.inference.dense_part import OPSET, DensePart, output_names, save_onnx, save_program, with_onnx
+from kg_detectron.inference.dense_part import (
+    OPSET,
+    DensePart,
+    output_names,
+    run_by_onnxruntime,
+    save_onnx,
+    save_program,
+    with_onnx,
+)
 from kg_detectron.inference.file_prediction import FilePredictor
 from kg_detectron.inference.run_settings import RUNTIMES, SettingError, Settings
 from kg_detectron.io.images import write_png
@@ -67,9 +76,29 @@ def test_onnx_gives_the_same_maps_and_cells(model, tmp_path, capsys):
         with_onnx(model, tmp_path / "no.onnx")
 
 
+def test_onnxruntime_runs_the_dense_part_until_weights_change(model):
+    pytest.importorskip("onnxruntime")
+    own, model, image = model, copy.deepcopy(model), drawn_image(50, 70)
+    weights = own.state_dict()
+    run_by_onnxruntime(model)
+    assert_same_maps(own, lambda batch: [part.numpy() for part in DensePart(model)(batch)])
+    cells, found = predict(own, image), predict(model, image)
+    assert len(found) == len(cells) >= 3
+    torch.testing.assert_close(found.boxes, cells.boxes, atol=1e-3, rtol=0)
+    assert "maps" in vars(model.eval())
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in weights.items()})
+    (scale,), _ = model.maps(torch.ones(1, 3, 32, 32))
+    assert not scale.heatmap.any()
+    model.load_state_dict(weights)
+    run_by_onnxruntime(model)
+    model.train()
+    assert "maps" not in vars(model)
+    with pytest.raises(ValueError, match="expected a keypoint graph, got the method 'toy'"):
+        run_by_onnxruntime(ToyNet.build())
+
+
 def test_predict_by_onnxruntime_gives_the_same_cells(model, tmp_path, capsys):
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(name)
+    pytest.importorskip("onnxruntime")
     save_model(model, tmp_path / "model.safetensors")
     write_png(tmp_path / "a.png", drawn_image(64, 96))
     options = [
@@ -100,7 +129,7 @@ def test_a_runtime_that_cannot_be_had_is_answered(monkeypatch, tmp_path):
     with pytest.raises(SettingError, match="runtime, fast: onnxruntime has no 16-bit numbers"):
         Settings(runtime="onnxruntime", fast=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SettingError, match="onnx and onnxscript and onnxruntime not installed: pip install"):
+    with pytest.raises(SettingError, match="onnxruntime is not installed: pip install"):
         Settings(runtime="onnxruntime")
     monkeypatch.undo()
     save_model(tiny_network(), tmp_path / "model.safetensors")

@@ -36,8 +36,36 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, gain: float, cells_of_half: str
     assert model.precision == precision and says in said
 
 
-def test_measured_here():
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        ({"onnxruntime": 1.0, "bfloat16": 1.5}, "float32: onnxruntime, 2 times as fast here, the same cells"),
+        ({"onnxruntime": 1.5, "bfloat16": 1.0}, "bfloat16: 2 times as fast here, the same cells"),
+        ({"onnxruntime": 1.9, "bfloat16": 3.0}, "float32: bfloat16 is 0.67 times as fast here, and its cells have F1"),
+    ],
+)
+def test_the_fastest_of_several_ways(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], says: str):
+    pytest.importorskip("onnxruntime")
+
+    def run(model: InstanceNet, image: np.ndarray) -> tuple[float, Cells]:
+        way = "onnxruntime" if "maps" in vars(model) else model.precision
+        return seconds.get(way, 2.0), cells
+
+    model = tiny_network().eval()
+    image = np.zeros((40, 40, 3), np.uint8)
+    cells = predict(model, image, scale=1.0)[[]]
+    monkeypatch.setattr(fast, "_run", run)
+    for _ in range(2):  # the second time it begins anew
+        assert make_fast(model).startswith(says)
+        assert ("maps" in vars(model)) == ("onnxruntime," in says) and model.precision == says.partition(":")[0]
+        assert isinstance(predict(model, image, scale=1.0), Cells)
+        model.precision = "float32"
+
+
+def test_measured_here(monkeypatch: pytest.MonkeyPatch):
     """Whatever this machine can do, the model works afterwards and says what it does."""
+    for name, value in (("_REPEATS", 1), ("_SIZE", 96), ("_CELLS", 4)):
+        monkeypatch.setattr(fast, name, value)
     model = tiny_network().eval()
     said = make_fast(model)
     assert said.startswith(f"{model.precision}: ")

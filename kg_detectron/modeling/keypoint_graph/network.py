@@ -74,6 +74,18 @@ class KeypointGraphNet(InstanceNet):
     def dense_modules(self) -> list[nn.Module]:
         return [self.backbone, self.keypoint_branch]
 
+    # `kg_detectron.inference.dense_part` may put the same maps by another library in the place of `maps`. They hold the
+    # weights of then.
+
+    def train(self, mode: bool = True) -> "KeypointGraphNet":
+        if mode:
+            vars(self).pop("maps", None)
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        vars(self).pop("maps", None)
+        return super().load_state_dict(*args, **options)
+
     def losses(
         self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None = None
     ) -> dict[str, Tensor]:
