@@ -156,7 +156,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--fast",
         action="store_true",
         default=None,
-        help="16-bit numbers or onnxruntime, if a test at the start shows that it is faster here and finds the same cells",
+        help="16-bit numbers or onnxruntime, if a test at the start shows that it is faster and finds the same cells",
     )
     parser.add_argument(
         "--runtime",
