@@ -191,7 +191,7 @@ def _windows(
     if preprocessing.resize != "isotropic":
         return None
     if not is_train:
-        return functools.partial(at_natural_scale, diameter=preprocessing.diameter)
+        return functools.partial(at_natural_scale, diameter=preprocessing.predicted_diameter)
     geometry, colours = settings_of(cfg, GeometrySettings), settings_of(cfg, ColourSettings)
 
     def window(source: LabelledImage) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

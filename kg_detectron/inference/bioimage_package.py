@@ -37,7 +37,7 @@ def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> No
     """Write a model as a package of bioimage.io, a zip file, which appears whole or not at all.
 
     The package takes raw images (1, 3, h, w), channels blue, green, red, sides multiples of the network's divisor, at
-    the scale of the training: cells of about ``model.preprocessing.diameter`` pixels.
+    the scale of a prediction: cells of about ``model.preprocessing.predicted_diameter`` pixels.
 
     Args:
         model: a keypoint graph with percentile normalisation; bioimage.io has no words for the other.
@@ -171,8 +171,8 @@ def _readme(model: KeypointGraphNet, name: str) -> str:
 
 The dense part of a keypoint-graph network for cells, written by kg_detectron {__version__} ({PAPER}).
 
-Resize the image so that a typical cell has a diameter of {model.preprocessing.diameter:g} pixels, and pad its sides to
-multiples of {model.divisor}.{stains} The outputs are keypoint maps at several scales ({strides}) and features.
+Resize the image so that a typical cell has a diameter of {model.preprocessing.predicted_diameter:g} pixels, and pad its
+sides to multiples of {model.divisor}.{stains} The outputs are keypoint maps at several scales ({strides}) and features.
 Boxes and masks come of them by kg_detectron: `kg-detectron predict`.
 
 ## Validation

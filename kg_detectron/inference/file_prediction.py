@@ -76,11 +76,7 @@ class FilePredictor:
     """
 
     def __init__(self, model: Path, settings: Settings, device: str | None = None, sha256: str | None = None) -> None:
-        self.settings, self.model_sha256, self.versions = (
-            settings,
-            sha256 or file_sha256(model),
-            versions(settings.runtime),
-        )
+        self.settings, self.model_sha256 = settings, sha256 or file_sha256(model)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.network = load_model(model, self.device)
@@ -89,6 +85,7 @@ class FilePredictor:
         self.speed = make_fast(self.network) if settings.fast else ""
         if settings.runtime == "onnxruntime":
             self._run_by_onnxruntime()
+        self.versions = versions(settings.runtime)
         self.threshold = self.network.threshold if settings.min_score is None else settings.min_score
 
     def _run_by_onnxruntime(self) -> None:

@@ -52,6 +52,9 @@ class Preprocessing:
         size: height and width for "squeeze", pixels.
         diameter: median diameter of the cells in the network's input, pixels, for "isotropic"; the diameter of a cell
             is that of the circle of its area, 2 sqrt(area / pi).
+        enlargement: a prediction shows the cells larger than the training did, by this factor: small cells are found
+            that would be missed, and outlines are finer, for more time. A model that was trained on windows of many
+            scales knows them so. Ours.
         diameters: the diameters of the training cells in the network's input, pixels, at the percentiles 5, 25, 50, 75
             and 95; empty where unknown.
         image_diameter: median diameter of the cells in the images of the training, pixels of these images, where they
@@ -73,6 +76,7 @@ class Preprocessing:
     resize: str = "squeeze"
     size: tuple[int, int] = (512, 512)
     diameter: float = 28.0
+    enlargement: float = 1.0
     diameters: tuple[float, ...] = ()
     image_diameter: float | None = None
     pixel_size: float | None = None
@@ -85,12 +89,18 @@ class Preprocessing:
         require(self.resize in RESIZE, "resize", f"one of {', '.join(RESIZE)}", self.resize)
         require(len(self.size) == 2 and min(self.size) >= 1, "size", "a positive height and width", self.size)
         require(0 < self.diameter < float("inf"), "diameter", "pixels above 0", self.diameter)
+        require(0 < self.enlargement < float("inf"), "enlargement", "a number above 0", self.enlargement)
         for name, unit in (("image_diameter", "pixels"), ("pixel_size", "micrometres")):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), name, f"{unit} above 0", value)
         for name in ("pixel_mean", "pixel_std"):
             require(len(getattr(self, name)) == 3, name, "three numbers", getattr(self, name))
         require(min(self.pixel_std) > 0, "pixel_std", "numbers above 0", self.pixel_std)
+
+    @property
+    def predicted_diameter(self) -> float:
+        """Median diameter of the cells in the network's input in a prediction, pixels."""
+        return self.enlargement * self.diameter
 
     def given_scale(self, scale: float | None, diameter: float | None, pixel_size: float | None) -> "Scale | None":
         """The scale that somebody asks for; None where nothing is given.
@@ -112,13 +122,13 @@ class Preprocessing:
         if scale is not None:
             return Scale(scale, "given")
         if diameter is not None:
-            return Scale(self.diameter / diameter, f"diameter of {diameter:g} pixels")
+            return Scale(self.predicted_diameter / diameter, f"diameter of {diameter:g} pixels")
         if pixel_size is not None:
             if self.pixel_size is None:
                 raise ValueError(
                     "pixel_size: this model does not know the pixel size it was trained for; give a diameter"
                 )
-            return Scale(pixel_size / self.pixel_size, f"pixel size of {pixel_size:g} micrometres")
+            return Scale(self.enlargement * pixel_size / self.pixel_size, f"pixel size of {pixel_size:g} micrometres")
         return None
 
     def training_scale(self, size: tuple[int, int]) -> "Scale | None":

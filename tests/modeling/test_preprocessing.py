@@ -100,6 +100,23 @@ def test_at_most_one_way_to_the_scale():
         Preprocessing().given_scale(None, None, 0.25)
 
 
+def test_predictions_enlarge_the_cells(monkeypatch):
+    """Unless the scale is given as such."""
+    preprocessing = Preprocessing(diameter=30.0, pixel_size=0.5, enlargement=1.5)
+    scales = [preprocessing.given_scale(*given) for given in ((2, None, None), (None, 15, None), (None, None, 0.25))]
+    assert [scale.value for scale in scales] == [2.0, 3.0, 0.75]
+    for diameter, expected in ((25.0, 1.3 * 28 / 25), (7.5, 4.0)):  # not enlarged more than four times
+        plain, looks = estimate_of_cells(diameter, monkeypatch)
+        scale, the_same = estimate_of_cells(diameter, monkeypatch, enlargement=1.3)
+        assert scale.value == pytest.approx(expected, rel=0.1) and the_same == looks
+        assert scale.source == plain.source
+    for image_diameter, expected in ((None, 1.0), (14.0, 2.6)):
+        nothing = no_cell(Preprocessing(diameter=28.0, enlargement=1.3, image_diameter=image_diameter))
+        assert nothing.value == pytest.approx(expected)
+    with pytest.raises(ValueError, match="enlargement: expected a number above 0, got 0"):
+        Preprocessing(enlargement=0.0)
+
+
 def test_images_of_more_than_twice_the_training_size_keep_their_pixels():
     preprocessing = Preprocessing(size=(64, 96))
     assert preprocessing.training_scale((128, 192)).value == (64, 96)
