@@ -42,6 +42,8 @@ ENOUGH = 3
 # 0.71 at most, and that of nuclei 0.77 and more.
 MORE_CELLS = 1.6
 SURE = 0.73
+# Specks of less than so many pixels are no cells but single photons, unless the training images had such cells.
+SMALLEST_CELL = 4.0
 # An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
 LARGEST = 2**24
 # Training images are alike in the size of their cells where all but the extremes differ by this factor at most.
@@ -80,14 +82,9 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
     density: dict[float, float] = {}
     first_part = round(min(max(SMALLEST_PART, SHARE * max(image.shape[:2])), PART))
     values, weights = [np.zeros(0)], [np.zeros(0)]
-    diameter = None
+    diameter, best = None, None
     tried: list[float] = []
-    # A few cells may be fragments of the cells, which too fine a scale does not show.
-    while factors := _scales_to_try(
-        tried,
-        None if diameter is None or sum(map(len, values)) < ENOUGH else trained / diameter / start,
-        bool(typical),
-    ):
+    while factors := _scales_to_try(tried, best, bool(typical)):
         tried += factors
         for factor in factors:
             seen = NetworkImage(image, levels, start * factor)
@@ -101,6 +98,9 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
             # with cells. The diameter lets a cell outvote the fragments that a finer scale finds in it.
             weights.append(trust * found)
         diameter = weighted_median(np.concatenate(values), np.concatenate(weights))
+        best = None if diameter is None else trained / diameter / start
+        if best is not None and best > 1 and sum(map(len, values)) < ENOUGH:
+            best = None  # a few small ones may be fragments of cells that too fine a scale does not show
     if diameter is None:
         return no_cell(model.preprocessing)
     if _has_smaller_cells(model, image, levels, contrast, first_part, trained / diameter, density):
@@ -116,6 +116,8 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
         if look.coverage < LOST * first.coverage:
             coarser = [_look(model, image, levels, contrast, factor * diameter) for factor in COARSER]
             look = max(first, look, *coarser, key=lambda one: one.coverage)
+    if typical is None and look.corrected < SMALLEST_CELL:
+        return no_cell(model.preprocessing)
     diameter = look.corrected if look.count >= ENOUGH else look.diameter
     seen_as = trained / max(diameter / model.preprocessing.enlargement, smallest)
     return Scale(BLOCK / block_side(seen_as), f"estimated from cells of about {diameter:.0f} pixels")

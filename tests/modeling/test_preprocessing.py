@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kg_detectron.cells import Cells, MaskCrops
-from kg_detectron.inference import predict
+from kg_detectron.inference import load_model, predict
 from kg_detectron.io.resize import resize_image
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.modeling.cell_size import FIRST_SCALES, common_diameter, estimate_scale, no_cell, weighted_median
@@ -98,6 +98,36 @@ def test_at_most_one_way_to_the_scale():
         preprocessing.given_scale(None, 0.0, None)
     with pytest.raises(ValueError, match="does not know the pixel size"):
         Preprocessing().given_scale(None, None, 0.25)
+
+
+def test_single_photons_are_no_cells(monkeypatch):
+    """Unless the training images had cells as small."""
+    assert estimate_of_cells(2.5, monkeypatch)[0] == no_cell(Preprocessing())
+    assert estimate_of_cells(5.0, monkeypatch)[0].value == 4.0
+    assert estimate_of_cells(2.5, monkeypatch, image_diameter=3.5)[0].value > 4
+
+
+@pytest.mark.parametrize("photons", [0.05, 0.1, 0.3])
+def test_a_dark_field_of_single_photons_has_no_cell(photons):
+    model = load_model("nuclei")
+    field = np.random.default_rng(7).poisson(photons, (256, 256)).astype(np.uint8)
+    assert not len(predict(model, field, min_score=model.threshold))
+
+
+def test_few_cells_at_the_first_scale_may_be_fragments(monkeypatch):
+    """Where it shows hardly any, coarser and finer scales are tried, whatever the few are like."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, scales = drawn_image(600, 600), []
+
+    def detect(seen, window, min_score):
+        scales.append(seen.scale[0])
+        objects = [(0.0, 60.0, 0.8)] if seen.scale[0] < 0.8 else [(0.0, 9.0, 0.8)]
+        cells = grid_of_cells(seen, window, objects)
+        return cells if seen.scale[0] < 0.8 else cells[torch.arange(min(len(cells), 1))]
+
+    monkeypatch.setattr(model, "detect_seen", detect)
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / 60, rel=0.15) and scales[:5] == [1.0, 0.25, 0.5, 2.0, 4.0]
 
 
 def test_predictions_enlarge_the_cells(monkeypatch):
