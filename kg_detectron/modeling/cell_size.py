@@ -109,16 +109,16 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
     smallest = trained / min(most, max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
     diameter = max(diameter, smallest)
     look = _look(model, image, levels, contrast, diameter)
-    if not look.count:
+    if not look.found:
         return no_cell(model.preprocessing)
-    if look.count >= ENOUGH and abs(math.log2(look.corrected / look.diameter)) >= SETTLED:
+    if look.found >= ENOUGH and abs(math.log2(look.corrected / look.diameter)) >= SETTLED:
         first, look = look, _look(model, image, levels, contrast, max(look.corrected, smallest))
         if look.coverage < LOST * first.coverage:
             coarser = [_look(model, image, levels, contrast, factor * diameter) for factor in COARSER]
             look = max(first, look, *coarser, key=lambda one: one.coverage)
     if typical is None and look.corrected < SMALLEST_CELL:
         return no_cell(model.preprocessing)
-    diameter = look.corrected if look.count >= ENOUGH else look.diameter
+    diameter = look.corrected if look.found >= ENOUGH else look.diameter
     seen_as = trained / max(diameter / model.preprocessing.enlargement, smallest)
     return Scale(BLOCK / block_side(seen_as), f"estimated from cells of about {diameter:.0f} pixels")
 
@@ -127,7 +127,7 @@ class _Look(NamedTuple):
     """What the model sees in a part of an image, at the scale of a diameter, pixels of the image."""
 
     diameter: float
-    count: int  # of cells
+    found: int  # cells
     corrected: float  # median diameter of these, by their scores
     coverage: float  # area of the cells, by the trust in them, for a pixel of the part
 
