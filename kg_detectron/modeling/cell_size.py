@@ -181,7 +181,9 @@ def choose_view(
         scale = next((estimate for estimate in estimates if estimate != nothing), nothing)
     if len(views) == 1:
         return next(iter(views)), scale
-    seen = {name: NetworkImage(image, levels, scale.value) for name, levels in views.items()}
+    # As in training, for enlarged textures count for more.
+    value = scale.value / model.preprocessing.enlargement if isinstance(scale.value, float) else scale.value
+    seen = {name: NetworkImage(image, levels, value) for name, levels in views.items()}
     first = next(iter(views))
     part = _part(seen[first], _contrast(image, views[first]), PART)
     expected = {name: float(_cells(model, shown, part).scores.sum()) for name, shown in seen.items()}

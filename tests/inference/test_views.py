@@ -6,10 +6,12 @@ import torch
 from builders import tiny_network
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.cells.run_lengths import encode_mask
 from kg_detectron.inference import load_model, predict, save_model
 from kg_detectron.inference.predictor import HAEMATOXYLIN_NOTE
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.io.stains import DYES
+from kg_detectron.metrics.iou import mask_iou
 from kg_detectron.modeling import KeypointGraphNet, Scores
 from kg_detectron.modeling.preprocessing import COLOURS, HAEMATOXYLIN
 from kg_detectron.synthetic import nuclei_image
@@ -93,4 +95,10 @@ def test_the_kept_model_sees_nuclei_among_eosin(tmp_path):
     save_model(model, tmp_path / "model.safetensors")
     assert load_model(tmp_path / "model.safetensors").preprocessing.haematoxylin
     in_colours = predict(model.with_preprocessing(haematoxylin=False), image, min_score=model.threshold)
-    assert len(found) > len(in_colours)
+    _, nuclei = nuclei_image(np.random.default_rng(0), 300, 400, 12)
+    truth = [encode_mask(mask) for mask in nuclei]
+    right, right_in_colours = (
+        int((mask_iou(cells.masks.rle(), truth).max(1) >= 0.5).sum()) for cells in (found, in_colours)
+    )
+    assert right > right_in_colours and right >= 10
+    assert right / len(found) > right_in_colours / len(in_colours)
