@@ -111,8 +111,9 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
     look = _look(model, image, levels, contrast, diameter)
     if not look.found:
         return no_cell(model.preprocessing)
-    if look.found >= ENOUGH and abs(math.log2(look.corrected / look.diameter)) >= SETTLED:
-        first, look = look, _look(model, image, levels, contrast, max(look.corrected, smallest))
+    corrected = max(look.corrected, smallest)
+    if look.found >= ENOUGH and abs(math.log2(corrected / look.diameter)) >= SETTLED:
+        first, look = look, _look(model, image, levels, contrast, corrected)
         if look.coverage < LOST * first.coverage:
             coarser = [_look(model, image, levels, contrast, factor * diameter) for factor in COARSER]
             look = max(first, look, *coarser, key=lambda one: one.coverage)
