@@ -46,7 +46,8 @@ class DensePart(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(N, 3, h, w), the network's input -> the maps in the order of `output_names`."""
-        maps, crop_maps = self.network.maps(image)
+        # The network's own, also where another library stands in for them.
+        maps, crop_maps = type(self.network).maps(self.network, image)
         parts = [getattr(scale, kind) for scale in maps for kind in _KINDS]
         return (*parts, *crop_maps)
 
@@ -155,7 +156,8 @@ def run_by_onnxruntime(model: InstanceNet) -> None:
         ImportError: onnxruntime is not installed.
         ValueError: a model that is no keypoint graph.
     """
-    network, names = _checked(model), output_names(_checked(model))
+    network = _checked(model)
+    names = output_names(network)
     axes = {name: {0: "batch", 2: f"rows_{name}", 3: f"columns_{name}"} for name in (INPUT, *names)}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "dense_part.onnx"))

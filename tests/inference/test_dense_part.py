@@ -80,8 +80,15 @@ def test_onnxruntime_runs_the_dense_part_until_weights_change(model):
     pytest.importorskip("onnxruntime")
     own, model, image = model, copy.deepcopy(model), drawn_image(50, 70)
     weights = own.state_dict()
-    run_by_onnxruntime(model)
-    assert_same_maps(own, lambda batch: [part.numpy() for part in DensePart(model)(batch)])
+
+    def maps_of(batch):
+        maps, crop_maps = model.maps(batch)
+        kinds = ("heatmap", "single_offset", "group_offset")
+        return [part.numpy() for part in (*(getattr(scale, kind) for scale in maps for kind in kinds), *crop_maps)]
+
+    for _ in range(2):  # the second time it traces the network again, not the library in its place
+        run_by_onnxruntime(model)
+        assert_same_maps(own, maps_of)
     cells, found = predict(own, image), predict(model, image)
     assert len(found) == len(cells) >= 3
     torch.testing.assert_close(found.boxes, cells.boxes, atol=1e-3, rtol=0)

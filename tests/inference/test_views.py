@@ -94,7 +94,11 @@ def test_the_kept_model_sees_nuclei_among_eosin(tmp_path):
     assert HAEMATOXYLIN_NOTE in found.notes
     save_model(model, tmp_path / "model.safetensors")
     assert load_model(tmp_path / "model.safetensors").preprocessing.haematoxylin
-    in_colours = predict(model.with_preprocessing(haematoxylin=False), image, min_score=model.threshold)
+    model.with_preprocessing(enlargement=1.0)
+    as_trained = predict(model, image, min_score=model.threshold)
+    model.with_preprocessing(haematoxylin=False)
+    assert len(as_trained) > len(predict(model, image, min_score=model.threshold))
+    in_colours = predict(model.with_preprocessing(enlargement=1.3), image, min_score=model.threshold)
     _, nuclei = nuclei_image(np.random.default_rng(0), 300, 400, 12)
     truth = [encode_mask(mask) for mask in nuclei]
     right, right_in_colours = (
