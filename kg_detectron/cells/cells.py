@@ -72,20 +72,25 @@ class Cells:
         """The cells of this score or a higher one."""
         return self[self.scores >= score]
 
-    def in_frame(self, size: tuple[int, int], scale: tuple[float, float]) -> "Cells":
+    def in_frame(self, size: tuple[int, int], scale: tuple[float, float], border: int = 0) -> "Cells":
         """The same cells in the frame of the image that the network saw resized; those outside it are left out.
 
         Args:
             size: (H, W) of the image.
             scale: (y, x), pixels of this frame for one of the image.
+            border: pixels of the image that this frame begins before it; cells of which only these show a pixel are
+                left out too.
         """
         y, x = scale
+        height, width = (side + 2 * border for side in size)
         # Where the image ends inside a pixel of the network's input, its frame goes on a little further.
-        whole = max(round(self.size[0] / y), size[0]), max(round(self.size[1] / x), size[1])
-        boxes = clip_boxes(self.boxes / self.boxes.new_tensor([x, y, x, y]), size)
+        whole = max(round(self.size[0] / y), height), max(round(self.size[1] / x), width)
+        boxes = clip_boxes(self.boxes / self.boxes.new_tensor([x, y, x, y]) - border, size)
         cells = dataclasses.replace(self, boxes=boxes, masks=self.masks.resized(whole), scale=scale)
-        if whole != tuple(size):
-            inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            cells = cells[inside]
-            cells = dataclasses.replace(cells, masks=cells.masks.cropped(size))
-        return cells
+        if whole == tuple(size):
+            return cells
+        cells = cells[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        masks = cells.masks.cropped(size, border)
+        cut = (masks.windows + border != cells.masks.windows).any(1)
+        there = [not one or bool(masks[i].any()) for i, one in enumerate(cut.tolist())]
+        return dataclasses.replace(cells, masks=masks)[torch.tensor(there, dtype=torch.bool, device=boxes.device)]

@@ -176,12 +176,16 @@ class MaskCrops:
             crops.append(sampled >= 0.5 if crop.dtype == torch.bool else sampled)
         return MaskCrops(crops, windows, size, self.threshold)
 
-    def cropped(self, size: tuple[int, int]) -> "MaskCrops":
-        """The part of each mask within an image of size (H, W), which has the same first pixel."""
+    def cropped(self, size: tuple[int, int], first: int = 0) -> "MaskCrops":
+        """The part of each mask within an image of size (H, W), whose first pixel is y, x = ``first`` of this one."""
         limit = torch.tensor([size[1], size[0]] * 2)
-        windows = torch.minimum(self.windows, limit)
-        sizes = (windows[:, 2:] - windows[:, :2]).tolist()
-        crops = [crop[:height, :width] for crop, (width, height) in zip(self.crops, sizes, strict=True)]
+        windows = torch.minimum((self.windows - first).clamp(min=0), limit)
+        crops = []
+        for crop, (x1, y1, _, _), (left, top, right, bottom) in zip(
+            self.crops, self.windows.tolist(), windows.tolist(), strict=True
+        ):
+            x, y = max(0, left + first - x1), max(0, top + first - y1)
+            crops.append(crop[y : y + bottom - top, x : x + right - left])
         return MaskCrops(crops, windows, size, self.threshold)
 
     def rle(self) -> list[RLE]:

@@ -9,6 +9,7 @@ from torchvision.ops import box_iou
 
 from kg_detectron.graph import KEYPOINTS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
+from kg_detectron.modeling.instance_net import cells_of_image
 from kg_detectron.modeling.keypoint_graph.decoding import Candidates
 from kg_detectron.modeling.precision import autocast
 
@@ -80,11 +81,13 @@ class Explanation:
         scales: those that the model has.
         groups: in the order of the scales, and there in the order in which they were opened.
         input_scale: (x, y), pixels of the image for one of the network's input.
+        border: pixels of the image that the network's input begins before it.
     """
 
     scales: list[ExplainedScale]
     groups: list[ExplainedGroup]
     input_scale: tuple[float, float]
+    border: int = 0
 
     def summary(self) -> str:
         """How many groups met which fate, in a sentence."""
@@ -109,6 +112,7 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
         raise ValueError(f"model: only keypoint graphs can be explained, got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
+    image_size = image.shape[0], image.shape[1]
     seen, _ = model.network_image(image, scale=scale)
     batch, size = model.batch_of(seen)
     sizes = [size]
@@ -116,7 +120,11 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
         maps, crop_maps = model.maps(batch)
         ((boxes, scores),) = zip(*model.boxes(maps, sizes), strict=True)
         (masks,) = model.segmentation.predict_masks(crop_maps, [boxes], sizes)
-    order, _ = model.ranking(model.segmentation.cell_boxes(boxes, masks), scores, masks)
+    boxes = model.segmentation.cell_boxes(boxes, masks)
+    order, _ = model.ranking(boxes, scores, masks)
+    ranked = cells_of_image(boxes[order], scores[order], masks[order], labels=order)
+    # The numbers, as labels, of those that are cells of the image, not of its border.
+    order = ranked.in_frame(image_size, seen.scale, seen.border).labels
     decoder, strides = model.decoder, [scale.stride for scale in maps]
     factor = 1 / np.array(seen.scale[::-1])
 
@@ -125,7 +133,7 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
     for index, (maps_of_scale, votes) in enumerate(zip(maps, decoder.vote(maps), strict=True)):
         of_scale = peaks.peaks[:, 0] == index  # of one image, the group is the scale
         keypoint, y, x = peaks.peaks[of_scale, 1:].cpu().numpy().T
-        places = (np.stack((x, y), axis=1) + 0.5) * maps_of_scale.stride * factor
+        places = (np.stack((x, y), axis=1) + 0.5) * maps_of_scale.stride * factor - seen.border
         score = peaks.scores[of_scale].cpu().numpy()
         heatmap = maps_of_scale.heatmap[0].float().sigmoid().cpu().numpy()
         points = np.column_stack((keypoint, places, score))
@@ -145,12 +153,15 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
         others = [k for k in range(len(KEYPOINTS)) if k != opener]
         expected = np.tile(graph[opener, :2], (len(KEYPOINTS), 1))
         expected[others] += displacement_of[index, opener, int(y), int(x)]
-        to_image = strides[index] * factor
-        keypoints = np.column_stack(((graph[:, :2] + 0.5) * to_image, graph[:, 2]))
-        box = candidates.boxes[box_of[g]].cpu().numpy() * np.tile(factor, 2) if g in box_of else None
+        places, expected = ((p + 0.5) * strides[index] * factor - seen.border for p in (graph[:, :2], expected))
+        keypoints = np.column_stack((places, graph[:, 2]))
+        box = None
+        if g in box_of:
+            corners = candidates.boxes[box_of[g]].cpu().reshape(2, 2).numpy() * factor - seen.border
+            box = corners.clip(0, image_size[::-1]).ravel()
         fate, number = fates.get(g, (TOO_FEW if (graph[:, 2] > 0).sum() < 2 else NO_COMBINATION, None))
-        groups.append(ExplainedGroup(index, keypoints, opener, (expected + 0.5) * to_image, box, fate, number))
-    return Explanation(scales, groups, tuple(factor.tolist()))
+        groups.append(ExplainedGroup(index, keypoints, opener, expected, box, fate, number))
+    return Explanation(scales, groups, tuple(factor.tolist()), seen.border)
 
 
 def _fates(
@@ -160,18 +171,20 @@ def _fates(
 
     Args:
         kept: the boxes that remain, by falling score as NMS saw it.
-        order: of these boxes in the result.
+        order: of these boxes in the result, without those outside the image.
     """
-    number = order.argsort().tolist()
-    place = {r: number[i] for i, r in enumerate(kept.tolist())}
+    in_result = {i: number for number, i in enumerate(order.tolist())}
+    place = {r: i for i, r in enumerate(kept.tolist())}
     over = box_iou(candidates.boxes, candidates.boxes[kept]) > nms_threshold
     has_area = candidates.has_area.tolist()
     fates: dict[int, tuple[str, int | None]] = {}
     for r, graph in enumerate(candidates.graph.tolist()):
         if r in place:
-            fates[graph] = BOX, place[r]
+            number = in_result.get(place[r])
+            fates[graph] = (NO_AREA if number is None else BOX), number
         elif has_area[r]:
-            fates[graph] = SUPPRESSED, number[int(over[r].int().argmax())]  # the first, for NMS goes by falling score
+            # By the first, for NMS goes by falling score.
+            fates[graph] = SUPPRESSED, in_result.get(int(over[r].int().argmax()))
         else:
             fates[graph] = NO_AREA, None
     return fates

@@ -95,7 +95,7 @@ def predict(
         if preprocessing.resize == "isotropic":  # the mirror images get the same scale
             scale, diameter, pixel_size = seen.scale[0], None, None
         steps = _part_of_progress(progress or _no_progress, len(detections), len(MIRRORS) if ensemble else 1)
-        wanted = None if area is None else _wanted(area, mirror, seen.scale)
+        wanted = None if area is None else _wanted(area, mirror, seen)
         # Of an ensemble, the mean of the scores counts.
         lowest = 0.0 if ensemble else min_score
         tiled = _tiled(model, seen, lowest, tile, overlap, wanted, part)
@@ -105,7 +105,7 @@ def predict(
         else:
             cells = tiled.cells(steps)
             cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
-        cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale)
+        cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, HAEMATOXYLIN_NOTE) if view == HAEMATOXYLIN else cells.notes
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
@@ -115,13 +115,13 @@ def predict(
     return cells[torch.from_numpy(area.contains(centres)).to(cells.boxes.device)]
 
 
-def _wanted(area: Area, mirror: Mirror, scale: tuple[float, float]) -> Callable[[Window], bool]:
+def _wanted(area: Area, mirror: Mirror, seen: NetworkImage) -> Callable[[Window], bool]:
     """Whether the area touches a window of the network's input, of a mirror image too."""
-    (height, width), (scale_y, scale_x) = area.size, scale
+    (height, width), (scale_y, scale_x) = area.size, seen.scale
 
     def touches(window: Window) -> bool:
-        x1, x2 = window.x1 / scale_x, min(window.x2 / scale_x, width)
-        y1, y2 = window.y1 / scale_y, min(window.y2 / scale_y, height)
+        x1, x2 = (min(max(x / scale_x - seen.border, 0), width) for x in (window.x1, window.x2))
+        y1, y2 = (min(max(y / scale_y - seen.border, 0), height) for y in (window.y1, window.y2))
         if mirror.flip_x:
             x1, x2 = width - x2, width - x1
         if mirror.flip_y:
@@ -151,7 +151,7 @@ def tiled_steps(
     preprocessing = _preprocessing(model, normalisation)
     part = store.part("0")
     seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, None, part)
-    wanted = None if area is None else _wanted(area, MIRRORS[0], seen.scale)
+    wanted = None if area is None else _wanted(area, MIRRORS[0], seen)
     return _tiled(model, seen, min_score, tile, overlap, wanted, part)
 
 

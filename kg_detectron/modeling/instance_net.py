@@ -168,7 +168,7 @@ class InstanceNet(nn.Module, ABC):
         """The cells of a raw image, in its frame: all steps, the image at once."""
         seen, source = self.network_image(image)
         cells = self.detect_seen(seen)
-        return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale), scale_source=source)
+        return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale, seen.border), scale_source=source)
 
     def network_image(
         self,
@@ -204,7 +204,7 @@ class InstanceNet(nn.Module, ABC):
             views = {view: views[view]}
         given = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
         view, found = choose_view(self, image, views, given)
-        return NetworkImage(image, views[view], found.value), found.source
+        return NetworkImage(image, views[view], found.value, settings.border), found.source
 
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor]) -> list[Cells]:

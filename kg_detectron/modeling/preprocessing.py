@@ -55,6 +55,9 @@ class Preprocessing:
         enlargement: a prediction shows the cells larger than the training did, by this factor: small cells are found
             that would be missed, and outlines are finer, for more time. A model that was trained on windows of many
             scales knows them so. Ours.
+        border: a prediction that does not squeeze the image continues it on every side as its mirror image, by so many
+            pixels of the network's input, rounded up to whole pixels of the image. Of what is found there only the
+            part in the image counts. A cell that the edge cuts looks whole so, and fewer of these are missed. Ours.
         diameters: the diameters of the training cells in the network's input, pixels, at the percentiles 5, 25, 50, 75
             and 95; empty where unknown.
         image_diameter: median diameter of the cells in the images of the training, pixels of these images, where they
@@ -77,6 +80,7 @@ class Preprocessing:
     size: tuple[int, int] = (512, 512)
     diameter: float = 28.0
     enlargement: float = 1.0
+    border: int = 0
     diameters: tuple[float, ...] = ()
     image_diameter: float | None = None
     pixel_size: float | None = None
@@ -90,6 +94,7 @@ class Preprocessing:
         require(len(self.size) == 2 and min(self.size) >= 1, "size", "a positive height and width", self.size)
         require(0 < self.diameter < float("inf"), "diameter", "pixels above 0", self.diameter)
         require(0 < self.enlargement < float("inf"), "enlargement", "a number above 0", self.enlargement)
+        require(self.border >= 0, "border", "0 or more pixels", self.border)
         for name, unit in (("image_diameter", "pixels"), ("pixel_size", "micrometres")):
             value = getattr(self, name)
             require(value is None or 0 < value < float("inf"), name, f"{unit} above 0", value)
@@ -198,17 +203,20 @@ class NetworkImage:
         levels: see `Preprocessing.views`.
         scale: pixels of the network's input for one of the image; rounded so that `BLOCK` of the former are whole
             pixels of the latter, or a size (h, w) to which the image is resized at once.
+        border: see `Preprocessing.border`; 0 with a size.
 
     Attributes:
         shape: (h, w, 3).
         scale: (y, x), as it came out.
+        border: pixels of the image that its mirror image adds on every side.
         view: the name of the levels, see `Preprocessing.views`.
     """
 
-    def __init__(self, image: np.ndarray, levels: View, scale: float | tuple[int, int]) -> None:
+    def __init__(self, image: np.ndarray, levels: View, scale: float | tuple[int, int], border: int = 0) -> None:
         self.image, self.levels = image, levels
         self.view = HAEMATOXYLIN if isinstance(levels, HaematoxylinLevels) else COLOURS
         height, width = image.shape[:2]
+        self.border = 0
         self._resized: np.ndarray | None = None
         if isinstance(scale, tuple):
             self._resized = resize_image(levels(np.asarray(image)), scale)
@@ -217,7 +225,9 @@ class NetworkImage:
         else:
             self._block = block_side(scale)
             self.scale = (BLOCK / self._block,) * 2
-            self.shape = (*(-(-side * BLOCK // self._block) for side in (height, width)), 3)
+            self.border = -(-border * self._block // BLOCK)
+            sides = (side + 2 * self.border for side in (height, width))
+            self.shape = (*(-(-side * BLOCK // self._block) for side in sides), 3)
 
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         """Rows and columns -> (h, w, 3) float32 of 0..255."""
@@ -225,12 +235,12 @@ class NetworkImage:
         if self._resized is not None:
             return self._resized[y1:y2, x1:x2]
         if self._block == BLOCK:
-            return self.levels(np.asarray(self.image[y1:y2, x1:x2]))
+            return self._pixels(slice(y1, y2), slice(x1, x2))
         # Whole blocks, with one more on every side where interpolation looks beyond the window.
         first = [max(0, low // BLOCK - 1) for low in (y1, x1)]
         last = [-(-high // BLOCK) + 1 for high in (y2, x2)]
         rows, columns = (slice(a * self._block, b * self._block) for a, b in zip(first, last, strict=True))
-        part = self.levels(np.asarray(self.image[rows, columns]))
+        part = self._pixels(rows, columns)
         # Beyond the image its last pixels go on, so that all blocks are whole.
         missing = [(b - a) * self._block - side for a, b, side in zip(first, last, part.shape[:2], strict=True)]
         if any(missing):
@@ -238,6 +248,20 @@ class NetworkImage:
         part = resize_image(part, ((last[0] - first[0]) * BLOCK, (last[1] - first[1]) * BLOCK))
         y, x = first[0] * BLOCK, first[1] * BLOCK
         return part[y1 - y : y2 - y, x1 - x : x2 - x]
+
+    def _pixels(self, *window: slice) -> np.ndarray:
+        """The levels of a window of the image with its border, cut at the border's edge."""
+        if not self.border:
+            return self.levels(np.asarray(self.image[window]))
+        places = []
+        for one, side in zip(window, self.image.shape, strict=False):
+            place = np.arange(one.start, min(one.stop, side + 2 * self.border)) - self.border
+            # The mirrors are the outermost pixels, which are not repeated.
+            period = max(1, 2 * (side - 1))
+            places.append(np.minimum(place % period, -place % period))
+        (y1, x1), (y2, x2) = ([int(end(place)) for place in places] for end in (np.min, np.max))
+        part = self.levels(np.asarray(self.image[y1 : y2 + 1, x1 : x2 + 1]))
+        return part[np.ix_(places[0] - y1, places[1] - x1)]
 
 
 def as_tensor(image: np.ndarray, like: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def draw_explanation(image: np.ndarray, explanation: Explanation, title: str = "
         for s, (scale, (maps, votes, links, boxes)) in enumerate(zip(explanation.scales, grid[1:], strict=True)):
             own = [group for group in groups if group.scale == s]
             name = f"s{scale.stride.bit_length()}"
-            place = _extent(scale.heatmap, scale.stride, explanation.input_scale)
+            place = _extent(scale.heatmap, scale.stride, explanation)
             maps.imshow(_blend(scale.heatmap, 1.0), extent=place, interpolation="bilinear")
             maps.set_title(f"{name}: heatmaps")
             votes.imshow(_blend(scale.votes, highest), extent=place, interpolation="bilinear")
@@ -89,9 +89,10 @@ def draw_explanation(image: np.ndarray, explanation: Explanation, title: str = "
     return content.getvalue()
 
 
-def _extent(maps: np.ndarray, stride: int, factor: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Where the maps of a scale lie in the image; their padding sticks out."""
-    return 0, maps.shape[2] * stride * factor[0], maps.shape[1] * stride * factor[1], 0
+def _extent(maps: np.ndarray, stride: int, explanation: Explanation) -> tuple[float, float, float, float]:
+    """Where the maps of a scale lie in the image; their border and padding stick out."""
+    (_, height, width), (x, y), first = maps.shape, explanation.input_scale, -explanation.border
+    return first, first + width * stride * x, first + height * stride * y, first
 
 
 def _blend(maps: np.ndarray, highest: float) -> np.ndarray:

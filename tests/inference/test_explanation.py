@@ -89,14 +89,19 @@ def test_every_fate(scene: KeypointGraphNet) -> None:
     assert ", 5 groups: 1 became a box, 1 suppressed by a better box, 1 corners cross" in explanation.summary()
 
 
-@pytest.mark.parametrize("seen", ["scene", "random", "ranked"])
+@pytest.mark.parametrize("seen", ["scene", "random", "ranked", "border"])
 def test_boxes_are_those_of_the_prediction(seen: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue("scene") if seen == "scene" else network(peak_threshold=0.0)
     if seen == "ranked":
         model.ranking = CellRanking(RankingSettings(blur_weight=1.0, overlap_sigma=0.1))
-    boxes = predict(model, IMAGE).boxes.numpy()
+    if seen == "border":
+        model.with_preprocessing(resize="isotropic", border=40, diameter=20.0)
+        model.ranking = CellRanking(RankingSettings(overlap_sigma=0.1))
+    scale = 0.5 if seen == "border" else None
+    boxes = predict(model, IMAGE, scale=scale).boxes.numpy()
     kept = sorted(
-        (group for group in explain(model, IMAGE).groups if group.fate == BOX), key=lambda group: group.number
+        (group for group in explain(model, IMAGE, scale=scale).groups if group.fate == BOX),
+        key=lambda group: group.number,
     )
     assert len(boxes) > 0
     np.testing.assert_allclose([group.box for group in kept], boxes, rtol=1e-5)

@@ -25,6 +25,7 @@ VARIANTS = {
     "seg_s1": {"cut_from": "s1"},
     "ranked": {"blur_weight": 1.0, "overlap_sigma": 0.1, "nms_threshold": 0.7},
     "margin": {"mask_margin": 2.5, "box_jitter": 0.2, "blur_weight": 1.0},
+    "border": {"border": 24},
     "percentile": {"normalisation": "percentile", "percentiles": (1.0, 99.8)},
 }
 pytestmark = pytest.mark.timeout(900)

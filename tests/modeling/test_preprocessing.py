@@ -51,6 +51,56 @@ def test_windows_equal_the_whole(height, width, scale, seed, data):
     np.testing.assert_allclose(part, whole[windows[0], windows[1]], atol=1e-3)
 
 
+@settings(max_examples=60)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    scale=st.floats(0.05, 9.0) | st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    border=st.integers(1, 40),
+    data=st.data(),
+)
+def test_a_border_is_the_mirror_image(height, width, scale, border, data):
+    image = dim_image(height, width, data.draw(st.integers(0, 100)))
+    levels = PERCENTILE.levels(image)
+    seen = NetworkImage(image, levels, scale, border)
+    assert border <= seen.border * seen.scale[0] < border + max(1, seen.scale[0])
+    sides = ((seen.border, seen.border),) * 2
+    expected = NetworkImage(np.pad(image, (*sides, (0, 0)), "reflect"), levels, scale)
+    assert seen.shape == expected.shape and seen.scale == expected.scale
+    windows = []
+    for side in seen.shape[:2]:
+        first = data.draw(st.integers(0, side - 1))
+        windows.append(slice(first, data.draw(st.integers(first + 1, side))))
+    np.testing.assert_allclose(seen[windows[0], windows[1]], expected[windows[0], windows[1]], atol=1e-3)
+
+
+def test_a_border_reads_no_more_than_its_window():
+    """So that of a large image a tile is read, not all of it."""
+    image, read = drawn_image(400, 600), []
+
+    class Image:
+        shape = image.shape
+
+        def __getitem__(self, window):
+            part = image[window]
+            read.append(part.shape[:2])
+            return part
+
+    seen = NetworkImage(Image(), Preprocessing().levels(image), 1.0, 16)
+    whole = NetworkImage(image, Preprocessing().levels(image), 1.0, 16)[:, :]
+    for y, x in ((0, 0), (100, 570), (400, 300)):
+        assert np.array_equal(seen[y : y + 32, x : x + 62], whole[y : y + 32, x : x + 62])
+    assert len(read) == 3 and all(rows <= 32 and columns <= 62 for rows, columns in read)
+
+
+def test_only_isotropic_images_have_a_border():
+    image = drawn_image(50, 70)
+    seen = NetworkImage(image, Preprocessing().levels(image), (64, 96), 16)
+    assert seen.border == 0 and seen.shape == (64, 96, 3)
+    with pytest.raises(ValueError, match="border: expected 0 or more pixels, got -1"):
+        Preprocessing(border=-1)
+
+
 @pytest.mark.parametrize("scale", [0.3, 0.5, 0.77, 1.0, 1.6, 2.0, 7.0])
 def test_blocks_map_to_whole_pixels(scale):
     """The scale is rounded so that a block of the network's input is whole pixels of the image."""
@@ -414,6 +464,29 @@ def test_a_frame_of_the_same_size_changes_nothing():
     cells = Cells(torch.tensor([[2.0, 1, 6, 4]]), torch.ones(1), torch.ones(1, dtype=torch.long), masks)
     same = cells.in_frame((20, 30), (1.0, 1.0))
     assert torch.equal(same.boxes, cells.boxes) and same.masks is masks
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), border=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_what_lies_in_the_border_is_left_out(height, width, border, seed):
+    """Boxes are cut at the image; a cell without any pixel in it is none of its cells."""
+    rng = np.random.default_rng(seed)
+    whole = height + 2 * border, width + 2 * border
+    low = np.stack([rng.integers(0, side, 8) for side in whole[::-1]], axis=1)
+    high = np.stack([rng.integers(low[:, i] + 1, side + 1) for i, side in enumerate(whole[::-1])], axis=1)
+    windows = torch.from_numpy(np.concatenate((low, high), axis=1))
+    crops = [torch.from_numpy(rng.random((y2 - y1, x2 - x1))) for x1, y1, x2, y2 in windows.tolist()]
+    for crop in crops:
+        crop.view(-1)[rng.integers(crop.numel())] = 1  # every cell has a pixel
+    masks = MaskCrops(crops, windows, whole, threshold=0.8)
+    cells = Cells(windows.float(), torch.linspace(1, 0.3, 8), torch.arange(8), masks)
+    returned = cells.in_frame((height, width), (1.0, 1.0), border)
+    dense = np.stack([mask.numpy() for mask in masks])[:, border : border + height, border : border + width]
+    inside = np.flatnonzero(dense.any((1, 2)))
+    assert returned.labels.tolist() == inside.tolist()
+    assert len(inside) == len(returned.masks) and returned.size == (height, width)
+    for mask, box, i in zip(returned.masks, returned.boxes.numpy(), inside, strict=True):
+        assert np.array_equal(mask, dense[i])
+        assert np.array_equal(box, (windows[i].numpy() - border).clip(0, [width, height] * 2))
 
 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 1000))
