@@ -244,8 +244,9 @@ def test_a_training_step_runs_in_mixed_precision():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_evaluation_in_half_precision_decodes_in_float32(precision, channels_last, monkeypatch):
-    model, image = tiny_network().eval(), box_example(64, 96, [])[0]
+@pytest.mark.parametrize("missing_factor", [0.0, 0.5])
+def test_evaluation_in_half_precision_decodes_in_float32(precision, channels_last, missing_factor, monkeypatch):
+    model, image = tiny_network(missing_factor=missing_factor).eval(), box_example(64, 96, [])[0]
     seen = []
     decode = type(model.decoder).forward
 

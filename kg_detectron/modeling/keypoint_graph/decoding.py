@@ -127,7 +127,8 @@ class KeypointDecoder(nn.Module):
     def find(self, maps: list[KeypointMaps]) -> Peaks:
         """Vote, smooth, find the peaks: what of decoding looks at pixels, and only at those near by."""
         peaks, scores = find_peaks(self.vote(maps), self.settings.peak_threshold)
-        return Peaks(peaks, scores, gather_displacements(peaks, [scale.group_offset for scale in maps]))
+        displacements = gather_displacements(peaks, [scale.group_offset for scale in maps])
+        return Peaks(peaks, scores, displacements.to(scores.dtype))  # not in the 16 bits that the maps may have
 
     @torch.no_grad()
     def vote(self, maps: list[KeypointMaps]) -> list[Tensor]:
