@@ -193,8 +193,9 @@ def _tiled(
     wanted: Callable[[Window], bool] | None,
     store: TileStore | None,
 ) -> TiledDetection | None:
-    """The steps of an image that is larger than a tile, where the method knows how; None for others."""
-    if max(seen.shape[:2]) <= tile or not model.tiled:
+    """The steps of an image that is larger than a tile, not counting its border, where the method knows how; None for
+    others."""
+    if max(seen.shape[:2]) - 2 * seen.border * max(seen.scale) <= tile or not model.tiled:
         return None
     return TiledDetection(
         cast(KeypointGraphNet, model),

@@ -1,6 +1,7 @@
 """Prediction in tiles equals prediction of the whole image, and reads and keeps no more than tiles."""
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kg_detectron.cells import Cells
 from kg_detectron.inference import predict, save_model, tiling
+from kg_detectron.inference.area import area_of, regions_of
 from kg_detectron.modeling import DecodingSettings, KeypointDecoder, KeypointGraphNet, KeypointMaps
 from kg_detectron.synthetic import nuclei_image
 
@@ -137,6 +139,7 @@ def test_kept_features_give_the_same(exact, variant, size, monkeypatch):
         # Corners of four tiles, with surroundings that end inside the image and with many tiles.
         ("paper", (610, 620), 320, 64),
         ("seg_s1", (233, 221), 96, 40),
+        ("border", (233, 221), 96, 40),
         # Smaller than a tile, than its overlap, than one pixel of c4.
         ("paper", (90, 130), 512, 256),
         ("seg_s1", (40, 9), 32, 64),
@@ -210,6 +213,44 @@ def test_reads_a_mapped_file_of_any_type(models, tmp_path, kind, factor):
     cells = predict(models["single_scale"], mapped, scale=1, tile=64, overlap=64)
     assert len(cells) > 0
     assert_same(cells, predict_whole(models["single_scale"], image))
+
+
+@pytest.mark.parametrize(("scale", "ensemble"), [(1.0, False), (0.8, True)])
+def test_an_area_of_an_image_with_a_border(exact, scale, ensemble):
+    """Its tiles begin before the image, and so do those that are left out."""
+    image, _ = nuclei_image(np.random.default_rng(7), 100, 400, 60)
+    area = area_of(image, regions_of(["260,20,130,70"]), tissue=False)
+    model, steps = exact["border"], []
+    whole = predict(model, image, scale=scale, ensemble=ensemble)
+    x, y = ((whole.boxes[:, :2] + whole.boxes[:, 2:]) / 2).T
+    # Not those whose centre is so close to the edge of the area that rounding decides.
+    inside = whole[(x >= 262) & (x < 388) & (y >= 22) & (y < 88)]
+    assert 3 <= len(inside) < len(whole) / 2
+    found = predict(
+        model,
+        image,
+        scale=scale,
+        tile=64,
+        overlap=64,
+        ensemble=ensemble,
+        area=area,
+        progress=lambda step, of: steps.append(of),
+    )
+    x, y = ((found.boxes[:, :2] + found.boxes[:, 2:]) / 2).T
+    assert ((x >= 260) & (x <= 390) & (y >= 20) & (y <= 90)).all()
+    for box in inside.boxes:
+        assert (found.boxes - box).abs().amax(1).min() < 1e-3
+    across, down = (math.ceil(scale * (side + 2 * math.ceil(24 / scale)) / 64) for side in (400, 100))
+    assert steps[0] < 2 * across * down * (4 if ensemble else 1)
+
+
+@pytest.mark.parametrize(("side", "steps"), [(96, 1), (97, 8)])
+def test_the_border_does_not_count_as_part_of_a_tile(models, side, steps):
+    """An image of the size of a tile is one part, although the network sees more."""
+    done = []
+    image = np.zeros((side, side, 3), np.uint8)
+    predict(models["border"], image, scale=1, tile=96, progress=lambda step, of: done.append((step, of)))
+    assert done[-1] == (steps, steps)
 
 
 def test_an_image_without_cells():
