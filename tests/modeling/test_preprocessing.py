@@ -15,7 +15,15 @@ from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.inference import load_model, predict
 from kg_detectron.io.resize import resize_image
 from kg_detectron.modeling import Preprocessing
-from kg_detectron.modeling.cell_size import FIRST_SCALES, common_diameter, estimate_scale, no_cell, weighted_median
+from kg_detectron.modeling.cell_size import (
+    FIRST_SCALES,
+    _contrast,
+    _finer,
+    common_diameter,
+    estimate_scale,
+    no_cell,
+    weighted_median,
+)
 from kg_detectron.modeling.preprocessing import BLOCK, NetworkImage, block_side
 
 PERCENTILE = Preprocessing(normalisation="percentile", percentiles=(2.0, 98.0))
@@ -340,6 +348,30 @@ def test_the_nuclei_of_cells_count_more_than_the_cells(nuclei, score, diameter, 
     monkeypatch.setattr(model, "detect_seen", detect)
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / diameter, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("density", "expected", "looks"),
+    [
+        ({1.0: 3.0, 0.5: 1.2, 0.25: 1.0}, 4, 0),  # far more at a far finer scale
+        ({1.0: 2.5, 0.5: 1.2, 0.25: 1.0}, 1, 1),  # perhaps: the model looks, and finds nothing there
+        ({0.5: 3.0, 0.25: 1.0}, 1, 1),
+        ({1.0: 1.5, 0.5: 1.2, 0.25: 1.0}, 1, 0),
+        ({0.5: 1.0, 0.25: 1.0, 0.125: 9.0}, 1, 0),  # coarser scales do not count
+    ],
+)
+def test_far_more_cells_at_a_far_finer_scale_are_nuclei(density, expected, looks, monkeypatch):
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, seen = drawn_image(600, 600), []
+
+    def detect(part, window, min_score):
+        seen.append(part.scale[0])
+        return grid_of_cells(part, window, [(0.0, 28.0, 0.8)], visible=(0.0, 0.0))
+
+    monkeypatch.setattr(model, "detect_seen", detect)
+    levels = model.preprocessing.levels(image)
+    assert _finer(model, image, levels, _contrast(image, levels), 288, 0.25, density) == expected
+    assert len(seen) == looks
 
 
 def test_without_cells_the_image_gets_the_scale_of_the_training_images():
