@@ -181,7 +181,7 @@ def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
     truths = json.loads((shared / "dsb2018" / "instances_val.json").read_text())
     (image,) = [one["id"] for one in truths["images"] if one["file_name"].endswith("9e4f8ec60a0d622a.png")]
     masks = [one["segmentation"] for one in truths["annotations"] if one["image_id"] == image]
-    overlap = mask_iou(cells.above(0.004).masks.rle(), masks)
+    overlap = mask_iou(cells.above(model.threshold).masks.rle(), masks)
     assert (overlap.max(axis=1) > 0.5).mean() > 0.7 and (overlap.max(axis=0) > 0.5).mean() > 0.6
 
 
