@@ -273,7 +273,8 @@ def train(
 
             def after_iteration(_: Trainer) -> None:
                 bar.set_postfix_str(f"iteration {trainer.iteration}, loss {trainer.latest.get('loss', 0):.3f}")
-                bar.update(100 * trainer.progress - bar.n)
+                bar.n = 100 * min(1.0, trainer.progress)  # the last iteration ends after the time is over
+                bar.update(0)
                 if trainer.progress < 1 and trainer.progress >= (keeper.done + 1) / (settings.validations + 1):
                     keeper.validate()
                     trainer.stop_requested |= keeper.out_of_patience(settings.patience)

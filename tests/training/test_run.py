@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from builders import SMALL, labelled, training_network
 from PIL import Image
+from tqdm import TqdmWarning
 
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
@@ -64,6 +66,16 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
 
     with pytest.raises(ValueError, match="another settings"):
         train(training_network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
+
+
+def test_the_bar_ends_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though the last iteration ends after the time is over, of which tqdm warns."""
+    images = labelled(training_network(), 2)
+    settings = TrainSettings(minutes=1 / 600, batch_size=1, validations=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TqdmWarning)
+        train(training_network(), images, images, tmp_path, settings, geometry=SMALL)
+    assert "training: 100.0 %" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
