@@ -91,6 +91,7 @@ class Cells:
             return cells
         cells = cells[(boxes[:, 2:] > boxes[:, :2]).all(1)]
         masks = cells.masks.cropped(size, border)
-        cut = (masks.windows + border != cells.masks.windows).any(1)
-        there = [not one or bool(masks[i].any()) for i, one in enumerate(cut.tolist())]
-        return dataclasses.replace(cells, masks=masks)[torch.tensor(there, dtype=torch.bool, device=boxes.device)]
+        cut = (masks.windows + border != cells.masks.windows).any(1).nonzero()[:, 0]
+        there = torch.ones(len(cells), dtype=torch.bool)
+        there[cut] = torch.tensor([bool(crop.any()) for crop, _ in masks.pixels(cut.tolist())], dtype=torch.bool)
+        return dataclasses.replace(cells, masks=masks)[there.to(boxes.device)]

@@ -34,6 +34,13 @@ def dim_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 400, (height, width, 3)).astype(np.uint16)
 
 
+def drawn_window(data: st.DataObject, seen: NetworkImage) -> tuple[slice, slice]:
+    """Any rows and columns of an image."""
+    first = [data.draw(st.integers(0, side - 1)) for side in seen.shape[:2]]
+    last = [data.draw(st.integers(low + 1, side)) for low, side in zip(first, seen.shape, strict=False)]
+    return slice(first[0], last[0]), slice(first[1], last[1])
+
+
 # Windows of the image
 
 
@@ -51,12 +58,8 @@ def test_windows_equal_the_whole(height, width, scale, seed, data):
     whole = seen[:, :]
     assert whole.shape == seen.shape and whole.dtype == np.float32
     assert whole.min() >= 0 and whole.max() <= 255
-    windows = []
-    for side in seen.shape[:2]:
-        first = data.draw(st.integers(0, side - 1))
-        windows.append(slice(first, data.draw(st.integers(first + 1, side))))
-    part = seen[windows[0], windows[1]]
-    np.testing.assert_allclose(part, whole[windows[0], windows[1]], atol=1e-3)
+    rows, columns = drawn_window(data, seen)
+    np.testing.assert_allclose(seen[rows, columns], whole[rows, columns], atol=1e-3)
 
 
 @settings(max_examples=60)
@@ -75,11 +78,8 @@ def test_a_border_is_the_mirror_image(height, width, scale, border, data):
     sides = ((seen.border, seen.border),) * 2
     expected = NetworkImage(np.pad(image, (*sides, (0, 0)), "reflect"), levels, scale)
     assert seen.shape == expected.shape and seen.scale == expected.scale
-    windows = []
-    for side in seen.shape[:2]:
-        first = data.draw(st.integers(0, side - 1))
-        windows.append(slice(first, data.draw(st.integers(first + 1, side))))
-    np.testing.assert_allclose(seen[windows[0], windows[1]], expected[windows[0], windows[1]], atol=1e-3)
+    rows, columns = drawn_window(data, seen)
+    np.testing.assert_allclose(seen[rows, columns], expected[rows, columns], atol=1e-3)
 
 
 def test_a_border_reads_no_more_than_its_window():
