@@ -31,6 +31,9 @@ _COVER_SIZE = (512, 256)  # width and height, of which bioimage.io asks for 2 to
 _OF_STAINS = """
 Of sections in haematoxylin and eosin kg_detectron also shows the network a grey image of the density of haematoxylin,
 dark on bright, and takes the view in which it expects more cells; here the user has to."""
+_OF_DYES = """
+Of pictures of several dyes in fluorescence kg_detectron also shows the network each colour alone, as a grey image, and
+takes the one in which it is surest of the cells; here the user has to."""
 
 
 def save_bioimage_package(model: InstanceNet, path: str | Path, name: str) -> None:
@@ -166,6 +169,7 @@ def _meaning(output: str, stride: float) -> str:
 
 def _readme(model: KeypointGraphNet, name: str) -> str:
     stains = _OF_STAINS if model.preprocessing.haematoxylin else ""
+    stains += _OF_DYES if model.preprocessing.single_colours else ""
     strides = ", ".join(f"s{scale} has stride {STRIDES[scale - 1]}" for scale in model.keypoint_branch.scales)
     return f"""# {name}
 

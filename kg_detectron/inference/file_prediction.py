@@ -304,6 +304,7 @@ class FilePredictor:
             "diameter": settings.diameter,
             "pixel_size": None if given else self._pixel_size_for_scale(record),
             "normalisation": settings.normalise,
+            "single_colours": settings.channels is None,
             "min_score": self.threshold,
             "tile": settings.tile,
             "overlap": settings.overlap,

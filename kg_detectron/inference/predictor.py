@@ -14,12 +14,17 @@ from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
+from kg_detectron.io.stains import COLOURS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.preprocessing import HAEMATOXYLIN, NetworkImage, Preprocessing
 
 HAEMATOXYLIN_NOTE = (
     "The network was shown how much haematoxylin is where, for there it expects more cells than in colours."
 )
+VIEW_NOTES = {HAEMATOXYLIN: HAEMATOXYLIN_NOTE} | {
+    colour: f"The network was shown the {colour} of the picture alone, for there it is surest of the cells."
+    for colour in COLOURS
+}
 
 
 @torch.no_grad()
@@ -31,6 +36,7 @@ def predict(
     diameter: float | None = None,
     pixel_size: float | None = None,
     normalisation: str | None = None,
+    single_colours: bool = True,
     min_score: float = 0.0,
     tile: int = Settings.tile,
     overlap: int = Settings.overlap,
@@ -54,6 +60,8 @@ def predict(
         pixel_size: micrometres of a pixel; it sets the scale where the model knows its own. At most one of these three
             may be given; without any the model estimates the scale from the image.
         normalisation: "fixed" or "percentile" instead of the model's own.
+        single_colours: False shows the network all colours of a picture of several dyes, see
+            `Preprocessing.single_colours`.
         min_score: cells of a lower score are left out, before time is spent on their masks; ``model.threshold`` gives
             those that the model takes for true.
         tile: largest side of a tile, pixels of the network's input, a multiple of 32. Around it the network sees as
@@ -84,7 +92,7 @@ def predict(
     check_tile(tile, overlap)
     if ensemble and isinstance(image, LazyPlane):
         raise ValueError("ensemble: the image is too large to be mirrored, for it is read piece by piece")
-    preprocessing = _preprocessing(model, normalisation)
+    preprocessing = _preprocessing(model, normalisation, single_colours)
     detections: list[Cells] = []
     view: str | None = None
     for mirror in MIRRORS if ensemble else MIRRORS[:1]:
@@ -106,7 +114,7 @@ def predict(
             cells = tiled.cells(steps)
             cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
-        notes = (*cells.notes, HAEMATOXYLIN_NOTE) if view == HAEMATOXYLIN else cells.notes
+        notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:
@@ -140,6 +148,7 @@ def tiled_steps(
     diameter: float | None,
     pixel_size: float | None,
     normalisation: str | None,
+    single_colours: bool,
     min_score: float,
     tile: int,
     overlap: int,
@@ -148,17 +157,20 @@ def tiled_steps(
 ) -> TiledDetection | None:
     """The steps of `predict`, without an ensemble, for processes that share them by a store; None for an image that is
     not predicted in tiles. The arguments are those of `predict`."""
-    preprocessing = _preprocessing(model, normalisation)
+    preprocessing = _preprocessing(model, normalisation, single_colours)
     part = store.part("0")
     seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, None, part)
     wanted = None if area is None else _wanted(area, MIRRORS[0], seen)
     return _tiled(model, seen, min_score, tile, overlap, wanted, part)
 
 
-def _preprocessing(model: InstanceNet, normalisation: str | None) -> Preprocessing:
-    if normalisation is None:
-        return model.preprocessing
-    return dataclasses.replace(model.preprocessing, normalisation=normalisation)
+def _preprocessing(model: InstanceNet, normalisation: str | None, single_colours: bool) -> Preprocessing:
+    own = model.preprocessing
+    return dataclasses.replace(
+        own,
+        normalisation=normalisation or own.normalisation,
+        single_colours=single_colours and own.single_colours,
+    )
 
 
 def _seen(

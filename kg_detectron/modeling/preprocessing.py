@@ -15,7 +15,7 @@ from torch import Tensor
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.normalisation import Levels, Normalisation
 from kg_detectron.io.resize import resize_image
-from kg_detectron.io.stains import HaematoxylinLevels, haematoxylin_levels
+from kg_detectron.io.stains import HaematoxylinLevels, SingleColour, haematoxylin_levels, single_colours
 from kg_detectron.modeling.settings import require
 
 # Windows of an image are read in blocks of so many network pixels a side, and a scale maps a block to whole pixels of
@@ -26,9 +26,9 @@ _BLOCK_SIDES = (4, 512)
 
 RESIZE = ("isotropic", "squeeze")
 
-# The views of `Preprocessing.views`.
+# The views of `Preprocessing.views`; that of a single colour has its name.
 COLOURS, HAEMATOXYLIN = "colours", "haematoxylin"
-View = Levels | HaematoxylinLevels
+View = Levels | HaematoxylinLevels | SingleColour
 
 
 class Scale(NamedTuple):
@@ -66,6 +66,8 @@ class Preprocessing:
         pixel_size: micrometres of a pixel of the network's input; None where unknown.
         haematoxylin: whether a stained image is also looked at as a grey one of its density of haematoxylin, see
             `kg_detectron.io.stains`; prediction takes the view in which the model expects more cells. Ours.
+        single_colours: whether a picture of several dyes in fluorescence is also looked at in each of its colours
+            alone, as a grey image; prediction takes the view in which the model is surest of the cells. Ours.
         pixel_mean, pixel_std: the network sees (levels - mean) / std, channels BGR.
 
     Raises:
@@ -85,6 +87,7 @@ class Preprocessing:
     image_diameter: float | None = None
     pixel_size: float | None = None
     haematoxylin: bool = False
+    single_colours: bool = False
     pixel_mean: tuple[float, float, float] = field(default=(127.5, 127.5, 127.5), metadata={"key": "MODEL.PIXEL_MEAN"})
     pixel_std: tuple[float, float, float] = field(default=(255.0, 255.0, 255.0), metadata={"key": "MODEL.PIXEL_STD"})
 
@@ -153,16 +156,20 @@ class Preprocessing:
         return self.levels_rule().levels(image)
 
     def views(self, image: np.ndarray) -> dict[str, View]:
-        """How an image (H, W, 3) may be shown to the network, by name: one view, or two of a stained image.
+        """How an image (H, W, 3) may be shown to the network, by name: one view, or more of one with several dyes.
 
         Raises:
             ValueError: as `levels` does.
         """
         if isinstance(image, LazyPlane):
-            image = image.overview()  # read once for both views
+            image = image.overview()  # read once for all views
         levels = self.levels(image)
-        density = haematoxylin_levels(image, levels.high) if self.haematoxylin else None
-        return {COLOURS: levels} if density is None else {COLOURS: levels, HAEMATOXYLIN: density}
+        views: dict[str, View] = {COLOURS: levels}
+        if self.haematoxylin and (density := haematoxylin_levels(image, levels.high)) is not None:
+            views[HAEMATOXYLIN] = density
+        elif self.single_colours:
+            views |= {colour.name: colour for colour in single_colours(image, levels)}
+        return views
 
     def levels_rule(self) -> Normalisation:
         """How grey levels become 0..255."""
@@ -214,7 +221,9 @@ class NetworkImage:
 
     def __init__(self, image: np.ndarray, levels: View, scale: float | tuple[int, int], border: int = 0) -> None:
         self.image, self.levels = image, levels
-        self.view = HAEMATOXYLIN if isinstance(levels, HaematoxylinLevels) else COLOURS
+        self.view = levels.name if isinstance(levels, SingleColour) else COLOURS
+        if isinstance(levels, HaematoxylinLevels):
+            self.view = HAEMATOXYLIN
         height, width = image.shape[:2]
         self.border = 0
         self._resized: np.ndarray | None = None

@@ -1,14 +1,18 @@
-"""Stained images are predicted in the view in which the model expects more cells."""
+"""Stained images are predicted in the view in which the model expects more cells, pictures of several dyes in the one
+in which it is surest of them."""
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from builders import tiny_network
 
 from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.run_lengths import encode_mask
+from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
-from kg_detectron.inference.predictor import HAEMATOXYLIN_NOTE
+from kg_detectron.inference.predictor import HAEMATOXYLIN_NOTE, VIEW_NOTES
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.io.stains import DYES
 from kg_detectron.metrics.iou import mask_iou
@@ -106,3 +110,71 @@ def test_the_kept_model_sees_nuclei_among_eosin(tmp_path):
     )
     assert right > right_in_colours and right >= 10
     assert right / len(found) > right_in_colours / len(in_colours)
+
+
+def merged(height: int = 160, width: int = 200, count: int = 12, blue: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Drawn nuclei in one channel, BGR, of (H, W, 3) uint8, with fibres in the others; and their masks."""
+    generator = np.random.default_rng(3)
+    image, nuclei = nuclei_image(generator, height, width, count)
+    across, down = (255 * generator.uniform(0, 1, side // 8 + 1).repeat(8)[:side] ** 3 for side in (height, width))
+    channels = [image[..., 0], across[:, None].repeat(width, 1), down[None].repeat(height, 0)]
+    return np.stack(channels[-blue:] + channels[:-blue], axis=2).astype(np.uint8), nuclei
+
+
+def sure_by_view(scores: dict[str, float], areas: dict[str, int] | None = None) -> KeypointGraphNet:
+    """A network that finds five cells of 20 pixels or other sides, with a probability by the view."""
+    model = tiny_network(resize="isotropic", diameter=20.0, single_colours=True).eval()
+
+    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0):
+        side = round((areas or {}).get(seen.view, 20) * seen.scale[0])
+        windows = torch.tensor([[4 * i, 0, 4 * i + side, side] for i in range(5)])
+        masks = MaskCrops([torch.ones(side, side)] * 5, windows, seen.shape[:2])
+        found = torch.full((5,), scores[seen.view])
+        return Cells(windows.float(), found, torch.ones(5, dtype=torch.long), masks).above(min_score)
+
+    model.detect_seen = detect_seen
+    return model
+
+
+@pytest.mark.parametrize(
+    ("scores", "areas", "expected"),
+    [
+        ({"colours": 0.6, "blue": 0.9, "green": 0.7, "red": 0.8}, {}, "blue"),
+        ({"colours": 0.6, "blue": 0.8, "green": 0.7, "red": 0.9}, {}, "red"),
+        ({"colours": 0.9, "blue": 0.8, "green": 0.7, "red": 0.7}, {}, "colours"),
+        ({"colours": 0.6, "blue": 0.88, "green": 0.7, "red": 0.9}, {}, "blue"),  # as usual for DNA
+        ({"colours": 0.6, "blue": 0.8, "green": 0.7, "red": 0.95}, {"red": 6}, "blue"),  # a marker of few cells
+        ({"colours": 0.6, "blue": 0.9, "green": 0.5, "red": 0.5}, {"blue": 8}, "blue"),  # fewer cells, but enough
+    ],
+)
+def test_of_several_dyes_the_surest_view_is_taken(scores, areas, expected):
+    model, (image, _) = sure_by_view(scores, areas), merged()
+    for sizes in [{"scale": 1.0}, {}][: 1 if areas else 2]:  # at an estimated scale all cells are as large
+        cells = predict(model, image, **sizes)
+        assert cells.notes == ((VIEW_NOTES[expected],) if expected != COLOURS else ())
+        assert cells.scores.numpy() == pytest.approx(scores[expected])
+    in_colours = predict(model, image, scale=1.0, single_colours=False)
+    assert in_colours.notes == () and in_colours.scores.numpy() == pytest.approx(scores[COLOURS])
+
+
+def test_without_cells_in_any_colour_the_picture_keeps_its_colours():
+    model = tiny_network(resize="isotropic", diameter=20.0, single_colours=True, peak_threshold=1e6).eval()
+    cells = predict(model, merged()[0])
+    assert len(cells) == 0 and cells.notes == () and cells.scale == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("channel", [0, 2])
+def test_the_kept_model_sees_nuclei_among_other_dyes(channel, tmp_path, capsys):
+    image, nuclei = merged(300, 400, 20, channel)
+    path, colour = tmp_path / "merged.png", ("blue", "green", "red")[channel]
+    assert cv2.imwrite(str(path), image)
+    truth, right, notes = [encode_mask(mask) for mask in nuclei], [], []
+    for options in ([], ["--channels", str(3 - channel)], ["--channels", "red,green,blue"]):
+        command = ["predict", str(path), "-o", str(tmp_path / "out"), "--save", "labels", "--overwrite"]
+        assert main([*command, *options]) == 0
+        labels = tifffile.imread(tmp_path / "out" / "merged_labels.tif")
+        found = [encode_mask(labels == number) for number in np.unique(labels[labels > 0])]
+        right.append(int((mask_iou(found, truth).max(1) >= 0.5).sum()) if found else 0)
+        notes.append(capsys.readouterr().out)
+    assert right[0] == right[1] and right[0] > right[2] and right[0] >= 14
+    assert VIEW_NOTES[colour] in notes[0] and "alone, for there" not in notes[1] + notes[2]

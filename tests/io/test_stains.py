@@ -1,4 +1,4 @@
-"""Stained images: the density of haematoxylin is what was put there, and other images are told apart."""
+"""Stained images: the density of haematoxylin is what was put there; pictures of several dyes: each colour alone."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.color import rgb2hed
 
-from kg_detectron.io.stains import DYES, haematoxylin_density, haematoxylin_levels
+from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.stains import DYES, channels_of_dyes, haematoxylin_density, haematoxylin_levels, single_colours
 
 
 def section(height: int = 60, width: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -65,3 +66,38 @@ def test_other_images_are_told_apart():
         assert haematoxylin_levels(other, white) is None
     assert haematoxylin_levels(np.broadcast_to(image[..., :1], image.shape), white) is None
     assert haematoxylin_levels(image, np.array([1.0, 0.0, 1.0])) is None
+
+
+def merged(height: int = 60, width: int = 80) -> np.ndarray:
+    """(H, W, 3) BGR of 0..1: nuclei in blue, something else in red, little of both in green."""
+    nuclei = section(height, width)[1]
+    other = np.random.default_rng(1).uniform(0, 1, (height, width)) ** 4
+    return np.stack((nuclei, 0.05 * (nuclei + other), other), axis=2) / 1.2
+
+
+@pytest.mark.parametrize("kind", ["fixed", "percentile"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_each_colour_of_several_dyes_is_shown_alone(kind, dtype, tmp_path):
+    image = (merged() * {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]).astype(dtype)
+    levels = Normalisation(kind).levels(image)
+    mapped = np.memmap(tmp_path / "image", dtype, "w+", shape=image.shape)
+    mapped[:] = image
+    for colours in (single_colours(image, levels), single_colours(mapped, levels)):
+        assert [(colour.name, colour.channel) for colour in colours] == [("blue", 0), ("red", 2)]  # hardly any green
+        for colour in colours:
+            shown = colour(image)
+            assert shown.dtype == np.float32 and (np.ptp(shown, axis=2) == 0).all()
+            assert np.array_equal(shown[..., 0], levels(image)[..., colour.channel])
+            assert np.array_equal(colour(image[7:31, 20:57]), shown[7:31, 20:57])
+
+
+def test_pictures_of_several_dyes_are_told_apart():
+    image = merged()
+    assert channels_of_dyes(image) == [0, 2] and channels_of_dyes(image[..., ::-1]) == [0, 2]
+    assert channels_of_dyes(np.where(image > 0.9, np.nan, image)) == [0, 2]
+    grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2)
+    others = (grey, grey * [0.1, 1.0, 0.3], image * [1, 0, 0], 1 - image, section()[0])
+    for other in (*others, np.zeros_like(image), np.ones_like(image), np.full_like(image, np.nan)):
+        assert channels_of_dyes(other) == []
+    assert channels_of_dyes(np.broadcast_to(image[..., :1], image.shape)) == []
+    assert channels_of_dyes(np.ones((1, 1, 3))) == []

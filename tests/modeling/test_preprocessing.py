@@ -19,6 +19,7 @@ from kg_detectron.modeling.cell_size import (
     FIRST_SCALES,
     _contrast,
     _finer,
+    _Look,
     common_diameter,
     estimate_scale,
     no_cell,
@@ -372,6 +373,18 @@ def test_far_more_cells_at_a_far_finer_scale_are_nuclei(density, expected, looks
     levels = model.preprocessing.levels(image)
     assert _finer(model, image, levels, _contrast(image, levels), 288, 0.25, density) == expected
     assert len(seen) == looks
+
+
+@pytest.mark.parametrize(("seen_again", "expected"), [(2, 44.0), (3, 27.0)])
+def test_a_correction_that_shows_hardly_any_cell_is_none(seen_again, expected, monkeypatch):
+    """A few large cells among debris: most of what the first look sees is debris, but the next sees hardly any."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, looks = drawn_image(600, 600), [_Look(44.0, 7, 25.0, 0.02), _Look(25.0, seen_again, 27.0, 0.015)]
+    cells = [(0.0, 44.0, 0.9)]
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, cells))
+    monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: looks.pop(0))
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / expected, rel=0.05) and not looks
 
 
 def test_without_cells_the_image_gets_the_scale_of_the_training_images():

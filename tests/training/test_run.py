@@ -156,6 +156,18 @@ def test_a_start_from_nothing_has_the_kept_network(monkeypatch: pytest.MonkeyPat
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), load_model(kept).parameters(), strict=True))
 
 
+@pytest.mark.parametrize("of_several_dyes", [False, True])
+def test_pictures_of_several_dyes_are_learned_and_predicted_in_all_colours(tmp_path: Path, of_several_dyes) -> None:
+    model, lines = training_network().with_preprocessing(single_colours=True), list[str]()
+    images = labelled(model, 2)
+    if of_several_dyes:
+        images[1].image[..., 1:] = images[1].image[::-1, ::-1, 1:]
+    settings = TrainSettings(minutes=None, iterations=1, batch_size=1, validations=1)
+    assert train(model, images, images, tmp_path, settings, geometry=SMALL, log=lines.append) is not None
+    assert load_model(tmp_path / "model.safetensors").preprocessing.single_colours is not of_several_dyes
+    assert any("all their colours" in line for line in lines) is of_several_dyes
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Validations have these figures, one after the other, and then the last one."""
 
