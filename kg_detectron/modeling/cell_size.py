@@ -46,6 +46,9 @@ SURE = 0.73
 # A scale FAR times as fine is taken without another look where a pixel of the image has so many times the trust: 3.4 to
 # 4.7 times in smears whose cells were taken for nuclei, 2.1 times at most in other images.
 FAR, FAR_MORE_CELLS = 4, 2.7
+# Where most of the cells' area belongs to larger ones, as to a nucleus among pieces of others that the edge cuts, these
+# are not enlarged beyond so many pixels of the network's input, for it sees few larger ones.
+LARGE = 64.0
 # Specks of less than so many pixels are no cells but single photons, unless the training images had such cells.
 SMALLEST_CELL = 4.0
 # Of a picture of several dyes, a colour that shows less than this share of the area of cells that another shows, as a
@@ -129,6 +132,7 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
     if typical is None and look.corrected < SMALLEST_CELL:
         return no_cell(model.preprocessing)
     diameter = look.corrected if look.found >= ENOUGH else look.diameter
+    diameter = max(diameter, look.large * model.preprocessing.predicted_diameter / LARGE)
     seen_as = trained / max(diameter / model.preprocessing.enlargement, smallest)
     return Scale(BLOCK / block_side(seen_as), f"estimated from cells of about {diameter:.0f} pixels")
 
@@ -139,6 +143,7 @@ class _Look(NamedTuple):
     diameter: float
     found: int  # cells
     corrected: float  # median diameter of these, by their scores
+    large: float  # the diameter at which half of the cells' area is reached, by their scores
     coverage: float  # area of the cells, by the trust in them, for a pixel of the part
 
 
@@ -148,8 +153,10 @@ def _look(model: "InstanceNet", image: np.ndarray, levels: View, contrast: np.nd
     part = _part(seen, contrast, PART)
     cells = _cells(model, seen, part)
     found, trust = _votes(cells, trained)
-    corrected = weighted_median(found / seen.scale[0], cells.scores.cpu().numpy())
-    return _Look(diameter, len(cells), corrected or diameter, float((trust * found**2).sum()) / _pixels(part))
+    scores, sizes = cells.scores.cpu().numpy(), found / seen.scale[0]
+    corrected = weighted_median(sizes, scores) or diameter
+    large = weighted_median(sizes, scores * found**2) or diameter
+    return _Look(diameter, len(cells), corrected, large, float((trust * found**2).sum()) / _pixels(part))
 
 
 def no_cell(preprocessing: Preprocessing) -> Scale:

@@ -20,6 +20,7 @@ from kg_detectron.modeling.cell_size import (
     _contrast,
     _finer,
     _Look,
+    _look,
     common_diameter,
     estimate_scale,
     no_cell,
@@ -379,12 +380,32 @@ def test_far_more_cells_at_a_far_finer_scale_are_nuclei(density, expected, looks
 def test_a_correction_that_shows_hardly_any_cell_is_none(seen_again, expected, monkeypatch):
     """A few large cells among debris: most of what the first look sees is debris, but the next sees hardly any."""
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
-    image, looks = drawn_image(600, 600), [_Look(44.0, 7, 25.0, 0.02), _Look(25.0, seen_again, 27.0, 0.015)]
+    image, looks = drawn_image(600, 600), [_Look(44.0, 7, 25.0, 25.0, 0.02), _Look(25.0, seen_again, 27.0, 27.0, 0.015)]
     cells = [(0.0, 44.0, 0.9)]
     monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, cells))
     monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: looks.pop(0))
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / expected, rel=0.05) and not looks
+
+
+@pytest.mark.parametrize(("large", "expected"), [(60.0, 28 / 30), (64.0, 28 / 30), (128.0, 0.5), (256.0, 0.25)])
+def test_cells_that_cover_most_are_not_enlarged_beyond_what_is_seen(large, expected, monkeypatch):
+    """As a nucleus among pieces of others, which the edges of the image cut."""
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, cells = drawn_image(600, 600), [(0.0, 30.0, 0.9)]
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, cells))
+    monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: _Look(30.0, 5, 30.0, large, 0.02))
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(expected, rel=0.05)
+
+
+def test_a_look_tells_the_diameters_of_most_cells_and_of_most_of_their_area(monkeypatch):
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, objects = drawn_image(600, 600), [(0.0, 60.0, 0.8), (50.0, 20.0, 0.9), (75.0, 20.0, 0.9)]
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, objects))
+    levels = model.preprocessing.levels(image)
+    look = _look(model, image, levels, _contrast(image, levels), 28.0)
+    assert look.corrected == pytest.approx(20.0, rel=0.1) and look.large == pytest.approx(60.0, rel=0.1)
 
 
 def test_without_cells_the_image_gets_the_scale_of_the_training_images():
