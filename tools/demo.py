@@ -32,6 +32,8 @@ from kg_detectron.modeling import (
     KeypointGraphNet,
     KeypointGraphSettings,
     Preprocessing,
+    RankingSettings,
+    SegmentationSettings,
     TargetSettings,
     TrunkSettings,
 )
@@ -42,7 +44,7 @@ from kg_detectron.training.run import MODEL_FILE, TrainSettings, train
 ROOT = Path(__file__).parents[1]
 DEMO = Path("demo")
 DATA = DEMO / "data"
-RUNS = {"kg_r18_synthetic_cpu": "keypoint graph", "mask_rcnn_fpn_r18_synthetic_cpu": "Mask R-CNN"}
+RUNS = {"kg_r18_synthetic_plus_cpu": "keypoint graph", "mask_rcnn_fpn_r18_synthetic_cpu": "Mask R-CNN"}
 ITERATIONS = 240
 PICTURES = 3
 
@@ -121,15 +123,19 @@ def with_detectron2(dataset: CocoDataset) -> dict[str, dict[int, list[tuple[floa
 
 
 def small_network(diameter: float) -> KeypointGraphNet:
-    """The network of configs/kg_r18_synthetic_cpu.yaml, for cells of that diameter in pixels."""
+    """The network of configs/kg_r18_synthetic_plus_cpu.yaml, for cells of that diameter in pixels."""
     return KeypointGraphNet.build(
         KeypointGraphSettings(
             preprocessing=Preprocessing(resize="isotropic", diameter=diameter),
             backbone=BackboneSettings("resnet18", c0_channels=16),
             trunk=TrunkSettings(widths=(16, 32, 48, 64)),
             heads=HeadSettings(head_kernel=3),
-            targets=TargetSettings(radius=2.0),
-            decoding=DecodingSettings(smooth_sigma=1.0),
+            targets=TargetSettings(radius=2.0, min_side=3.0, heatmap_weight=5.0),
+            decoding=DecodingSettings(
+                smooth_sigma=0.8, peak_threshold=0.002, hops=2, corner_and_centre=True, nms_threshold=0.7
+            ),
+            segmentation=SegmentationSettings(box_jitter=0.2, mask_margin=1.0),
+            ranking=RankingSettings(blur_weight=0.3, overlap_sigma=0.05),
         )
     )
 
@@ -159,7 +165,7 @@ def with_the_core(data: Path, folder: Path, iterations: int) -> dict[str, dict[i
     for record in load_coco(data / "instances_val.json", data / "val").records:
         cells = predict(model, read_image(record["file_name"]))
         found[record["image_id"]] = list(zip(cells.scores.tolist(), cells.masks.rle(), strict=True))
-    return {RUNS["kg_r18_synthetic_cpu"]: found}
+    return {RUNS["kg_r18_synthetic_plus_cpu"]: found}
 
 
 def main() -> None:

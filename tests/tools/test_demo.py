@@ -1,9 +1,12 @@
 """What `make demo` does where Detectron2 is missing, and its picture."""
 
+import dataclasses
+
 import demo
 import make_synthetic
 import numpy as np
 import pytest
+from builders import load_config
 
 from kg_detectron.inference import load_model
 from kg_detectron.io.coco import load_coco
@@ -26,6 +29,15 @@ def test_trains_as_the_command_does(data, tmp_path):
     assert list(found["keypoint graph"]) == images
     preprocessing = load_model(tmp_path / "model.safetensors").preprocessing
     assert preprocessing.resize == "isotropic" and len(preprocessing.diameters) == 5
+
+
+@pytest.mark.detectron2
+def test_the_network_is_that_of_the_config():
+    from kg_detectron.d2.config import method_settings
+
+    expected = method_settings(load_config("kg_r18_synthetic_plus_cpu"))
+    network = demo.small_network(14.0).settings
+    assert dataclasses.replace(network, preprocessing=expected.preprocessing) == expected
 
 
 def test_the_demos_picture_shows_the_best_detections(data, tmp_path):
