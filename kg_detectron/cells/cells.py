@@ -32,6 +32,7 @@ class Cells:
         masks: R masks.
         scale: pixels of the network's input for one of the image, (y, x).
         scale_source: where the scale comes from: "given", "diameter", "pixel size", "estimated", "training size", ...
+        view: what the network was shown of the image, see `kg_detectron.modeling.preprocessing.Preprocessing.views`.
         notes: sentences about what a user should know, such as cells that were left out.
     """
 
@@ -41,6 +42,7 @@ class Cells:
     masks: MaskCrops
     scale: tuple[float, float] = (1.0, 1.0)
     scale_source: str = ""
+    view: str = ""
     notes: tuple[str, ...] = ()
 
     @property

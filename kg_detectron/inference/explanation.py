@@ -98,12 +98,15 @@ class Explanation:
 
 
 @torch.no_grad()
-def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None) -> Explanation:
+def explain(
+    model: InstanceNet, image: np.ndarray, *, scale: float | None = None, view: str | None = None
+) -> Explanation:
     """The stages of a prediction, and what lies between them.
 
     Args:
         model: a keypoint graph in evaluation mode.
         image, scale: as for `predict`; the scale of its result explains a prediction that had a diameter.
+        view: that of the prediction's result; None lets the model choose.
 
     Raises:
         ValueError: as `predict` does, or a model of another method, which has no groups of keypoints.
@@ -113,7 +116,7 @@ def explain(model: InstanceNet, image: np.ndarray, *, scale: float | None = None
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
     image_size = image.shape[0], image.shape[1]
-    seen, _ = model.network_image(image, scale=scale)
+    seen, _ = model.network_image(image, scale=scale, view=view)
     batch, size = model.batch_of(seen)
     sizes = [size]
     with autocast(model.precision, batch.device):

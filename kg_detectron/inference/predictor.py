@@ -14,7 +14,7 @@ from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
-from kg_detectron.io.stains import COLOURS
+from kg_detectron.io.stains import SINGLE_COLOURS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.preprocessing import HAEMATOXYLIN, NetworkImage, Preprocessing
 
@@ -23,7 +23,7 @@ HAEMATOXYLIN_NOTE = (
 )
 VIEW_NOTES = {HAEMATOXYLIN: HAEMATOXYLIN_NOTE} | {
     colour: f"The network was shown the {colour} of the picture alone, for there it is surest of the cells."
-    for colour in COLOURS
+    for colour in SINGLE_COLOURS
 }
 
 
@@ -115,7 +115,7 @@ def predict(
             cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
-        detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, notes=notes)))
+        detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, view=view, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:
         return cells

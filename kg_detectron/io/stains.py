@@ -22,7 +22,7 @@ _SAMPLE, _SAMPLE_OF_COLOURS = 2**21, 2**18  # pixels
 _PERCENTILES = (1, 99.8)
 _TOGETHER = 2**20  # pixels, which bounds the memory
 
-COLOURS = (BLUE := "blue", "green", "red")
+SINGLE_COLOURS = (BLUE := "blue", "green", "red")  # by channel
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class HaematoxylinLevels:
         return np.repeat(grey[..., None], 3, axis=2)
 
 
-def haematoxylin_levels(image: np.ndarray, white: np.ndarray) -> HaematoxylinLevels | None:
+def haematoxylin_levels(
+    image: np.ndarray, white: np.ndarray, *, is_stained: bool | None = None
+) -> HaematoxylinLevels | None:
     """How a stained image becomes one of its haematoxylin; None for any other image.
 
     Stained is an image that is bright and coloured: no fluorescence, no phase contrast, nothing grey.
@@ -56,13 +58,16 @@ def haematoxylin_levels(image: np.ndarray, white: np.ndarray) -> HaematoxylinLev
     Args:
         image: (H, W, 3) BGR of any real type, may be a `numpy.memmap`.
         white: (3,) levels of clear glass.
+        is_stained: whether it is known to be; None looks.
     """
     sample = _sample(image, _SAMPLE)
     if sample.strides[2] == 0 or not (np.asarray(white) > 0).all():
         return None
     share = np.nan_to_num(sample / white, nan=0.0).clip(0, 1)
     grey = share.mean(axis=2)
-    if np.median(grey) <= _BRIGHT or np.abs(share - grey[..., None]).mean() <= _COLOURED:
+    if is_stained is None:
+        is_stained = np.median(grey) > _BRIGHT and np.abs(share - grey[..., None]).mean() > _COLOURED
+    if not is_stained:
         return None
     low, high = np.percentile(haematoxylin_density(sample, white), _PERCENTILES)
     return HaematoxylinLevels(white, float(low), float(high)) if high > low else None
@@ -109,21 +114,19 @@ class SingleColour:
         return np.repeat(self.levels(part[..., self.channel : self.channel + 1]), 3, axis=2)
 
 
-def single_colours(image: np.ndarray, levels: Levels) -> list[SingleColour]:
-    """The colours of a picture of several dyes in fluorescence, each alone; none of any other image.
+def single_colour(name: str, levels: Levels) -> SingleColour:
+    """One of `SINGLE_COLOURS` of a picture whose channels, BGR, have these levels."""
+    channel = SINGLE_COLOURS.index(name)
+    return SingleColour(name, channel, Levels(levels.low[[channel]], levels.high[[channel]]))
+
+
+def colours_of_dyes(image: np.ndarray) -> list[str]:
+    """Those of `SINGLE_COLOURS` that show something in a picture of several dyes in fluorescence; none of other images.
+
+    Such a picture is dark, and its channels do not all show the same.
 
     Args:
         image: (H, W, 3) BGR of any real type, may be a `numpy.memmap`.
-        levels: of its channels.
-    """
-    channels = channels_of_dyes(image)
-    return [SingleColour(COLOURS[c], c, Levels(levels.low[c : c + 1], levels.high[c : c + 1])) for c in channels]
-
-
-def channels_of_dyes(image: np.ndarray) -> list[int]:
-    """The channels in which a picture (H, W, 3) of several dyes in fluorescence shows something; none of other images.
-
-    Such a picture is dark, and its channels do not all show the same.
     """
     sample = _sample(image, _SAMPLE_OF_COLOURS)
     if sample.strides[2] == 0:
@@ -136,7 +139,7 @@ def channels_of_dyes(image: np.ndarray) -> list[int]:
         return []
     share = ((values[:, shown] - low[shown]) / spans[shown]).clip(0, 1)
     is_alike = np.corrcoef(share, rowvar=False).min() >= _ALIKE
-    return [] if is_alike or np.median(share.mean(axis=1)) > _BRIGHT else shown
+    return [] if is_alike or np.median(share.mean(axis=1)) > _BRIGHT else [SINGLE_COLOURS[c] for c in shown]
 
 
 def _sample(image: np.ndarray, most: int) -> np.ndarray:

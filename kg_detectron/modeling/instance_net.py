@@ -168,7 +168,8 @@ class InstanceNet(nn.Module, ABC):
         """The cells of a raw image, in its frame: all steps, the image at once."""
         seen, source = self.network_image(image)
         cells = self.detect_seen(seen)
-        return dataclasses.replace(cells.in_frame(image.shape[:2], seen.scale, seen.border), scale_source=source)
+        cells = cells.in_frame(image.shape[:2], seen.scale, seen.border)
+        return dataclasses.replace(cells, scale_source=source, view=seen.view)
 
     def network_image(
         self,
@@ -199,9 +200,7 @@ class InstanceNet(nn.Module, ABC):
                 "read_image chooses channels and planes of a file"
             )
         settings = preprocessing or self.preprocessing
-        views = settings.views(image)
-        if view is not None:
-            views = {view: views[view]}
+        views = settings.views(image, view)
         given = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
         view, found = choose_view(self, image, views, given)
         return NetworkImage(image, views[view], found.value, settings.border), found.source

@@ -15,7 +15,14 @@ from torch import Tensor
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.normalisation import Levels, Normalisation
 from kg_detectron.io.resize import resize_image
-from kg_detectron.io.stains import HaematoxylinLevels, SingleColour, haematoxylin_levels, single_colours
+from kg_detectron.io.stains import (
+    SINGLE_COLOURS,
+    HaematoxylinLevels,
+    SingleColour,
+    colours_of_dyes,
+    haematoxylin_levels,
+    single_colour,
+)
 from kg_detectron.modeling.settings import require
 
 # Windows of an image are read in blocks of so many network pixels a side, and a scale maps a block to whole pixels of
@@ -155,20 +162,35 @@ class Preprocessing:
         """
         return self.levels_rule().levels(image)
 
-    def views(self, image: np.ndarray) -> dict[str, View]:
+    def views(self, image: np.ndarray, only: str | None = None) -> dict[str, View]:
         """How an image (H, W, 3) may be shown to the network, by name: one view, or more of one with several dyes.
 
+        Args:
+            image: its pixels.
+            only: the view that was chosen before; None looks which there are.
+
         Raises:
-            ValueError: as `levels` does.
+            ValueError: the image has no such view, or as `levels` does.
         """
+        names = (COLOURS, HAEMATOXYLIN, *SINGLE_COLOURS)
+        require(only is None or only in names, "view", f"one of {', '.join(names)}", only)
         if isinstance(image, LazyPlane):
             image = image.overview()  # read once for all views
         levels = self.levels(image)
+        if only == COLOURS:
+            return {COLOURS: levels}
+        if only in SINGLE_COLOURS:
+            return {only: single_colour(only, levels)}
+        if only == HAEMATOXYLIN:
+            density = haematoxylin_levels(image, levels.high, is_stained=True)
+            if density is None:
+                raise ValueError(f"view: expected another one, for the image has no colours; got {only}")
+            return {HAEMATOXYLIN: density}
         views: dict[str, View] = {COLOURS: levels}
         if self.haematoxylin and (density := haematoxylin_levels(image, levels.high)) is not None:
             views[HAEMATOXYLIN] = density
         elif self.single_colours:
-            views |= {colour.name: colour for colour in single_colours(image, levels)}
+            views |= {name: single_colour(name, levels) for name in colours_of_dyes(image)}
         return views
 
     def levels_rule(self) -> Normalisation:

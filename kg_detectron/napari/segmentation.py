@@ -138,7 +138,7 @@ def segment(
             if graphs and (reason := _no_graphs(model, found)):
                 notes[reason] = None
             elif graphs:
-                explanation = explain(model, pixels, scale=found.scale[0])
+                explanation = explain(model, pixels, scale=found.scale[0], view=found.view)
                 graph_scores = found.scores.cpu().numpy()
             table = measure(
                 kept.masks, kept.boxes.cpu().numpy(), kept.scores.cpu().numpy(), np.asarray(pixels), pixel_size

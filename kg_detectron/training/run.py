@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.stains import channels_of_dyes
+from kg_detectron.io.stains import colours_of_dyes
 from kg_detectron.modeling import InstanceNet, Scores, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
 from kg_detectron.modeling.cell_size import common_diameter
@@ -240,7 +240,7 @@ def train(
     if model.preprocessing.resize != "isotropic":
         model.with_preprocessing(resize="isotropic")
         log("the model now scales images by the size of their cells, no longer to one size")
-    if model.preprocessing.single_colours and any(channels_of_dyes(i.image) for i in training):
+    if model.preprocessing.single_colours and any(colours_of_dyes(i.image) for i in training):
         model.with_preprocessing(single_colours=False)
         log("pictures of several dyes are shown to the model in all their colours, as here in training")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,13 @@ from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cells.run_lengths import encode_mask
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.inference.explanation import explain
 from kg_detectron.inference.predictor import HAEMATOXYLIN_NOTE, VIEW_NOTES
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.io.stains import DYES
 from kg_detectron.metrics.iou import mask_iou
 from kg_detectron.modeling import KeypointGraphNet, Scores
-from kg_detectron.modeling.preprocessing import COLOURS, HAEMATOXYLIN
+from kg_detectron.modeling.preprocessing import COLOURS, HAEMATOXYLIN, NetworkImage, Preprocessing
 from kg_detectron.synthetic import nuclei_image
 
 
@@ -155,6 +156,30 @@ def test_of_several_dyes_the_surest_view_is_taken(scores, areas, expected):
         assert cells.scores.numpy() == pytest.approx(scores[expected])
     in_colours = predict(model, image, scale=1.0, single_colours=False)
     assert in_colours.notes == () and in_colours.scores.numpy() == pytest.approx(scores[COLOURS])
+
+
+def test_a_view_that_was_chosen_is_taken_again():
+    """A mirror image is sampled at other pixels, and might be taken for a picture of another kind."""
+    preprocessing, stained = Preprocessing(haematoxylin=True, single_colours=True), section()
+    assert set(preprocessing.views(merged()[0])) == {COLOURS, "blue", "green", "red"}
+    assert set(preprocessing.views(stained)) == {COLOURS, HAEMATOXYLIN}
+    for name in (COLOURS, HAEMATOXYLIN, "blue", "green", "red"):
+        for image in (stained, 255 - stained):
+            assert NetworkImage(image, preprocessing.views(image, name)[name], 1.0).view == name
+    with pytest.raises(ValueError, match="view: expected one of .*, got 'purple'"):
+        preprocessing.views(stained, "purple")
+    with pytest.raises(ValueError, match="view: .* no colours; got haematoxylin"):
+        preprocessing.views(np.zeros((8, 8, 3), np.uint8), HAEMATOXYLIN)
+
+
+def test_an_explanation_shows_the_view_of_the_prediction():
+    model, (image, _) = load_model("nuclei"), merged(96, 128, 3, blue=2)
+    cells = predict(model, image)
+    assert cells.view == "red"
+    explained = [explain(model, image, scale=cells.scale[0], view=view) for view in (cells.view, "green")]
+    votes = [explanation.scales[0].votes for explanation in explained]
+    assert np.array_equal(votes[0], explain(model, image[..., [2, 2, 2]], scale=cells.scale[0]).scales[0].votes)
+    assert not np.array_equal(votes[0], votes[1])
 
 
 def test_without_cells_in_any_colour_the_picture_keeps_its_colours():

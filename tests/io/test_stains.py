@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from skimage.color import rgb2hed
 
 from kg_detectron.io.normalisation import Normalisation
-from kg_detectron.io.stains import DYES, channels_of_dyes, haematoxylin_density, haematoxylin_levels, single_colours
+from kg_detectron.io.stains import DYES, colours_of_dyes, haematoxylin_density, haematoxylin_levels, single_colour
 
 
 def section(height: int = 60, width: int = 80, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,22 +82,22 @@ def test_each_colour_of_several_dyes_is_shown_alone(kind, dtype, tmp_path):
     levels = Normalisation(kind).levels(image)
     mapped = np.memmap(tmp_path / "image", dtype, "w+", shape=image.shape)
     mapped[:] = image
-    for colours in (single_colours(image, levels), single_colours(mapped, levels)):
-        assert [(colour.name, colour.channel) for colour in colours] == [("blue", 0), ("red", 2)]  # hardly any green
-        for colour in colours:
-            shown = colour(image)
-            assert shown.dtype == np.float32 and (np.ptp(shown, axis=2) == 0).all()
-            assert np.array_equal(shown[..., 0], levels(image)[..., colour.channel])
-            assert np.array_equal(colour(image[7:31, 20:57]), shown[7:31, 20:57])
+    assert colours_of_dyes(image) == colours_of_dyes(mapped) == ["blue", "red"]  # hardly any green
+    for channel, name in ((0, "blue"), (2, "red")):
+        colour = single_colour(name, levels)
+        shown = colour(image)
+        assert shown.dtype == np.float32 and (np.ptp(shown, axis=2) == 0).all()
+        assert colour.name == name and np.array_equal(shown[..., 0], levels(image)[..., channel])
+        assert np.array_equal(colour(mapped[7:31, 20:57]), shown[7:31, 20:57])
 
 
 def test_pictures_of_several_dyes_are_told_apart():
     image = merged()
-    assert channels_of_dyes(image) == [0, 2] and channels_of_dyes(image[..., ::-1]) == [0, 2]
-    assert channels_of_dyes(np.where(image > 0.9, np.nan, image)) == [0, 2]
+    assert colours_of_dyes(image) == ["blue", "red"] and colours_of_dyes(image[..., ::-1]) == ["blue", "red"]
+    assert colours_of_dyes(np.where(image > 0.9, np.nan, image)) == ["blue", "red"]
     grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2)
     others = (grey, grey * [0.1, 1.0, 0.3], image * [1, 0, 0], 1 - image, section()[0])
     for other in (*others, np.zeros_like(image), np.ones_like(image), np.full_like(image, np.nan)):
-        assert channels_of_dyes(other) == []
-    assert channels_of_dyes(np.broadcast_to(image[..., :1], image.shape)) == []
-    assert channels_of_dyes(np.ones((1, 1, 3))) == []
+        assert colours_of_dyes(other) == []
+    assert colours_of_dyes(np.broadcast_to(image[..., :1], image.shape)) == []
+    assert colours_of_dyes(np.ones((1, 1, 3))) == []
