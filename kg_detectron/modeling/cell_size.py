@@ -195,7 +195,7 @@ def choose_view(
         views: see `Preprocessing.views`.
         scale: None estimates it: in the first view in which the model finds cells, or in every colour.
     """
-    if any(isinstance(levels, SingleColour) for levels in views.values()):
+    if len(views) > 1 and any(isinstance(levels, SingleColour) for levels in views.values()):
         return _surest(model, image, views, scale)
     if scale is None:
         nothing = no_cell(model.preprocessing)
