@@ -129,8 +129,8 @@ def colours_of_dyes(image: np.ndarray) -> list[str]:
         image: (H, W, 3) BGR of any real type, may be a `numpy.memmap`.
     """
     sample = _sample(image, _SAMPLE_OF_COLOURS)
-    if sample.strides[2] == 0:
-        return []
+    if (sample == sample[..., :1]).all():
+        return []  # grey, before anything is sorted: a training looks at all its images
     values = np.nan_to_num(sample.reshape(-1, 3).astype(np.float32), posinf=0.0, neginf=0.0)
     low, high = np.percentile(values, _PERCENTILES, axis=0)
     spans = high - low
