@@ -89,7 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or NO_NAPARI or "DISPLAY" in os.environ or shutil.which("Xvfb") is None:
         return
     reading, writing = os.pipe()
-    start = f"Xvfb -displayfd {writing} -screen 0 1280x960x24 -nolisten tcp & cat; kill $!"
+    start = f"Xvfb -displayfd {writing} -screen 0 1280x960x24 -nolisten tcp -noreset & cat; kill $!"
     subprocess.Popen(["sh", "-c", start], pass_fds=[writing], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     os.close(writing)
     with os.fdopen(reading) as pipe:
