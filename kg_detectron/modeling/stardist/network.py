@@ -16,7 +16,7 @@ from kg_detectron.modeling.methods import register_method
 from kg_detectron.modeling.precision import full_precision
 from kg_detectron.modeling.stardist.decoding import decode_stars
 from kg_detectron.modeling.stardist.losses import star_class_loss, star_losses
-from kg_detectron.modeling.stardist.settings import StarDistSettings
+from kg_detectron.modeling.stardist.settings import StarDistSettings, StarHeadSettings
 from kg_detectron.modeling.stardist.targets import star_classes, star_targets
 from kg_detectron.modeling.trunk import convolution
 from kg_detectron.modeling.trunk_net import TrunkNet
@@ -51,18 +51,19 @@ class StarClassHead(ClassBalance):
 class StarHeads(nn.Module):
     """Object probability, distances and classes from a decoder map of ``width`` channels."""
 
-    def __init__(self, width: int, channels: int, rays: int, classes: ClassSettings) -> None:
+    def __init__(self, width: int, settings: StarHeadSettings, classes: ClassSettings) -> None:
         super().__init__()
+        channels, self.unit = settings.channels, settings.distance_unit
         self.hidden = nn.Sequential(convolution(width, channels, 3), nn.ReLU(inplace=True))
         self.probability = nn.Conv2d(channels, 1, 1)
-        self.distance = nn.Conv2d(channels, rays, 1)
+        self.distance = nn.Conv2d(channels, settings.rays, 1)
         self.class_head = StarClassHead(width, channels, classes) if len(classes) > 1 else None
 
     def forward(self, decoded: Tensor) -> StarMaps:
         """(N, width, h, w) -> the maps."""
         hidden = self.hidden(decoded)
         classes = None if self.class_head is None else self.class_head(decoded)
-        return StarMaps(self.probability(hidden)[:, 0], self.distance(hidden), classes)
+        return StarMaps(self.probability(hidden)[:, 0], self.unit * self.distance(hidden), classes)
 
 
 @register_method("stardist")
@@ -75,7 +76,7 @@ class StarDistNet(TrunkNet):
         heads = settings.heads
         super().__init__(settings, heads.scale)
         self.stride = 2 ** (heads.scale - 1)
-        self.heads = StarHeads(settings.trunk.widths[heads.scale - 1], heads.channels, heads.rays, settings.classes)
+        self.heads = StarHeads(settings.trunk.widths[heads.scale - 1], heads, settings.classes)
 
     def losses(
         self, batch: Tensor, boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None = None

@@ -18,6 +18,8 @@ class StarHeadSettings:
         rays: radial distances of a star, at equal angles; 3 or more.
         scale: decoder map that the heads read, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
         channels: of the hidden convolution.
+        distance_unit: pixels that an output of 1 means; about the radius of cells, so that distances are learned as fast
+            as probabilities. The published code has 1.
         distance_weight: of the distance loss; that of the probabilities is 1.
         background_weight: of the distances outside cells, which are drawn to 0, within the distance loss.
 
@@ -30,6 +32,7 @@ class StarHeadSettings:
     rays: int = 32
     scale: int = 2
     channels: int = 128
+    distance_unit: float = 1.0
     distance_weight: float = 0.2
     background_weight: float = 1e-4
 
@@ -37,6 +40,7 @@ class StarHeadSettings:
         require(self.rays >= 3, "rays", "3 or more", self.rays)
         require(self.scale in SCALES, "scale", f"one of {SCALES}", self.scale)
         require(self.channels >= 1, "channels", "1 or more", self.channels)
+        require(self.distance_unit > 0, "distance_unit", "above 0", self.distance_unit)
         for name in ("distance_weight", "background_weight"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 

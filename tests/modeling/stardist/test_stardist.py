@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from skimage.draw import polygon2mask
 
 from kg_detectron.metrics.iou import mask_iou
+from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.stardist.decoding import decode_stars
 from kg_detectron.modeling.stardist.losses import star_class_loss, star_losses
+from kg_detectron.modeling.stardist.network import StarHeads
 from kg_detectron.modeling.stardist.polygons import areas, polygon_pixels, suppress, vertices
 from kg_detectron.modeling.stardist.settings import StarDecodingSettings, StarHeadSettings
 from kg_detectron.modeling.stardist.targets import object_probability, star_classes, star_distances, star_targets
@@ -155,6 +157,18 @@ def test_losses_are_those_of_plain_loops():
     expected = 0.3 * (error / float(probability.sum()) + 0.01 * background)
     assert float(losses["loss_probability"]) == pytest.approx(entropy, rel=1e-5)
     assert float(losses["loss_distance"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_distances_are_learned_in_their_unit():
+    settings = StarHeadSettings(rays=3, channels=4, distance_unit=8.0)
+    in_pixels = StarHeads(2, StarHeadSettings(rays=3, channels=4), ClassSettings())
+    in_units = StarHeads(2, settings, ClassSettings())
+    in_units.load_state_dict(in_pixels.state_dict())
+    decoded = torch.randn(1, 2, 5, 6)
+    assert torch.equal(in_units(decoded).distances, 8 * in_pixels(decoded).distances)
+    assert torch.equal(in_units(decoded).probability, in_pixels(decoded).probability)
+    with pytest.raises(ValueError, match="distance_unit.*above 0.*-1"):
+        StarHeadSettings(distance_unit=-1.0)
 
 
 def test_classes_of_pixels_and_their_loss_are_those_of_plain_loops():
