@@ -3,10 +3,12 @@
 N detections of all images together; a detection is right where it matches a true cell at an IoU of 0.5.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+import torch
+from scipy.optimize import isotonic_regression, minimize
+from scipy.special import expit, logit
 
 from kg_detectron.modeling import Scores
 
@@ -14,6 +16,10 @@ from kg_detectron.modeling import Scores
 KNOTS = 24
 # Of a probability; none is 0 or 1 for sure.
 _LOWEST, _HIGHEST = 1e-4, 1 - 1e-4
+# Sides of boxes, pixels of the network's input, at which what a size adds to the log odds is fitted, and how strongly
+# two neighbours are drawn to each other.
+SIDES = (8.0, 12.0, 17.0, 24.0, 34.0, 48.0)
+_RIDGE = 10.0
 # Slope that keeps neighbouring knots apart, so that the order of the cells stays.
 _SLOPE = 1e-6
 
@@ -57,15 +63,17 @@ def best_threshold(scores: np.ndarray, right: np.ndarray, positives: int) -> tup
     return float(scores[order][best]), float(f1[best])
 
 
-def fit_scores(scores: np.ndarray, right: np.ndarray, positives: int) -> Scores:
-    """Fit the function from raw scores to probabilities.
+def fit_scores(scores: np.ndarray, right: np.ndarray, positives: int, boxes: np.ndarray | None = None) -> Scores:
+    """Fit the function from raw scores and sizes to probabilities.
 
-    Isotonic regression (Zadrozny and Elkan 2002), thinned to a few knots and made strictly rising.
+    Isotonic regression of the scores (Zadrozny and Elkan 2002), thinned to a few knots and made strictly rising; then
+    logistic regression, on the log odds of these probabilities, of what the sizes add.
 
     Args:
         scores: (N,) raw scores, 0..1.
         right: (N,) bool, of each detection.
         positives: true cells of all images.
+        boxes: (N, 4) xyxy, pixels of the network's input; without, sizes do not count.
 
     Returns:
         The function, with the threshold of the highest F1 among the calibrated scores.
@@ -84,9 +92,32 @@ def fit_scores(scores: np.ndarray, right: np.ndarray, positives: int) -> Scores:
     probability = np.maximum.accumulate(probability).clip(_LOWEST, _HIGHEST)
     rising = probability + _SLOPE * np.arange(len(knots))
     rising = rising * min(1.0, _HIGHEST / rising[-1])
-    uncut = Scores(tuple(knots.tolist()), tuple(rising.tolist()))
-    threshold, _ = best_threshold(scores, right, positives)
-    return Scores(uncut.raw, uncut.probability, threshold=float(_apply(uncut, np.array([threshold]))[0]))
+    plain = Scores(tuple(knots.tolist()), tuple(rising.tolist()))
+    raw = torch.from_numpy(scores)
+    threshold, _ = best_threshold(plain(raw).numpy(), right, positives)
+    if boxes is None:
+        return replace(plain, threshold=threshold)
+    boxes = np.asarray(boxes, np.float64)
+    added = _log_odds(plain(raw).numpy(), right, np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)))
+    fitted = replace(plain, side=SIDES, log_odds=tuple(added.tolist()), plain_threshold=threshold)
+    threshold, _ = best_threshold(fitted(raw, torch.from_numpy(boxes)).numpy(), right, positives)
+    return replace(fitted, threshold=threshold)
+
+
+def _log_odds(probability: np.ndarray, right: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """What sizes add to the log odds at each of `SIDES`, rising, by maximum likelihood; (N,) each."""
+    knots = np.log(SIDES)
+    at = np.log(np.maximum(side, SIDES[0]))[:, None]
+    steps = np.hstack((np.ones_like(at), ((at - knots[:-1]) / np.diff(knots)).clip(0, 1)))
+    before, ridge = logit(probability), np.array([0.0] + [_RIDGE] * (len(knots) - 1))
+
+    def loss(added: np.ndarray) -> tuple[float, np.ndarray]:
+        odds = before + steps @ added
+        likelihood = (np.logaddexp(0, odds) - right * odds).sum()
+        return likelihood + (ridge * added**2).sum() / 2, steps.T @ (expit(odds) - right) + ridge * added
+
+    bounds = [(None, None)] + [(0, None)] * (len(knots) - 1)
+    return minimize(loss, np.zeros(len(knots)), jac=True, method="L-BFGS-B", bounds=bounds).x.cumsum()
 
 
 def _around(knots: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
@@ -95,10 +126,6 @@ def _around(knots: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
     edges = np.concatenate([[values[0]], middle, [values[-1]]])
     stretches = zip(edges[:-1], edges[1:], knots, strict=True)
     return [(min(a, knot), max(b, knot)) for a, b, knot in stretches]
-
-
-def _apply(function: Scores, scores: np.ndarray) -> np.ndarray:
-    return np.interp(scores, function.raw, function.probability)
 
 
 def reliability(probability: np.ndarray, right: np.ndarray, bins: int = 10) -> Reliability:

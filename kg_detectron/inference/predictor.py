@@ -111,8 +111,7 @@ def predict(
             cells = model.detect_seen(seen, min_score=lowest)
             steps(1, 1)
         else:
-            cells = tiled.cells(steps)
-            cells = dataclasses.replace(cells, scores=model.scores(cells.scores))
+            cells = model.rated(tiled.cells(steps))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, view=view, notes=notes)))

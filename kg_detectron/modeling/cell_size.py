@@ -326,8 +326,9 @@ def _pixels(window: tuple[slice, slice]) -> int:
 
 
 def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:
-    """The cells of a window that the model takes for true."""
-    return model.detect_seen(seen, window, min_score=max(model.threshold, 1e-6))
+    """The cells of a window that the model takes for true, those of any size alike: which is theirs is the question."""
+    plain = model.scores.plain
+    return model.detect_seen(seen, window, max(plain.threshold, 1e-6), plain)
 
 
 def _contrast(image: np.ndarray, levels: View) -> np.ndarray:

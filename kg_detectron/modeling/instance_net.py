@@ -79,8 +79,11 @@ class InstanceNet(nn.Module, ABC):
             sizes: (H, W) of each of the N images, without the padding.
         """
 
-    def find_above(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float) -> list[Cells]:
-        """As `find`; a method may leave out cells whose probability is below ``min_score`` before it segments them."""
+    def find_above(
+        self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float, scores: Scores
+    ) -> list[Cells]:
+        """As `find`; a method may leave out cells whose probability by ``scores`` cannot reach ``min_score`` before it
+        segments them."""
         return self.find(batch, sizes)
 
     @property
@@ -216,24 +219,38 @@ class InstanceNet(nn.Module, ABC):
         return batch.contiguous(memory_format=self.layout)
 
     @torch.no_grad()
-    def detect_in(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float = 0.0) -> list[Cells]:
+    def detect_in(
+        self,
+        batch: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        min_score: float = 0.0,
+        scores: Scores | None = None,
+    ) -> list[Cells]:
         """As `detect`, of images that `batch` has put together: whoever calls need not keep them in memory.
 
-        Cells of a probability below ``min_score`` are left out, which saves their masks.
+        Cells of a probability below ``min_score`` are left out, which saves their masks. ``scores`` stands in for the
+        model's own.
         """
         with autocast(self.precision, batch.device):
-            found = self.find_above(batch, sizes, min_score)
-        return [dataclasses.replace(cells, scores=self.scores(cells.scores)).above(min_score) for cells in found]
+            found = self.find_above(batch, sizes, min_score, scores or self.scores)
+        return [self.rated(cells, min_score, scores) for cells in found]
+
+    def rated(self, cells: Cells, min_score: float = 0.0, scores: Scores | None = None) -> Cells:
+        """Cells with raw scores, in the frame of the network's input -> with probabilities, by falling probability."""
+        probability = (scores or self.scores)(cells.scores, cells.boxes)
+        order = probability.argsort(descending=True, stable=True)
+        return dataclasses.replace(cells, scores=probability)[order].above(min_score)
 
     def detect_seen(
         self,
         seen: NetworkImage,
         window: tuple[slice, slice] = (slice(None), slice(None)),
         min_score: float = 0.0,
+        scores: Scores | None = None,
     ) -> Cells:
-        """The cells in a window of an image, rows and columns, in its frame; ``min_score`` as in `detect_in`."""
+        """The cells in a window of an image, rows and columns, in its frame; for the others see `detect_in`."""
         batch, size = self.batch_of(seen, window)
-        (cells,) = self.detect_in(batch, [size], min_score)
+        (cells,) = self.detect_in(batch, [size], min_score, scores)
         return cells
 
     def batch_of(

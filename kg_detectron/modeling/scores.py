@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +14,21 @@ from kg_detectron.modeling.settings import require
 class Scores:
     """How the scores of a model become probabilities that a cell matches a true one at an IoU of 0.5.
 
-    A monotone piecewise linear function, fitted on validation data, so that the order of the cells stays. Without
-    knots scores stay as they are.
+    A monotone piecewise linear function of the score, fitted on validation data; without knots scores stay as they are.
+    And what the size of the cell adds to the log odds of that: of two boxes with the same score the larger is right
+    more often, for small ones may be fragments and debris.
 
     Attributes:
         raw: scores of the network at the knots, strictly rising.
         probability: calibrated probability at each knot, strictly rising, within 0..1.
-        threshold: calibrated score of the highest F1 on validation data; cells below it are left out by default.
+        threshold: probability of the highest F1 on validation data; cells below it are left out by default.
+        side: square roots of the areas of boxes, pixels of the network's input, strictly rising.
+        log_odds: what is added at each side, rising; between them linearly in the logarithm of the side, and beyond
+            them as at the ends.
+        plain_threshold: as ``threshold``, of probabilities to which nothing is added; where there are sides.
 
     Raises:
-        ValueError: knots that are not strictly rising or of different number, or a threshold outside 0..1.
+        ValueError: knots that are not rising or of different number, or a threshold outside 0..1.
     """
 
     NODE: ClassVar[str] = "MODEL.CELLS.SCORES"
@@ -30,6 +36,9 @@ class Scores:
     raw: tuple[float, ...] = ()
     probability: tuple[float, ...] = ()
     threshold: float = 0.0
+    side: tuple[float, ...] = ()
+    log_odds: tuple[float, ...] = ()
+    plain_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         require(len(self.raw) == len(self.probability), "probability", f"{len(self.raw)} knots", self.probability)
@@ -38,10 +47,44 @@ class Scores:
             values = getattr(self, name)
             rising = all(a < b for a, b in zip(values, values[1:], strict=False))
             require(rising and all(0 <= v <= 1 for v in values), name, "rising numbers of 0..1", values)
-        require(0 <= self.threshold <= 1, "threshold", "a number of 0..1", self.threshold)
+        require(len(self.side) == len(self.log_odds), "log_odds", f"{len(self.side)} numbers", self.log_odds)
+        rising = all(a < b for a, b in zip((0.0, *self.side), self.side, strict=False))
+        require(rising, "side", "rising numbers above 0", self.side)
+        rising = all(a <= b for a, b in zip(self.log_odds, self.log_odds[1:], strict=False))
+        require(rising, "log_odds", "rising numbers", self.log_odds)
+        for name in ("threshold", "plain_threshold"):
+            require(0 <= getattr(self, name) <= 1, name, "a number of 0..1", getattr(self, name))
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Raw scores (R,) -> probabilities (R,) in the same order."""
+    @property
+    def plain(self) -> "Scores":
+        """The same without what sizes add."""
+        return Scores(self.raw, self.probability, self.plain_threshold) if self.side else self
+
+    def __call__(self, scores: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Raw scores (R,) -> probabilities (R,).
+
+        Args:
+            scores: of the network.
+            boxes: (R, 4) xyxy, pixels of the network's input; needed where sizes count.
+
+        Raises:
+            ValueError: sizes count, and there are no boxes.
+        """
+        plain = self._plain(scores)
+        if not self.side:
+            return plain
+        if boxes is None:
+            raise ValueError("boxes: expected those of the scores, for these become probabilities by their sizes too")
+        side = (boxes[:, 2:] - boxes[:, :2]).double().clamp(min=0).prod(1).sqrt()
+        added = np.interp(side.cpu().clamp(min=self.side[0]).log(), np.log(self.side), self.log_odds)
+        return _with_log_odds(plain, torch.from_numpy(added).to(plain.device)).to(scores)
+
+    def at_most(self, scores: Tensor) -> Tensor:
+        """The highest probabilities (R,) that cells of raw scores (R,) have, whatever their size."""
+        plain = self._plain(scores)
+        return _with_log_odds(plain, self.log_odds[-1]).to(scores) if self.side else plain
+
+    def _plain(self, scores: Tensor) -> Tensor:
         if not self.raw:
             return scores
         raw = torch.tensor(self.raw, dtype=torch.float64, device=scores.device)
@@ -50,3 +93,8 @@ class Scores:
         right = torch.searchsorted(raw, value).clamp(1, len(raw) - 1)
         part = (value - raw[right - 1]) / (raw[right] - raw[right - 1])
         return (probability[right - 1] + part * (probability[right] - probability[right - 1])).to(scores)
+
+
+def _with_log_odds(probability: Tensor, added: Tensor | float) -> Tensor:
+    """Probabilities (R,) of certain and impossible cells stay as they are."""
+    return torch.sigmoid(torch.logit(probability.double()) + added)

@@ -30,6 +30,8 @@ class Validation:
         positives: number of true cells.
         class_pairs: (P, 2) int64, the true and the predicted class of each detection that is right, where the true one
             is known and there are several.
+        boxes: (N, 4) xyxy of the detections, as far as they lie in the image, pixels of the network's input; None where
+            their sizes are not to count.
     """
 
     mask_ap: dict[str, float]
@@ -38,6 +40,7 @@ class Validation:
     right: np.ndarray
     positives: int
     class_pairs: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    boxes: np.ndarray | None = None
 
     @property
     def class_accuracy(self) -> float | None:
@@ -45,13 +48,15 @@ class Validation:
         return float((self.class_pairs[:, 0] == self.class_pairs[:, 1]).mean()) if len(self.class_pairs) else None
 
     def calibration(self) -> tuple[Scores, Reliability]:
-        """The function from raw scores to probabilities, with its threshold; and how reliable it is on these images.
+        """The function from raw scores and sizes to probabilities, with its threshold; and how reliable it is on these
+        images.
 
         Raises:
             ValueError: there are too few detections.
         """
-        fitted = fit_scores(self.scores, self.right, self.positives)
-        probability = fitted(torch.from_numpy(self.scores)).numpy()
+        fitted = fit_scores(self.scores, self.right, self.positives, self.boxes)
+        boxes = None if self.boxes is None else torch.from_numpy(self.boxes)
+        probability = fitted(torch.from_numpy(self.scores), boxes).numpy()
         return fitted, reliability(probability, self.right)
 
     def __str__(self) -> str:
@@ -74,7 +79,7 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
     model.eval()
     model.scores = Scores()
     metrics = PaperMetrics(IOUS)
-    scores, right, positives = [np.zeros(0)], [np.zeros(0, bool)], 0
+    scores, boxes, right, positives = [np.zeros(0)], [np.zeros((0, 4))], [np.zeros(0, bool)], 0
     class_pairs = [np.zeros((0, 2), np.int64)]
     try:
         for image in images:
@@ -85,6 +90,7 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
             values = cells.scores.double().cpu().numpy()
             metrics.update(truth.windows.numpy(), true_masks, cells.boxes.cpu().numpy(), values, masks)
             scores.append(values)
+            boxes.append(cells.boxes.double().cpu().numpy() * np.tile(cells.scale[::-1], 2))
             cell = claim_best(mask_iou(masks, true_masks), (0.5,))[0]
             right.append(cell >= 0)
             if image.classes is not None and len(model.classes) > 1:
@@ -98,4 +104,5 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
     figures = metrics.compute()
     _, f1 = best_threshold(all_scores, all_right, positives)
     mask_ap = {iou: values["mask_ap"] for iou, values in figures.items()}
-    return Validation(mask_ap, f1, all_scores, all_right, positives, np.concatenate(class_pairs))
+    pairs, all_boxes = np.concatenate(class_pairs), np.concatenate(boxes)
+    return Validation(mask_ap, f1, all_scores, all_right, positives, pairs, all_boxes)

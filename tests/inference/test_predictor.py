@@ -187,10 +187,11 @@ def test_the_model_that_comes_with_the_project_finds_nuclei(shared):
 
 @pytest.mark.parametrize("ways", [{}, {"tile": 64, "overlap": 64}, {"ensemble": True}])
 @pytest.mark.parametrize("ranking", [{}, {"blur_weight": 0.3, "overlap_sigma": 0.1, "part_sigma": 1.0}])
-def test_a_lowest_score_leaves_the_other_cells_as_they_are(ways, ranking, monkeypatch):
+@pytest.mark.parametrize("sizes", [{}, {"side": (4.0, 12.0, 30.0), "log_odds": (-2.0, -0.5, 0.7)}])
+def test_a_lowest_score_leaves_the_other_cells_as_they_are(ways, ranking, sizes, monkeypatch):
     """Equal to prediction without one, cut afterwards, though fewer masks are computed."""
     model = tiny_network(resize="isotropic", nms_threshold=0.9, **ranking).eval()
-    model.scores = Scores((0.0, 0.5), (0.1, 0.9))
+    model.scores = Scores((0.0, 0.5), (0.1, 0.9), **sizes)
     image, segmented = drawn_image(96, 128), []
     segment = model.segmentation.predict_cells
 
@@ -209,6 +210,6 @@ def test_a_lowest_score_leaves_the_other_cells_as_they_are(ways, ranking, monkey
         torch.testing.assert_close(cells.scores, expected.scores)
         torch.testing.assert_close(cells.boxes, expected.boxes)
         assert cells.masks.rle() == expected.masks.rle()
-    if not ranking:  # which lowers scores after the masks
+    if not ranking and not sizes:  # ranking lowers scores after the masks, and the sizes are those of the masks
         assert (segmented[2] < segmented[0]) == ("ensemble" not in ways)
     assert len(predict(model, image, scale=1.0, min_score=1.0, **ways)) == 0

@@ -15,6 +15,7 @@ from kg_detectron.modeling.keypoint_graph.settings import KeypointGraphSettings
 from kg_detectron.modeling.methods import register_method
 from kg_detectron.modeling.precision import full_precision
 from kg_detectron.modeling.ranking import CellRanking
+from kg_detectron.modeling.scores import Scores
 from kg_detectron.modeling.segmentation_branch import SegmentationBranch, Segmented, build_segmentation_branch
 from kg_detectron.modeling.trunk import build_trunk
 
@@ -94,18 +95,20 @@ class KeypointGraphNet(InstanceNet):
         return losses | self.segmentation.losses(crop_maps, boxes, masks, labels)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
-        return self.find_above(batch, sizes, 0.0)
+        return self.find_above(batch, sizes, 0.0, self.scores)
 
-    def find_above(self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float) -> list[Cells]:
+    def find_above(
+        self, batch: Tensor, sizes: Sequence[tuple[int, int]], min_score: float, scores: Scores
+    ) -> list[Cells]:
         maps, crop_maps = self.maps(batch)
-        boxes, scores = self.boxes(maps, sizes)
+        boxes, raw = self.boxes(maps, sizes)
         del maps  # large, as are those of masks
         if min_score > 0:
-            wanted = [self.can_reach(min_score, scores_of_image) for scores_of_image in scores]
+            wanted = [self.can_reach(min_score, raw_of_image, scores) for raw_of_image in raw]
             boxes = [b[w] for b, w in zip(boxes, wanted, strict=True)]
-            scores = [s[w] for s, w in zip(scores, wanted, strict=True)]
+            raw = [r[w] for r, w in zip(raw, wanted, strict=True)]
         segmented = self.segmentation.predict_cells(crop_maps, boxes, sizes)
-        return [self.finish(*cells) for cells in zip(boxes, scores, segmented, strict=True)]
+        return [self.finish(*cells) for cells in zip(boxes, raw, segmented, strict=True)]
 
     # The stages, which tiles and explanations call too.
 
@@ -127,13 +130,13 @@ class KeypointGraphNet(InstanceNet):
             detections = self.decoder(maps, sizes)
         return [boxes for boxes, _ in detections], [scores for _, scores in detections]
 
-    def can_reach(self, min_score: float, scores: Tensor) -> Tensor:
-        """(R,) whether cells of scores (R,) of `boxes` may come to a probability of ``min_score`` or more.
+    def can_reach(self, min_score: float, raw: Tensor, scores: Scores | None = None) -> Tensor:
+        """(R,) whether cells of raw scores (R,) of `boxes` may come to a probability of ``min_score`` or more.
 
         `finish` only lowers scores, and a score that is lower to begin with lowers no higher one: so what cannot reach
-        it may be left out before its mask is made, and the others stay as they are.
+        it, however large its mask turns out, may be left out before its mask is made, and the others stay as they are.
         """
-        return self.scores(scores) >= min_score
+        return (scores or self.scores).at_most(raw) >= min_score
 
     def finish(self, boxes: Tensor, scores: Tensor, segmented: Segmented, blur: Tensor | None = None) -> Cells:
         """Boxes, scores, masks and classes of one image -> its cells, ranked.
