@@ -36,7 +36,7 @@ def expecting(view: str) -> KeypointGraphNet:
     """A network that finds cells of 20 pixels, surely in one of the views, and hardly in the other."""
     model = tiny_network(resize="isotropic", diameter=20.0, haematoxylin=True).eval()
 
-    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0):
+    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0, function=None):
         side = round(20 * seen.scale[0])
         windows = torch.tensor([[4 * i, 0, 4 * i + side, side] for i in range(5)])
         scores = torch.full((5,), 0.9 if seen.view == view else 0.3)
@@ -126,7 +126,7 @@ def sure_by_view(scores: dict[str, float], areas: dict[str, int] | None = None) 
     """A network that finds five cells of 20 pixels or other sides, with a probability by the view."""
     model = tiny_network(resize="isotropic", diameter=20.0, single_colours=True).eval()
 
-    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0):
+    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0, function=None):
         side = round((areas or {}).get(seen.view, 20) * seen.scale[0])
         windows = torch.tensor([[4 * i, 0, 4 * i + side, side] for i in range(5)])
         masks = MaskCrops([torch.ones(side, side)] * 5, windows, seen.shape[:2])

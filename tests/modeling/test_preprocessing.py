@@ -179,7 +179,7 @@ def test_few_cells_at_the_first_scale_may_be_fragments(monkeypatch):
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, scales = drawn_image(600, 600), []
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         scales.append(seen.scale[0])
         objects = [(0.0, 60.0, 0.8)] if seen.scale[0] < 0.8 else [(0.0, 9.0, 0.8)]
         cells = grid_of_cells(seen, window, objects)
@@ -228,7 +228,7 @@ def test_a_few_fragments_in_a_fine_scale_do_not_outvote_the_cells(monkeypatch):
     ramp = np.linspace(0, 1, 1300, dtype=np.float32)
     image = np.broadcast_to(ramp[None, :, None], (1000, 1300, 3))
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         factor = 255 / 1299 / float(np.diff(seen[window][0, :, 0]).mean())
         side, count = (round(50 * factor), 30) if factor < 1.5 else (25, 6)
         windows = torch.tensor([[0, 0, side, side]] * count)
@@ -276,7 +276,7 @@ def estimate_of_cells(diameter, monkeypatch, **preprocessing):
     model = tiny_network(resize="isotropic", diameter=28.0, **preprocessing).eval()
     image, scales = drawn_image(600, 600), []
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         scales.append(seen.scale[0])
         return grid_of_cells(seen, window, [(0.0, diameter, 0.8)])
 
@@ -315,7 +315,7 @@ def test_where_one_scale_shows_nothing_all_are_tried(monkeypatch):
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, scales = drawn_image(300, 400), []
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         scale = seen.scale[0]
         scales.append(scale)
         side, count = round(8 * scale), 5 if scale > 1.5 else 0
@@ -344,7 +344,7 @@ def test_the_nuclei_of_cells_count_more_than_the_cells(nuclei, score, diameter, 
     image = drawn_image(600, 600)
     objects = [(0.0, 36.0, 0.3), (-8.0, 9.0, score), (8.0, 9.0, score)][: 1 + nuclei]
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         return grid_of_cells(seen, window, objects, visible=(12.0, 40.0))
 
     monkeypatch.setattr(model, "detect_seen", detect)
@@ -366,7 +366,7 @@ def test_far_more_cells_at_a_far_finer_scale_are_nuclei(density, expected, looks
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, seen = drawn_image(600, 600), []
 
-    def detect(part, window, min_score):
+    def detect(part, window, min_score, scores):
         seen.append(part.scale[0])
         return grid_of_cells(part, window, [(0.0, 28.0, 0.8)], visible=(0.0, 0.0))
 
@@ -382,7 +382,7 @@ def test_a_correction_that_shows_hardly_any_cell_is_none(seen_again, expected, m
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, looks = drawn_image(600, 600), [_Look(44.0, 7, 25.0, 25.0, 0.02), _Look(25.0, seen_again, 27.0, 27.0, 0.015)]
     cells = [(0.0, 44.0, 0.9)]
-    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, cells))
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, *_: grid_of_cells(seen, window, cells))
     monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: looks.pop(0))
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(28 / expected, rel=0.05) and not looks
@@ -393,7 +393,7 @@ def test_cells_that_cover_most_are_not_enlarged_beyond_what_is_seen(large, expec
     """As a nucleus among pieces of others, which the edges of the image cut."""
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, cells = drawn_image(600, 600), [(0.0, 30.0, 0.9)]
-    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, cells))
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, *_: grid_of_cells(seen, window, cells))
     monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: _Look(30.0, 5, 30.0, large, 0.02))
     scale = estimate_scale(model, image, model.preprocessing.levels(image))
     assert scale.value == pytest.approx(expected, rel=0.05)
@@ -402,7 +402,7 @@ def test_cells_that_cover_most_are_not_enlarged_beyond_what_is_seen(large, expec
 def test_a_look_tells_the_diameters_of_most_cells_and_of_most_of_their_area(monkeypatch):
     model = tiny_network(resize="isotropic", diameter=28.0).eval()
     image, objects = drawn_image(600, 600), [(0.0, 60.0, 0.8), (50.0, 20.0, 0.9), (75.0, 20.0, 0.9)]
-    monkeypatch.setattr(model, "detect_seen", lambda seen, window, min_score: grid_of_cells(seen, window, objects))
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, *_: grid_of_cells(seen, window, objects))
     levels = model.preprocessing.levels(image)
     look = _look(model, image, levels, _contrast(image, levels), 28.0)
     assert look.corrected == pytest.approx(20.0, rel=0.1) and look.large == pytest.approx(60.0, rel=0.1)
@@ -421,7 +421,7 @@ def test_cells_that_the_second_pass_does_not_see_again_count_for_nothing(monkeyp
     image = drawn_image(300, 400)
     passes = []
 
-    def detect(seen, window, min_score):
+    def detect(seen, window, min_score, scores):
         passes.append(seen.scale[0])
         is_seen = seen.scale[0] in FIRST_SCALES and len(passes) <= 3
         return grid_of_cells(seen, window, [(0.0, 28.0, 0.8)], visible=(0.0, math.inf if is_seen else 0.0))
