@@ -124,10 +124,10 @@ def explain(
         ((boxes, scores),) = zip(*model.boxes(maps, sizes), strict=True)
         (masks,) = model.segmentation.predict_masks(crop_maps, [boxes], sizes)
     boxes = model.segmentation.cell_boxes(boxes, masks)
-    order, _ = model.ranking(boxes, scores, masks)
-    ranked = cells_of_image(boxes[order], scores[order], masks[order], labels=order)
+    order, ranked_scores = model.ranking(boxes, scores, masks)
+    cells = model.rated(cells_of_image(boxes[order], ranked_scores, masks[order], labels=order))
     # The numbers, as labels, of those that are cells of the image, not of its border.
-    order = ranked.in_frame(image_size, seen.scale, seen.border).labels
+    order = cells.in_frame(image_size, seen.scale, seen.border).labels
     decoder, strides = model.decoder, [scale.stride for scale in maps]
     factor = 1 / np.array(seen.scale[::-1])
 

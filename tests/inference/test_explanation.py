@@ -18,6 +18,7 @@ from kg_detectron.modeling import (
     KeypointGraphNet,
     KeypointMaps,
     RankingSettings,
+    Scores,
     keypoint_targets,
 )
 from kg_detectron.report.explanation_figure import draw_explanation
@@ -89,11 +90,13 @@ def test_every_fate(scene: KeypointGraphNet) -> None:
     assert ", 5 groups: 1 became a box, 1 suppressed by a better box, 1 corners cross" in explanation.summary()
 
 
-@pytest.mark.parametrize("seen", ["scene", "random", "ranked", "border"])
+@pytest.mark.parametrize("seen", ["scene", "random", "ranked", "sized", "border"])
 def test_boxes_are_those_of_the_prediction(seen: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue("scene") if seen == "scene" else network(peak_threshold=0.0)
     if seen == "ranked":
         model.ranking = CellRanking(RankingSettings(blur_weight=1.0, overlap_sigma=0.1))
+    if seen == "sized":
+        model.scores = Scores(side=(8.0, 60.0), log_odds=(-3.0, 3.0))
     if seen == "border":
         model.with_preprocessing(resize="isotropic", border=40, diameter=20.0)
         model.ranking = CellRanking(RankingSettings(overlap_sigma=0.1))
