@@ -1,9 +1,9 @@
 """What a score means: calibration to probabilities, and the threshold that belongs to a model."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +48,7 @@ class Scores:
             rising = all(a < b for a, b in zip(values, values[1:], strict=False))
             require(rising and all(0 <= v <= 1 for v in values), name, "rising numbers of 0..1", values)
         require(len(self.side) == len(self.log_odds), "log_odds", f"{len(self.side)} numbers", self.log_odds)
+        require(len(self.side) != 1, "side", "no number, or two and more", self.side)
         rising = all(a < b for a, b in zip((0.0, *self.side), self.side, strict=False))
         require(rising, "side", "rising numbers above 0", self.side)
         rising = all(a <= b for a, b in zip(self.log_odds, self.log_odds[1:], strict=False))
@@ -76,8 +77,8 @@ class Scores:
         if boxes is None:
             raise ValueError("boxes: expected those of the scores, for these become probabilities by their sizes too")
         side = (boxes[:, 2:] - boxes[:, :2]).double().clamp(min=0).prod(1).sqrt()
-        added = np.interp(side.cpu().clamp(min=self.side[0]).log(), np.log(self.side), self.log_odds)
-        return _with_log_odds(plain, torch.from_numpy(added).to(plain.device)).to(scores)
+        added = _interpolated(side.log(), tuple(map(math.log, self.side)), self.log_odds)
+        return _with_log_odds(plain, added).to(scores)
 
     def at_most(self, scores: Tensor) -> Tensor:
         """The highest probabilities (R,) that cells of raw scores (R,) have, whatever their size."""
@@ -85,14 +86,17 @@ class Scores:
         return _with_log_odds(plain, self.log_odds[-1]).to(scores) if self.side else plain
 
     def _plain(self, scores: Tensor) -> Tensor:
-        if not self.raw:
-            return scores
-        raw = torch.tensor(self.raw, dtype=torch.float64, device=scores.device)
-        probability = torch.tensor(self.probability, dtype=torch.float64, device=scores.device)
-        value = scores.double().clamp(float(raw[0]), float(raw[-1]))
-        right = torch.searchsorted(raw, value).clamp(1, len(raw) - 1)
-        part = (value - raw[right - 1]) / (raw[right] - raw[right - 1])
-        return (probability[right - 1] + part * (probability[right] - probability[right - 1])).to(scores)
+        return _interpolated(scores, self.raw, self.probability).to(scores) if self.raw else scores
+
+
+def _interpolated(x: Tensor, knots: tuple[float, ...], values: tuple[float, ...]) -> Tensor:
+    """The piecewise linear function with these values at the knots, in float64; beyond them that of the ends."""
+    at = torch.tensor(knots, dtype=torch.float64, device=x.device)
+    value = torch.tensor(values, dtype=torch.float64, device=x.device)
+    x = x.double().clamp(float(knots[0]), float(knots[-1]))
+    right = torch.searchsorted(at, x).clamp(1, len(at) - 1)
+    part = (x - at[right - 1]) / (at[right] - at[right - 1])
+    return value[right - 1] + part * (value[right] - value[right - 1])
 
 
 def _with_log_odds(probability: Tensor, added: Tensor | float) -> Tensor:

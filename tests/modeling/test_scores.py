@@ -94,6 +94,7 @@ def test_certain_and_impossible_cells_stay():
     ("values", "message"),
     [
         ({"side": (10.0,)}, "log_odds: expected 1 numbers"),
+        ({"side": (10.0,), "log_odds": (0.0,)}, "side: expected no number, or two and more"),
         ({"side": (10.0, 10.0), "log_odds": (0.0, 1.0)}, "side: expected rising numbers above 0"),
         ({"side": (0.0, 10.0), "log_odds": (0.0, 1.0)}, "side: expected rising numbers above 0"),
         ({"side": (1.0, 10.0), "log_odds": (1.0, 0.0)}, "log_odds: expected rising numbers"),
