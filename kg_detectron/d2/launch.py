@@ -120,6 +120,7 @@ def _run(function: Callable[..., object], args: Sequence[Any]) -> None:
         function(*args)
     except KeyboardInterrupt:
         sys.exit(_status(-signal.SIGINT))
+    comm.synchronize()  # gloo has aborted a process whose peer was gone before it
     distributed.destroy_process_group()
 
 
