@@ -1,5 +1,6 @@
 """A whole training: from labelled images to a model file with its threshold, on one machine, with PyTorch alone."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -359,18 +360,25 @@ class _Keeper:
                 save_model(self.model, self.folder / MODEL_FILE)
 
     def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage]) -> Validation:
-        """Load the best weights, calibrate them on all validation images, and write the model file."""
+        """Load the best weights, calibrate them on all validation images, and write the model file.
+
+        Calibrated twice: where the scale is the true one, so that the scale can be estimated as in a prediction, and
+        where it is so.
+        """
         best = load_model(self.folder / MODEL_FILE, self.model.place.device)
         best.with_preprocessing(
             diameters=cell_diameters(training, best.preprocessing.diameter),
             image_diameter=common_diameter([image.diameter for image in training if image.diameter]),
         )
-        figures = validate(best, validation)
         best.scores = Scores()
+        with contextlib.suppress(ValueError):  # which the next says
+            best.scores, _ = validate(best, validation, true_scale=True).calibration()
+        figures = validate(best, validation)
         try:
             best.scores, quality = figures.calibration()
             self.log(f"expected calibration error {quality.expected_error:.3f}, threshold {best.threshold:.3f}")
         except ValueError as error:
+            best.scores = Scores()
             self.log(f"scores are not calibrated: {error}")
         save_model(best, self.folder / MODEL_FILE)
         plot_curves(self.folder, self.records)

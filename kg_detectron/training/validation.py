@@ -71,21 +71,26 @@ def validate(model: InstanceNet, images: Sequence[LabelledImage], *, true_scale:
     """Predict labelled images and compare.
 
     Args:
-        model: any method; its mode is restored.
+        model: any method; its mode is restored. A scale is estimated from the cells that it takes for true, so its
+            scores should be calibrated; those of the result are raw.
         images: see `LabelledImage`; their pixels are normalised already.
         true_scale: give the model the true cell diameter of each image, instead of letting it estimate one.
     """
     training, scores_before = model.training, model.scores
+    is_isotropic = model.preprocessing.resize == "isotropic"
     model.eval()
-    model.scores = Scores()
     metrics = PaperMetrics(IOUS)
     scores, boxes, right, positives = [np.zeros(0)], [np.zeros((0, 4))], [np.zeros(0, bool)], 0
     class_pairs = [np.zeros((0, 2), np.int64)]
     try:
         for image in images:
             truth = MaskCrops.from_label_image(image.labels)
-            diameter = image.diameter if true_scale and model.preprocessing.resize == "isotropic" else None
-            cells = predict(model, image.image, diameter=diameter)
+            model.scores, scale = scores_before, None
+            if is_isotropic:
+                diameter = image.diameter if true_scale else None
+                scale = model.network_image(image.image, diameter=diameter)[0].scale[0]
+            model.scores = Scores()
+            cells = predict(model, image.image, scale=scale)
             masks, true_masks = cells.masks.rle(), truth.rle()
             values = cells.scores.double().cpu().numpy()
             metrics.update(truth.windows.numpy(), true_masks, cells.boxes.cpu().numpy(), values, masks)

@@ -15,10 +15,11 @@ from tqdm import TqdmWarning
 
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
+from kg_detectron.modeling import Scores
 from kg_detectron.training.dataset import labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
 from kg_detectron.training.scalars import ScalarLog
-from kg_detectron.training.validation import Validation
+from kg_detectron.training.validation import Validation, validate
 
 
 def write_folders(folder: Path, count: int) -> tuple[Path, Path]:
@@ -166,6 +167,27 @@ def test_pictures_of_several_dyes_are_learned_and_predicted_in_all_colours(tmp_p
     assert train(model, images, images, tmp_path, settings, geometry=SMALL, log=lines.append) is not None
     assert load_model(tmp_path / "model.safetensors").preprocessing.single_colours is not of_several_dyes
     assert any("all their colours" in line for line in lines) is of_several_dyes
+
+
+@pytest.mark.parametrize("true_scale", [False, True])
+def test_a_validation_estimates_the_scale_as_a_prediction_does(true_scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the model's scores, though those of its result are raw."""
+    model = training_network()
+    images, calibrated = labelled(model, 2), Scores((0.0, 1.0), (0.1, 0.9), threshold=0.5)
+    model.scores, looks, look = calibrated, [], model.network_image
+
+    def noted(image, **given):
+        seen = look(image, **given)
+        looks.append((model.scores, given.get("diameter"), given.get("scale"), seen[0].scale[0]))
+        return seen
+
+    monkeypatch.setattr(model, "network_image", noted)
+    figures = validate(model, images, true_scale=true_scale)
+    assert model.scores == calibrated and len(looks) == 4
+    for image, first, second in zip(images, looks[::2], looks[1::2], strict=True):
+        assert first[:3] == (calibrated, image.diameter if true_scale else None, None)
+        assert second[0] == Scores() and second[2] == first[3] == second[3]
+    assert len(figures.boxes) == len(figures.scores)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
