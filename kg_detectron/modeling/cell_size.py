@@ -326,7 +326,7 @@ def _pixels(window: tuple[slice, slice]) -> int:
 
 
 def _cells(model: "InstanceNet", seen: NetworkImage, window: tuple[slice, slice]) -> Cells:
-    """The cells of a window that the model takes for true, those of any size alike: which is theirs is the question."""
+    """The cells of a window that the model takes for true, whatever their size, for that is what is looked for."""
     plain = model.scores.plain
     return model.detect_seen(seen, window, max(plain.threshold, 1e-6), plain)
 

@@ -1,4 +1,4 @@
-"""Scores become probabilities and keep their order."""
+"""Scores become probabilities and keep their order, but for what the sizes of cells add."""
 
 import math
 

@@ -18,8 +18,8 @@ class StarHeadSettings:
         rays: radial distances of a star, at equal angles; 3 or more.
         scale: decoder map that the heads read, of 1, 2, 3, 4 (strides 1, 2, 4, 8).
         channels: of the hidden convolution.
-        distance_unit: pixels that an output of 1 means. The published code has 1; of about a radius, distances are
-            learned faster.
+        distance_unit: pixels that an output of 1 means. The published code has 1; with about the radius of a
+            cell, distances are learned faster.
         distance_weight: of the distance loss; that of the probabilities is 1.
         background_weight: of the distances outside cells, which are drawn to 0, within the distance loss.
 
