@@ -3,11 +3,13 @@
     python tools/reproduce.py gpu --seeds 1 2 3 --num-gpus 4
     python tools/reproduce.py cpu --seeds 1 2 --minutes 20
     python tools/reproduce.py cpu_usiigaci --seeds 1 2 --minutes 20
+    python tools/reproduce.py cpu_imagenet --seeds 1 2 --minutes 20
 
 ``gpu`` is the paper's setting (512x512, ResNet-50, the schedules of the configs); ``cpu`` the small networks, each row
 trained for equal time. Both are on DSB2018; ``gpu_usiigaci`` and ``cpu_usiigaci`` are the rows of the methods on the
-phase-contrast cells of Usiigaci. Call it again after any interruption: finished rows are kept, a started training
-resumes; ``--dry-run`` shows what is left. Every finished training is one small JSON file in ``results/<plan>/``, and
+phase-contrast cells of Usiigaci; ``gpu_imagenet`` and ``cpu_imagenet`` Mask R-CNN beside KG lite on the backbone of the
+kept models, from its ImageNet weights. Call it again after any interruption: finished rows are kept, a started training resumes;
+``--dry-run`` shows what is left. Every finished training is one small JSON file in ``results/<plan>/``, and
 the tables in ``results/<plan>/tables.md`` are made from these files alone (``--tables`` makes only them).
 """
 
@@ -116,6 +118,8 @@ SMALL = {
 OTHERS = ("dcan", "cosine_embedding", "cornernet", "stardist", "fcis")
 PAPER_SIZE |= {name: f"{name}_{{}}" for name in OTHERS}
 SMALL |= {name: f"{name}_{{}}_cpu" for name in OTHERS}
+# From ImageNet weights, whatever is said of the other plans.
+IMAGENET = {"kg lite plus": "kg_lite_{}_plus_imagenet", "mask_rcnn FPN": "mask_rcnn_fpn_lite0_{}"}
 
 
 def _rows(configs: dict[str, str], data: str) -> list[Row]:
@@ -145,6 +149,8 @@ PLANS: dict[str, list[Row]] = {
     ],
     "gpu_usiigaci": _rows(PAPER_SIZE, "usiigaci"),
     "cpu_usiigaci": _rows(SMALL, "usiigaci"),
+    "gpu_imagenet": _rows(IMAGENET, "dsb2018"),
+    "cpu_imagenet": _rows({name: f"{config}_cpu" for name, config in IMAGENET.items()}, "dsb2018"),
 }
 
 
@@ -371,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dataset=options.dataset or f"{'usiigaci' if options.plan.endswith('usiigaci') else 'dsb2018'}_val",
         num_gpus=num_gpus,
         minutes=options.minutes,
-        pretrained=options.pretrained,
+        pretrained=options.pretrained or options.plan.endswith("imagenet"),
         changes=options.opts,
     )
     if options.dry_run:

@@ -87,9 +87,20 @@ def test_every_row_has_its_config_and_its_owner():
 
 
 def test_the_stored_results_make_the_stored_tables():
-    stored = ROOT / "results" / "cpu"
-    assert reproduce.tables(stored, reproduce.PLANS["cpu"]) == (stored / "tables.md").read_text()
+    plans = [plan for plan in reproduce.PLANS if (ROOT / "results" / plan).is_dir()]
+    assert "cpu" in plans
+    for plan in plans:
+        stored = ROOT / "results" / plan
+        assert reproduce.tables(stored, reproduce.PLANS[plan]) == (stored / "tables.md").read_text()
     assert reproduce.file_name("kg lite: the paper's decoding") == "kg_lite-the_papers_decoding"
+
+
+def test_plans_from_imagenet_weights_set_none_to_random(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(reproduce.Reproduction, "run", lambda self, row, seed: seen.update({row.name: self.changes}))
+    for plan, weights in {"cpu": "BACKBONE_WEIGHTS", "cpu_imagenet": ""}.items():
+        assert reproduce.main([plan, "--output", str(tmp_path), "--results", str(tmp_path)]) == 0
+        assert ("BACKBONE_WEIGHTS" in "".join(seen["mask_rcnn FPN"])) == bool(weights)
 
 
 def test_both_data_sets_have_the_rows_of_both_tables(capsys, tmp_path):
