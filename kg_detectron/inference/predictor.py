@@ -26,6 +26,8 @@ VIEW_NOTES = {HAEMATOXYLIN: HAEMATOXYLIN_NOTE} | {
     for colour in SINGLE_COLOURS
 }
 
+SCALE_BAR_NOTE = "A scale bar is drawn into the image; the network was shown the image without it."
+
 
 @torch.no_grad()
 def predict(
@@ -114,6 +116,7 @@ def predict(
             cells = model.rated(tiled.cells(steps))
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
+        notes = (*notes, SCALE_BAR_NOTE) if seen.painted else notes
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, view=view, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:

@@ -15,6 +15,16 @@ BLOCK = 1024  # side of the blocks that are kept, pixels
 _KEPT = 2**28  # bytes of blocks that are kept
 
 
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether an array is a memory map, or a view of one."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return True
+        base = base.base
+    return False
+
+
 class PlaneSource(ABC):
     """Where the pixels of one plane come from.
 

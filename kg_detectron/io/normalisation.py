@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kg_detectron.io.lazy import LazyPlane
+from kg_detectron.io.lazy import LazyPlane, is_mapped
+from kg_detectron.io.scale_bars import without_scale_bars
 
 _BLOCK = 2**22  # values looked at together, which bounds the memory
 _IN_MEMORY = 2**27  # values up to which a channel that is in memory is sorted in memory
@@ -101,7 +102,8 @@ class Normalisation:
         """The levels of a whole image, by which any part of it can be normalised later.
 
         Percentiles are values of the image, exact for every type. Those of a memory map are found block by block, in
-        bounded memory; of a `LazyPlane` they are those of its overview. NaN and infinite values do not count.
+        bounded memory; of a `LazyPlane` they are those of its overview. NaN and infinite values do not count, nor do
+        scale bars that are drawn into an image in memory.
 
         Args:
             image: (H,W,C), integer, bool or float; may be a `numpy.memmap`.
@@ -118,6 +120,7 @@ class Normalisation:
         channels = image.shape[2]
         if self.kind == "fixed":
             return Levels(np.zeros(channels), np.full(channels, _white(image)))
+        image = without_scale_bars(image)
         # A grey image as three channels is often one in memory.
         distinct = image[..., :1] if image.strides[2] == 0 else image
         levels = np.array([_percentiles(distinct[..., c], self.percentiles) for c in range(distinct.shape[2])])
@@ -158,7 +161,7 @@ def _percentiles(channel: np.ndarray, percentiles: tuple[float, float]) -> tuple
 
     This is `numpy.percentile(..., method="inverted_cdf")` with an exact rank: NumPy rounds the percentile first.
     """
-    in_memory = channel.size <= _IN_MEMORY and not _is_mapped(channel)
+    in_memory = channel.size <= _IN_MEMORY and not is_mapped(channel)
     if in_memory:
         values = channel[np.isfinite(channel)] if channel.dtype.kind == "f" else channel.ravel()
         count = len(values)
@@ -171,16 +174,6 @@ def _percentiles(channel: np.ndarray, percentiles: tuple[float, float]) -> tuple
         ordered = np.partition(values, (low, high))
         return float(ordered[low]), float(ordered[high])
     return _value_of_rank(channel, low), _value_of_rank(channel, high)
-
-
-def _is_mapped(array: np.ndarray) -> bool:
-    """Whether an array is a memory map, or a view of one."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap):
-            return True
-        base = base.base
-    return False
 
 
 def _value_of_rank(channel: np.ndarray, rank: int) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kg_detectron.cells import Cells, MaskCrops
+from kg_detectron.io.scale_bars import without_scale_bars
 from kg_detectron.modeling.cell_size import choose_view
 from kg_detectron.modeling.classes import ClassSettings
 from kg_detectron.modeling.precision import autocast, check_precision
@@ -184,7 +185,7 @@ class InstanceNet(nn.Module, ABC):
         preprocessing: Preprocessing | None = None,
         view: str | None = None,
     ) -> tuple[NetworkImage, str]:
-        """A raw image as the network sees it, and where its scale comes from.
+        """A raw image as the network sees it, without scale bars, and where its scale comes from.
 
         Args:
             image: (H, W, 3), or (H, W), grey.
@@ -203,10 +204,12 @@ class InstanceNet(nn.Module, ABC):
                 "read_image chooses channels and planes of a file"
             )
         settings = preprocessing or self.preprocessing
-        views = settings.views(image, view)
+        shown = without_scale_bars(image)
+        views = settings.views(shown, view)
         given = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
-        view, found = choose_view(self, image, views, given)
-        return NetworkImage(image, views[view], found.value, settings.border), found.source
+        view, found = choose_view(self, shown, views, given)
+        seen = NetworkImage(shown, views[view], found.value, settings.border, painted=shown is not image)
+        return seen, found.source
 
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor]) -> list[Cells]:

@@ -233,16 +233,26 @@ class NetworkImage:
         scale: pixels of the network's input for one of the image; rounded so that `BLOCK` of the former are whole
             pixels of the latter, or a size (h, w) to which the image is resized at once.
         border: see `Preprocessing.border`; 0 with a size.
+        painted: whether scale bars of the image are painted over.
 
     Attributes:
         shape: (h, w, 3).
         scale: (y, x), as it came out.
         border: pixels of the image that its mirror image adds on every side.
         view: the name of the levels, see `Preprocessing.views`.
+        painted: as given.
     """
 
-    def __init__(self, image: np.ndarray, levels: View, scale: float | tuple[int, int], border: int = 0) -> None:
-        self.image, self.levels = image, levels
+    def __init__(
+        self,
+        image: np.ndarray,
+        levels: View,
+        scale: float | tuple[int, int],
+        border: int = 0,
+        *,
+        painted: bool = False,
+    ) -> None:
+        self.image, self.levels, self.painted = image, levels, painted
         self.view = levels.name if isinstance(levels, SingleColour) else COLOURS
         if isinstance(levels, HaematoxylinLevels):
             self.view = HAEMATOXYLIN
