@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from kg_detectron.io.lazy import LazyPlane, is_mapped
+from kg_detectron.io.lazy import is_mapped
 
 # A bar is a rectangle at the top of the range, alone or with another; in JPEG its values and its edges vary a little.
 _NEAR_TOP, _FILLED = 0.03, 0.95
@@ -61,9 +61,9 @@ def without_scale_bars(image: np.ndarray) -> np.ndarray:
     """An image (H, W, C) whose scale bars and their text are painted over with what is around them.
 
     Returns:
-        The image itself where it has none, or is read piece by piece.
+        The image itself where it has none, is read piece by piece, or holds no real numbers.
     """
-    if isinstance(image, LazyPlane) or is_mapped(image):
+    if not isinstance(image, np.ndarray) or is_mapped(image) or image.dtype.kind not in "buif":
         return image
     distinct = image[..., :1] if image.strides[2] == 0 else image
     found = [scale_bars(distinct[..., c]) for c in range(distinct.shape[2])]

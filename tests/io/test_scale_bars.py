@@ -108,11 +108,21 @@ def slope(rng: np.random.Generator) -> np.ndarray:
         lambda rng: np.full((64, 64, 3), 7, np.uint8),
         lambda rng: np.full((64, 64, 3), np.nan, np.float32),
         lambda rng: rng.integers(0, 256, (1, 9, 3), np.uint8),
+        lambda rng: rng.random((64, 64, 3)) < 0.1,
     ],
 )
 def test_what_is_no_scale_bar_stays(draw: Callable) -> None:
     image = draw(np.random.default_rng(2))
     assert scale_bars(image[..., 0]) is None and without_scale_bars(image) is image
+
+
+def test_what_is_no_image_is_left_to_those_who_say_so() -> None:
+    image = np.zeros((40, 40, 3), complex)
+    assert without_scale_bars(image) is image
+    with pytest.raises(ValueError, match="image: expected shape .* of type complex128"):
+        Normalisation("percentile").levels(image)
+    with pytest.raises(ValueError, match="image: expected shape .* of type complex128"):
+        predict(load_model("nuclei"), image)
 
 
 def test_a_bright_nucleus_away_from_the_text_stays() -> None:
