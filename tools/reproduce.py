@@ -81,6 +81,9 @@ MASKS = {
     "+ less blur": "less_blur",
 }
 
+# What the kept models have besides: needs no training either.
+COMPLETION = {"+ completion": "completion"}
+
 
 def _steps(base: Row, steps: dict[str, str], *, trained: bool) -> list[Row]:
     """One row for each step on top of the last; where they are not trained, with the weights of the base."""
@@ -123,7 +126,8 @@ IMAGENET = {"kg lite plus": "kg_lite_{}_plus_imagenet", "mask_rcnn FPN": "mask_r
 
 
 def _rows(configs: dict[str, str], data: str) -> list[Row]:
-    return [Row(name, config.format(data)) for name, config in configs.items()]
+    rows = {name: Row(name, config.format(data)) for name, config in configs.items()}
+    return [*rows.values(), *_steps(rows["kg lite plus"], COMPLETION, trained=False)]
 
 
 KG, SMALL_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")
