@@ -12,6 +12,7 @@ from kg_detectron.cells.label_plane import LabelImage
 from kg_detectron.cells.masks import MaskCrops
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import write_png
+from kg_detectron.io.scale_bars import without_scale_bars
 
 if TYPE_CHECKING:
     from kg_detectron.export.result import Result
@@ -88,13 +89,14 @@ def draw_cells(
 def stretched(image: np.ndarray) -> np.ndarray:
     """An image (H,W) or (H,W,C) of any type as (H,W,3) uint8 to look at.
 
-    The darkest and the brightest 0.2 % become black and white; the channels of a colour image share the range, so that
-    its colours stay. Of an image with another number of channels the mean of the channels is shown, each in its range.
+    The darkest and the brightest 0.2 % become black and white, not counting drawn scale bars; the channels of a
+    colour image share the range, so that its colours stay. Of an image with another number of channels the mean of
+    the channels is shown, each in its range.
     """
     channels = np.atleast_3d(image)
     is_colour = channels.shape[2] == 3
     step = max(1, round((image.size / _SAMPLE) ** 0.5))
-    sample = channels[::step, ::step].astype(np.float32)
+    sample = without_scale_bars(channels)[::step, ::step].astype(np.float32)
     low, high = np.nanpercentile(sample, (0.2, 99.8), axis=None if is_colour else (0, 1))
     span = np.maximum(high - low, np.finfo(np.float32).tiny)
     canvas = np.empty((*image.shape[:2], 3), np.uint8)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kg_detectron import load_model, predict
+from kg_detectron.export.overlay import stretched
 from kg_detectron.inference.predictor import SCALE_BAR_NOTE
 from kg_detectron.io.normalisation import Normalisation
 from kg_detectron.io.scale_bars import scale_bars, without_scale_bars
@@ -151,6 +152,14 @@ def test_maps_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_bars_of_large_images_are_found() -> None:
     image = with_bar(np.tile(dim_nuclei(), (9, 9, 1)))
     assert max(image.shape) > 2048 and without_scale_bars(image).max() < 100
+
+
+@pytest.mark.parametrize("marks", MARKED.values(), ids=MARKED)
+def test_overlays_are_as_bright_as_without_it(marks: Callable) -> None:
+    image = dim_nuclei()
+    plain, beside = stretched(image), stretched(marks(image))
+    away = np.abs(plain.astype(int) - beside)[:150, :150]
+    assert plain[:150, :150].max() > 200 and away.mean() < 16  # noise of JPEG
 
 
 def test_cells_are_found_beside_a_scale_bar() -> None:
