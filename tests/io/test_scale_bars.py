@@ -145,7 +145,8 @@ def test_maps_are_taken_as_they_are(tmp_path: Path) -> None:
     image = with_bar(dim_nuclei())
     mapped = np.memmap(tmp_path / "image", image.dtype, "w+", shape=image.shape)
     mapped[:] = image
-    assert without_scale_bars(mapped) is mapped and without_scale_bars(mapped[1:]).base is not None
+    view = np.broadcast_to(mapped[..., :1], mapped.shape)  # no memmap by its type
+    assert without_scale_bars(mapped) is mapped and without_scale_bars(view) is view
     assert Normalisation("percentile").levels(mapped).high.max() == 255
 
 
