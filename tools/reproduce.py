@@ -83,6 +83,8 @@ MASKS = {
 
 # What the kept models have besides: needs no training either.
 COMPLETION = {"+ completion": "completion"}
+# And this is trained with the rest.
+CONFIDENCE = {"+ confidence": "confidence"}
 
 
 def _steps(base: Row, steps: dict[str, str], *, trained: bool) -> list[Row]:
@@ -127,7 +129,8 @@ IMAGENET = {"kg lite plus": "kg_lite_{}_plus_imagenet", "mask_rcnn FPN": "mask_r
 
 def _rows(configs: dict[str, str], data: str) -> list[Row]:
     rows = {name: Row(name, config.format(data)) for name, config in configs.items()}
-    return [*rows.values(), *_steps(rows["kg lite plus"], COMPLETION, trained=False)]
+    best = rows["kg lite plus"]
+    return [*rows.values(), *_steps(best, COMPLETION, trained=False), *_steps(best, CONFIDENCE, trained=True)]
 
 
 KG, SMALL_KG = Row("kg", "kg_dsb2018"), Row("kg", "kg_r18_dsb2018_cpu")

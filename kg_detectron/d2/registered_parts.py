@@ -253,14 +253,15 @@ class KGROIHeads(nn.Module):
             assert targets is not None, "training needs ground truth"
             boxes = [t.gt_boxes.tensor for t in targets]
             labels = [t.gt_classes + 1 for t in targets]
-            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets], labels)
+            candidates = [p.proposal_boxes.tensor for p in proposals]
+            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets], labels, candidates)
         boxes = [p.proposal_boxes.tensor for p in proposals]
         segmented = branch.predict_cells(maps, boxes, [p.image_size for p in proposals])
         results = []
-        for proposal, box, (mask, classes) in zip(proposals, boxes, segmented, strict=True):
+        for proposal, box, (mask, classes, confidence) in zip(proposals, boxes, segmented, strict=True):
             scores = proposal.scores if proposal.has("scores") else proposal.objectness_logits.sigmoid()
             box = branch.cell_boxes(box, mask)
-            order, scores = self.ranking(box, scores, mask)
+            order, scores = self.ranking(box, scores, mask, confidence)
             fields = {"pred_boxes": Boxes(box[order]), "scores": scores, "pred_classes": classes[order] - 1}
             results.append(Instances(proposal.image_size, **fields, pred_masks=mask[order]))
         return results, {}

@@ -122,9 +122,9 @@ def explain(
     with autocast(model.precision, batch.device):
         maps, crop_maps = model.maps(batch)
         ((boxes, scores),) = zip(*model.boxes(maps, sizes), strict=True)
-        (masks,) = model.segmentation.predict_masks(crop_maps, [boxes], sizes)
+        ((masks, _, confidence),) = model.segmentation.predict_cells(crop_maps, [boxes], sizes)
     boxes = model.segmentation.cell_boxes(boxes, masks)
-    order, ranked_scores = model.ranking(boxes, scores, masks)
+    order, ranked_scores = model.ranking(boxes, scores, masks, confidence)
     cells = model.rated(cells_of_image(boxes[order], ranked_scores, masks[order], labels=order))
     # The numbers, as labels, of those that are cells of the image, not of its border.
     order = cells.in_frame(image_size, seen.scale, seen.border).labels

@@ -181,7 +181,7 @@ class TiledDetection:
         return {"boxes": boxes[fits], "scores": scores[fits], "too_long": len(fits) - int(fits.sum())}
 
     def masks(self, index: int, boxes: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Of the boxes whose centre lies in a tile: their indices, and their crops, windows, blur and classes."""
+        """Of the boxes whose centre lies in a tile: their indices, and what `_masks` gives of each."""
         core = self.tiles[index]
         centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu()
         inside = ((centre >= centre.new_tensor(core[:2])) & (centre < centre.new_tensor(core[2:]))).all(1)
@@ -189,20 +189,24 @@ class TiledDetection:
         return cells, self._kept(f"masks_{core.x1}_{core.y1}", lambda: self._masks(boxes, cells))
 
     def _masks(self, boxes: Tensor, cells: Tensor) -> dict[str, Any]:
+        """Crops, windows, blur, classes and confidence of some of the boxes."""
         crops: list[Any] = [None] * len(cells)
         windows, blur = torch.zeros(len(cells), 4, dtype=torch.long), boxes.new_zeros(len(cells))
-        labels = torch.ones(len(cells), dtype=torch.long)
+        labels, confidence = torch.ones(len(cells), dtype=torch.long), boxes.new_ones(len(cells))
         large = _longest(boxes)[cells] > self.overlap
         rows = torch.arange(len(cells))
         for together in (rows[~large], *rows[large].split(1)):
             if len(together):
-                (masks, labels_of_masks), blur_of_masks = self._network.masks(boxes[cells[together]])
+                (masks, labels_of_masks, confidence_of_masks), blur_of_masks = self._network.masks(
+                    boxes[cells[together]]
+                )
                 blur[together] = blur_of_masks.to(blur)
                 labels[together] = labels_of_masks.to(labels)
+                confidence[together] = confidence_of_masks.to(confidence)
                 windows[together] = masks.windows
                 for row, crop in zip(together.tolist(), masks.crops, strict=True):
                     crops[row] = crop
-        return {"crops": crops, "windows": windows, "blur": blur, "labels": labels}
+        return {"crops": crops, "windows": windows, "blur": blur, "labels": labels, "confidence": confidence}
 
     def cells(self, progress: Callable[[int, int], None]) -> Cells:
         """All steps that are not done yet, and the cells.
@@ -223,11 +227,13 @@ class TiledDetection:
             )
         crops: list[Any] = [None] * len(boxes)
         places = torch.zeros(len(boxes), 4, dtype=torch.long)
-        blur, labels = torch.zeros_like(scores), torch.ones_like(scores, dtype=torch.long)
+        blur, confidence = torch.zeros_like(scores), torch.ones_like(scores)
+        labels = torch.ones_like(scores, dtype=torch.long)
         for index in range(count):
             cells, found = self.masks(index, boxes)
             blur[cells] = found["blur"].to(blur)
             labels[cells] = found["labels"].to(labels)
+            confidence[cells] = found["confidence"].to(confidence)
             places[cells] = found["windows"]
             for cell, crop in zip(cells.tolist(), found["crops"], strict=True):
                 crops[cell] = crop.to(model.place.device)
@@ -235,10 +241,12 @@ class TiledDetection:
         if self._is_part:
             # Boxes may have their centre in a tile that was left out.
             there = torch.tensor([crop is not None for crop in crops], dtype=torch.bool)
-            boxes, scores, blur, labels, places = (v[there] for v in (boxes, scores, blur, labels, places))
+            boxes, scores, blur, labels, confidence, places = (
+                values[there] for values in (boxes, scores, blur, labels, confidence, places)
+            )
             crops = [crop for crop in crops if crop is not None]
         masks = MaskCrops(crops, places, self.image.shape[:2], model.segmentation.settings.mask_threshold)
-        return replace(model.finish(boxes, scores, Segmented(masks, labels), blur), notes=notes)
+        return replace(model.finish(boxes, scores, Segmented(masks, labels, confidence), blur), notes=notes)
 
 
 def _longest(boxes: Tensor) -> Tensor:
@@ -302,7 +310,7 @@ class _LocalNetwork:
         return Peaks(place.new_zeros(0, 4, dtype=torch.long), place.new_zeros(0), place.new_zeros(0, 4, 2))
 
     def masks(self, boxes: Tensor) -> tuple[Segmented, Tensor]:
-        """Masks and classes of boxes (R,4), input pixels, that lie close together; `CellRanking.blur` (R,) of each."""
+        """What is in boxes (R,4), input pixels, that lie close together; `CellRanking.blur` (R,) of each."""
         margin = math.ceil(self.model.segmentation.settings.mask_margin)
         around = Window(*boxes[:, :2].amin(0).long().tolist(), *boxes[:, 2:].amax(0).ceil().long().tolist())
         if self.model.segmentation.settings.cut_from == "features":
@@ -320,15 +328,16 @@ class _LocalNetwork:
         threshold = self.model.segmentation.settings.mask_threshold
         # Some at a time: the branch itself takes as many together as suits training on large GPUs.
         counts = runs_of_areas((boxes[:, 2:] - boxes[:, :2]).prod(1), CROP_PIXELS)
-        crops, windows, blurs, labels = [], [], [], []
+        crops, windows, blurs, labels, confidence = [], [], [], [], []
         for part in (boxes - origin.to(boxes)).split(counts):
-            ((masks, labels_of_part),) = self.model.segmentation.predict_cells(maps, [part], [size])
+            ((masks, labels_of_part, confidence_of_part),) = self.model.segmentation.predict_cells(maps, [part], [size])
             crops += _compact(masks.crops, threshold, self.image.scale)
             windows.append(masks.windows + origin)
             blurs.append(self.model.ranking.blur(masks))
             labels.append(labels_of_part)
+            confidence.append(confidence_of_part)
         masks = MaskCrops(crops, torch.cat(windows), self.image.shape[:2], threshold)
-        return Segmented(masks, torch.cat(labels)), torch.cat(blurs)
+        return Segmented(masks, torch.cat(labels), torch.cat(confidence)), torch.cat(blurs)
 
     def _features(self, places: Sequence[Window | None]) -> list[Any]:
         """c0..c4, each on a window of its own, or None; that of c4 holds the others."""

@@ -158,9 +158,10 @@ def masked_mean(features: Tensor, probability: Tensor, crop: Tensor, count: int)
         count: R.
 
     Returns:
-        (R, C) float32; zeros of a mask without any probability.
+        (R, C), at least float32; zeros of a mask without any probability.
     """
-    weight = probability.float()
-    total = torch.zeros(count, device=features.device).index_add(0, crop, weight)
-    summed = features.new_zeros(count, features.shape[1], dtype=torch.float32)
-    return summed.index_add(0, crop, features.float() * weight[:, None]) / total.clamp(min=1e-6)[:, None]
+    features = for_losses(features)
+    weight = probability.to(features)
+    total = features.new_zeros(count).index_add(0, crop, weight)
+    summed = features.new_zeros(count, features.shape[1])
+    return summed.index_add(0, crop, features * weight[:, None]) / total.clamp(min=1e-6)[:, None]

@@ -101,6 +101,10 @@ class InstanceNet(nn.Module, ABC):
         """Whether a weight, by its name, is of the classes: with other classes a training begins it anew."""
         return ".class_head." in name
 
+    def of_confidence(self, name: str) -> bool:
+        """Whether a weight, by its name, is of a confidence head."""
+        return ".confidence_head." in name
+
     def with_preprocessing(self, **changes: Any) -> "InstanceNet":
         """Change settings of the preprocessing, in place, and return the model."""
         changed = dataclasses.replace(self.preprocessing, **changes)

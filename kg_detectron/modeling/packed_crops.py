@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kg_detectron.layers import convolve_resized, crop_pixels
 from kg_detectron.modeling.classes import masked_mean
+from kg_detectron.modeling.precision import for_losses
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.segmentation_branch import SegmentationBranch
@@ -66,12 +67,12 @@ def packed_logits(
     branch: "SegmentationBranch", features: Sequence[Tensor], boxes: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mask logits of all boxes, the pixels of one after those of another [P]; their places, (R,4) on the CPU; and the
-    features [R,C] by which the class head tells classes apart, of no channel where there is no such head."""
+    features [R,C] of the cells, by which heads judge them, of no channel where there is no such head."""
     device = features[0].device
     image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(b) for b in boxes]))
     windows = crop_windows(torch.cat(boxes).float().cpu(), [f.shape[2:] for f in features])
     if not len(image):
-        return features[0].new_zeros(0), windows[0], features[0].new_zeros(0, branch.class_channels)
+        return features[0].new_zeros(0), windows[0], features[0].new_zeros(0, branch.cell_channels)
     rows = [_pixel_rows(f) for f in features]
     # The nine matrices of each 3x3 kernel after resizing, [9*C',C].
     steps: Any = branch.steps
@@ -89,14 +90,14 @@ def packed_logits(
         parts.append(
             checkpoint(_segment, branch, *arguments, use_reentrant=False) if many else _segment(branch, *arguments)
         )
-    logits, class_features = (torch.cat(part) for part in zip(*parts, strict=True))
+    logits, cell_features = (torch.cat(part) for part in zip(*parts, strict=True))
     # Back from the order of the chunks to that of the boxes.
     order = torch.cat(chunks)
     first = torch.empty_like(areas)
     first[order] = areas[order].cumsum(0) - areas[order]
     crop, y, x = crop_pixels(sizes[0], device)
     logits = logits[first.to(device)[crop] + y * sizes[0, :, 1].to(device)[crop] + x]
-    return logits, windows[0], class_features[order.argsort().to(device)]
+    return logits, windows[0], cell_features[order.argsort().to(device)]
 
 
 def _chunks(sizes: Tensor, depth: Tensor, pixels: int) -> list[Tensor]:
@@ -121,7 +122,7 @@ def _segment(
     windows: Tensor,
     depth: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The crops of a chunk -> logits [P], and the features of the class head [R,C].
+    """The crops of a chunk -> logits [P], and the features of the cells [R,C].
 
     Args:
         rows: the L maps, [N*h*w,C].
@@ -162,31 +163,26 @@ def _segment(
     hidden = branch.hidden(pixels.view(1, *grid.shape, -1).permute(0, 3, 1, 2))
     hidden = _zeroed(hidden.permute(0, 2, 3, 1).reshape(len(pixels), -1), grid.gaps)
     logits = _predict(branch, hidden, grid.shape).flatten()[grid.pixels]
-    if branch.class_head is None:
+    if not branch.cell_channels:
         return logits, logits.new_zeros(len(image), 0)
     inside = torch.cat((pixels[grid.pixels], hidden[grid.pixels]), dim=1)
     crop, y, x = crop_pixels(sizes[0], device)
     probability = logits.detach().sigmoid()
-    left, top = windows[0, :, :2].to(device)[crop].unbind(1)
     means = [masked_mean(inside, probability, crop, len(image))]
+    x, y = x + windows[0, :, 0].to(device)[crop], y + windows[0, :, 1].to(device)[crop]
     for level, (height, width) in enumerate(shapes[1:], start=1):
-        index = (image.to(device)[crop] * height + (top + y) // 2**level) * width + (left + x) // 2**level
-        means.append(_mean_of_map(rows[level], index, probability, crop, len(image)))
+        # Each pixel of the map counts once for a crop, by the sum of the probabilities of the crop's pixels in it.
+        low, high = windows[0, :, :2] >> level, (windows[0, :, 2:] - 1 >> level) + 1
+        areas = (high - low).prod(1)
+        first, wide = (areas.cumsum(0) - areas).to(device), (high - low)[:, 0].to(device)
+        left, top = low.to(device).unbind(1)
+        place = first[crop] + ((y >> level) - top[crop]) * wide[crop] + (x >> level) - left[crop]
+        of_map, row, column = crop_pixels((high - low).flip(1), device)
+        weight = probability.new_zeros(len(of_map), dtype=for_losses(probability).dtype)
+        weight.index_add_(0, place, probability.to(weight))
+        index = (image.to(device)[of_map] * height + top[of_map] + row) * width + left[of_map] + column
+        means.append(masked_mean(rows[level].index_select(0, index), weight, of_map, len(image)))
     return logits, torch.cat(means, dim=1)
-
-
-def _mean_of_map(rows: Tensor, index: Tensor, probability: Tensor, crop: Tensor, count: int) -> Tensor:
-    """`masked_mean` of a map at a lower resolution, (count, C).
-
-    Args:
-        rows: of the map, [N*h*w,C].
-        index: [P] which of them holds each pixel of the crops.
-        probability, crop, count: as in `masked_mean`.
-    """
-    # Each pixel of the map counts once for a crop, by the sum of the probabilities of the crop's pixels in it.
-    key, place = (crop * len(rows) + index).unique(return_inverse=True)
-    weight = torch.zeros(len(key), device=key.device).index_add(0, place, probability.float())
-    return masked_mean(rows[key % len(rows)], weight, key // len(rows), count)
 
 
 def _predict(branch: "SegmentationBranch", pixels: Tensor, shape: tuple[int, int]) -> Tensor:

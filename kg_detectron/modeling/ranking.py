@@ -18,7 +18,7 @@ from kg_detectron.modeling.settings import require
 
 @dataclass(frozen=True)
 class RankingSettings:
-    """Settings of the scores after segmentation (with zeros the paper's, the mean of the keypoints' votes).
+    """Settings of the scores after segmentation (by default the paper's, the mean of the keypoints' votes).
 
     Attributes:
         blur_weight: the score is multiplied by exp(-blur_weight * blur), see `outline_blur`; per pixel, 0 or more.
@@ -27,6 +27,8 @@ class RankingSettings:
             harmless, which leaves close cells their boxes.
         part_sigma: and by exp(-p^2 / part_sigma), p being the part of the lowered cell's box that lies in the other's;
             0 is off. A box that holds a whole cell so suppresses boxes of its parts.
+        vote_exponent: before that, the score is the mean vote to this power, times the cell's confidence where there
+            is a `ConfidenceHead`.
 
     Raises:
         ValueError: a negative number.
@@ -37,9 +39,10 @@ class RankingSettings:
     blur_weight: float = 0.0
     overlap_sigma: float = 0.0
     part_sigma: float = 0.0
+    vote_exponent: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("blur_weight", "overlap_sigma", "part_sigma"):
+        for name in ("blur_weight", "overlap_sigma", "part_sigma", "vote_exponent"):
             require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
 
 
@@ -50,26 +53,38 @@ class CellRanking(nn.Module):
         super().__init__()
         self.settings = settings or RankingSettings()
 
-    def forward(self, boxes: Tensor, scores: Tensor, masks: MaskCrops) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, boxes: Tensor, scores: Tensor, masks: MaskCrops, confidence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rank the cells of one image.
 
         Args:
             boxes: (R,4) xyxy, input pixels.
             scores: (R,), falling.
             masks: of the R boxes, probabilities, input pixels.
+            confidence: (R,) 0..1, of the masks; 1 where there is none.
 
         Returns:
             The order (R,) int64, and the scores in that order, falling; of equal ones the first given comes first.
         """
-        return self.rank(boxes, scores, self.blur(masks).to(scores))
+        return self.rank(boxes, scores, self.blur(masks), confidence)
+
+    def at_most(self, scores: Tensor) -> Tensor:
+        """The highest scores that cells of mean votes (R,) may get."""
+        return scores**self.settings.vote_exponent
 
     def blur(self, masks: MaskCrops) -> Tensor:
         """The (R,) `outline_blur` of masks; zeros where it does not count."""
         return outline_blur(masks) if self.settings.blur_weight else torch.zeros(len(masks))
 
-    def rank(self, boxes: Tensor, scores: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
+    def rank(
+        self, boxes: Tensor, scores: Tensor, blur: Tensor, confidence: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `forward`, with the (R,) `blur` of the masks in their place."""
-        scores, order = (scores * torch.exp(-self.settings.blur_weight * blur)).sort(descending=True, stable=True)
+        scores = self.at_most(scores) * torch.exp(-self.settings.blur_weight * blur.to(scores))
+        if confidence is not None:
+            scores = scores * confidence.to(scores)
+        scores, order = scores.sort(descending=True, stable=True)
         if not (self.settings.overlap_sigma or self.settings.part_sigma):
             return order, scores
         lowered = soft_suppression(boxes[order], scores, self.settings.overlap_sigma, self.settings.part_sigma)

@@ -15,6 +15,7 @@ from kg_detectron.cells import MaskCrops, clip_boxes
 from kg_detectron.layers import crop_pixels
 from kg_detectron.modeling.backbone import zero_bias
 from kg_detectron.modeling.classes import ClassHead, ClassSettings, masked_mean
+from kg_detectron.modeling.confidence import ConfidenceHead, best_ious
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
 from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.processes import generators_of_images, loss_divisor
@@ -38,6 +39,8 @@ class SegmentationSettings:
         mask_threshold: probability from which a pixel belongs to the cell.
         cells_per_image: in training at most so many cells of an image, drawn at random, have their masks computed; 0
             takes all. It bounds the time of an iteration. Ours.
+        confidence_candidates: above 0 the branch has a confidence head, see `ConfidenceHead`, which in training learns
+            from at most so many boxes of an image, drawn at random from those that the network finds; 0 is off. Ours.
         chunk_pixels: pixels of crops that go through the branch together, which bounds its memory; a chunk may exceed
             this by one crop.
 
@@ -53,6 +56,7 @@ class SegmentationSettings:
     mask_margin: float = 0.0
     mask_threshold: float = 0.5
     cells_per_image: int = 0
+    confidence_candidates: int = 0
     chunk_pixels: int = 2**18
 
     def __post_init__(self) -> None:
@@ -61,7 +65,8 @@ class SegmentationSettings:
         require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
         require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
         require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)
-        require(self.cells_per_image >= 0, "cells_per_image", "0 or more", self.cells_per_image)
+        for name in ("cells_per_image", "confidence_candidates"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         require(self.chunk_pixels >= 1, "chunk_pixels", "a positive number", self.chunk_pixels)
         if self.mask_margin and not self.box_jitter:
             raise ValueError(
@@ -77,18 +82,27 @@ class Crops(NamedTuple):
         logits: R mask logits (h, w), of the box's own size.
         windows: (R, 4) int64 xyxy on the CPU, their places.
         class_logits: (R, K), or None where there is one class.
+        confidence_logits: (R,), or None without a confidence head.
     """
 
     logits: list[Tensor]
     windows: Tensor
     class_logits: Tensor | None
+    confidence_logits: Tensor | None
 
 
 class Segmented(NamedTuple):
-    """The cells of one image: R masks, and ``labels`` (R,) int64, the class of each, 1..K."""
+    """The cells of one image.
+
+    Attributes:
+        masks: R masks.
+        labels: (R,) int64, the class of each, 1..K.
+        confidence: (R,) 0..1, of each; 1 without a confidence head.
+    """
 
     masks: MaskCrops
     labels: Tensor
+    confidence: Tensor
 
 
 class SegmentationBranch(nn.Module):
@@ -129,11 +143,13 @@ class SegmentationBranch(nn.Module):
         self.predict = nn.Conv2d(widths[0], 1, 3, padding=1)
         nn.init.normal_(self.predict.weight, std=0.01)
         zero_bias(self.predict)
-        # The features of a class are those before the last two convolutions, those between them, which know the outline
+        # The features of a cell are those before the last two convolutions, those between them, which know the outline
         # best, and the deeper maps, which know what is around.
         several = classes is not None and len(classes) > 1
-        self.class_channels = 2 * widths[0] + sum(in_channels[1:]) if several else 0
-        self.class_head = ClassHead(self.class_channels, classes) if classes and several else None
+        channels = 2 * widths[0] + sum(in_channels[1:])
+        self.class_head = ClassHead(channels, classes) if classes and several else None
+        self.confidence_head = ConfidenceHead(channels) if self.settings.confidence_candidates else None
+        self.cell_channels = channels if self.class_head or self.confidence_head else 0
 
     @property
     def chunk_pixels(self) -> int:
@@ -159,6 +175,10 @@ class SegmentationBranch(nn.Module):
     def classify_crop(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
         """The class logits (K,) of one box of one image, with a class head; arguments as of `segment_crop`."""
         assert self.class_head is not None, "one class needs no head"
+        return self.class_head(self.crop_mean(maps, box)[None])[0]
+
+    def crop_mean(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
+        """The features (C,) of the cell in one box of one image, which heads see; arguments as of `segment_crop`."""
         features = self._crop_features(maps, box)
         hidden = self.hidden(features)
         probability = self.predict(hidden)[0, 0].detach().sigmoid().flatten()
@@ -168,7 +188,7 @@ class SegmentationBranch(nn.Module):
         # Of a deeper map each pixel of the crop has the pixel that it lies in.
         deeper = [m[:, (y // 2**level)[:, None], x // 2**level] for level, m in enumerate(maps[1:], start=1)]
         pixels = torch.cat((features[0], hidden[0], *deeper)).flatten(1).T
-        return self.class_head(masked_mean(pixels, probability, crop, 1))[0]
+        return masked_mean(pixels, probability, crop, 1)[0]
 
     def _crop_features(self, maps: Sequence[Tensor], box: Tensor) -> Tensor:
         """(1, C, h, w) of the box's own size, what the last two convolutions take; arguments as of `segment_crop`."""
@@ -190,7 +210,7 @@ class SegmentationBranch(nn.Module):
         return crops.logits, crops.windows
 
     def crops(self, maps: Sequence[Tensor], boxes: list[Tensor]) -> Crops:
-        """Segment boxes, and tell their classes.
+        """Segment boxes, and tell their classes and the confidence.
 
         Args:
             maps: L maps (N, C, h, w) at strides 1, 2, 4, ...
@@ -206,31 +226,34 @@ class SegmentationBranch(nn.Module):
             [crop.view(tuple(size)) for crop, size in zip(crops, sizes.tolist(), strict=True)],
             windows,
             None if self.class_head is None else self.class_head(features),
+            None if self.confidence_head is None else self.confidence_head(features, sizes),
         )
 
     def predict_cells(
         self, maps: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Segmented]:
-        """Mask probabilities of the boxes of each image, and of the margin around each, as crops; and their classes.
+        """Mask probabilities of the boxes of each image, and of the margin around each, as crops; classes, confidence.
 
         Args:
             maps, boxes: as in `crops`.
             sizes: (h, w) of each image, input pixels, without the padding; boxes lie within it.
         """
         if margin := self.settings.mask_margin:
-            outwards = boxes[0].new_tensor([-margin, -margin, margin, margin])
-            boxes = [clip_boxes(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
-        logits, windows, class_logits = self.crops(maps, boxes)
+            boxes = [clip_boxes(_grown(b, margin), size) for b, size in zip(boxes, sizes, strict=True)]
+        logits, windows, class_logits, confidence_logits = self.crops(maps, boxes)
         counts = [len(b) for b in boxes]
         device = boxes[0].device
         labels = torch.ones(sum(counts), dtype=torch.long, device=device)
         if class_logits is not None:
             labels = 1 + class_logits.argmax(1).to(device)
+        confidence = torch.ones(sum(counts), device=device)
+        if confidence_logits is not None:
+            confidence = confidence_logits.sigmoid().to(device)
         cells = []
-        for count, size, labels_of_image in zip(counts, sizes, labels.split(counts), strict=True):
+        for count, size, *of_image in zip(counts, sizes, labels.split(counts), confidence.split(counts), strict=True):
             crops = [crop.float().sigmoid() for crop in logits[:count]]
             masks = MaskCrops(crops, windows[:count], size, self.settings.mask_threshold)
-            cells.append(Segmented(masks, labels_of_image))
+            cells.append(Segmented(masks, *of_image))
             logits, windows = logits[count:], windows[count:]
         return cells
 
@@ -250,12 +273,21 @@ class SegmentationBranch(nn.Module):
         boxes: list[Tensor],
         masks: list[Tensor],
         labels: list[Tensor] | None = None,
+        candidates: list[Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The weighted losses of true boxes, drawn and jittered where asked for; arguments as in `loss`.
+        """The weighted losses of true boxes, drawn and jittered where asked for; further arguments as in `loss`.
+
+        Args:
+            labels: N tensors (M,), the class of each box, which a class head needs.
+            candidates: N tensors (R, 4), the boxes that are found, which a confidence head needs.
 
         Returns:
-            ``loss_mask``, and with a class head ``loss_class``.
+            ``loss_mask``, with a class head ``loss_class``, and with a confidence head ``loss_confidence``.
         """
+        of_confidence = {}
+        if self.confidence_head is not None:
+            assert candidates is not None, "the confidence head learns from boxes that are found"
+            of_confidence["loss_confidence"] = self._confidence_loss(maps, candidates, masks)
         if labels is None:
             labels = [torch.zeros(len(b), dtype=torch.long, device=b.device) for b in boxes]
         limit, amount = self.settings.cells_per_image, self.settings.box_jitter
@@ -272,7 +304,7 @@ class SegmentationBranch(nn.Module):
             ]
         of_masks, of_classes = self._losses(maps, boxes, masks, labels)
         losses = {"loss_mask": self.settings.mask_weight * of_masks}
-        return losses if of_classes is None else losses | {"loss_class": of_classes}
+        return losses | ({} if of_classes is None else {"loss_class": of_classes}) | of_confidence
 
     def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
         """Mask loss of boxes; each crop's target is the mask of its cell alone.
@@ -283,6 +315,21 @@ class SegmentationBranch(nn.Module):
             masks: N tensors (M, H, W), bool, input pixels (unpadded size).
         """
         return self._losses(maps, boxes, masks, None)[0]
+
+    def _confidence_loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
+        """The loss of the confidence head; nothing else learns from it, and so the boxes cost no gradients."""
+        assert self.confidence_head is not None
+        limit, generators = self.settings.confidence_candidates, generators_of_images(len(boxes))
+        drawn = [torch.randperm(len(b), generator=g)[:limit] for b, g in zip(boxes, generators, strict=True)]
+        boxes = [
+            clip_boxes(_grown(b[index.to(b.device)], self.settings.mask_margin), (m.shape[1], m.shape[2]))
+            for b, index, m in zip(boxes, drawn, masks, strict=True)
+        ]
+        with torch.no_grad():
+            logits, windows, features = packed_logits(self, maps, boxes)
+        inside = logits.sigmoid() > self.settings.mask_threshold
+        ious = best_ious(inside, windows, [len(b) for b in boxes], masks)
+        return self.confidence_head.loss(self.confidence_head(features, window_sizes(windows)), ious)
 
     def _losses(
         self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None
@@ -359,6 +406,11 @@ def jittered_boxes(
     random = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype).to(boxes)
     moved = boxes + (2 * random - 1) * amount * sides
     return clip_boxes(moved, size)
+
+
+def _grown(boxes: Tensor, margin: float) -> Tensor:
+    """Boxes (R, 4) with a margin on every side."""
+    return boxes + boxes.new_tensor([-margin, -margin, margin, margin])
 
 
 def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def starting_model(
     Args:
         start: a kept model's name, a model file, "imagenet" for the network of the kept models with ImageNet weights in
             its backbone, or "nothing" for random weights.
-        changes: of its method and settings, see `Recipe.network`. A trained model must still fit.
+        changes: of its method and settings, see `Recipe.network`. A trained model must still fit; a confidence head
+            that it lacks begins anew.
         classes: of the data. Where there are several, and the model does not know all of them, it gets a new class
             head for these; all other weights stay.
 
@@ -125,10 +126,14 @@ def starting_model(
     if settings == model.settings:
         return model
     changed = method_class(method).build(settings).to(device)
-    weights = model.state_dict()
-    if changed.classes.names != model.classes.names:  # the head of other classes begins anew
-        weights = {name: value for name, value in weights.items() if not changed.of_classes(name)}
-        weights |= {name: value for name, value in changed.state_dict().items() if changed.of_classes(name)}
+    known, new = model.state_dict(), changed.state_dict()
+
+    def begins_anew(name: str) -> bool:
+        other_classes = changed.classes.names != model.classes.names and changed.of_classes(name)
+        return other_classes or (changed.of_confidence(name) and not (name in known and name in new))
+
+    weights = {name: value for name, value in known.items() if not begins_anew(name)}
+    weights |= {name: value for name, value in new.items() if begins_anew(name)}
     try:
         changed.load_state_dict(weights)
     except RuntimeError as error:

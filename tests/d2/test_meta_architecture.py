@@ -57,6 +57,7 @@ def test_core_and_detectron2_agree(tmp_path, head, scales, ranked):
     if ranked:
         changes += ["MODEL.KEYPOINT_GRAPH.NMS_THRESHOLD", 0.7, "MODEL.CELLS.BLUR_WEIGHT", 2.0]
         changes += ["MODEL.CELLS.OVERLAP_SIGMA", 0.1, "MODEL.CELLS.MASK_MARGIN", 1.5, "MODEL.CELLS.BOX_JITTER", 0.1]
+        changes += ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10, "MODEL.CELLS.VOTE_EXPONENT", 0.3]
     cfg = small_config(*changes, "INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0))
     model, inputs = build_model(cfg), scene()
     core = load_model(save(model, tmp_path))
@@ -120,7 +121,11 @@ def test_masks_come_one_at_a_time_as_the_coco_export_takes_them():
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
-        (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.IN_FEATURES", ["c4"]], {"loss_rpn_cls", "loss_mask"}),
+        (
+            ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.IN_FEATURES", ["c4"]]
+            + ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10],
+            {"loss_rpn_cls", "loss_mask", "loss_confidence"},
+        ),
         (
             ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["c2"]]
             + ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]

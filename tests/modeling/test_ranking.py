@@ -149,7 +149,7 @@ def test_rows_of_a_prediction_stay_together():
         assert torch.equal(cells.masks[i], unranked.masks[row])
 
 
-@pytest.mark.parametrize("name", ["blur_weight", "overlap_sigma", "part_sigma"])
+@pytest.mark.parametrize("name", ["blur_weight", "overlap_sigma", "part_sigma", "vote_exponent"])
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValueError, match=name):

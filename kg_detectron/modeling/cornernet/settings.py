@@ -98,7 +98,11 @@ class CornerDecodingSettings:
 
 @dataclass(frozen=True)
 class CornerNetSettings:
-    """Settings of `CornerNet`, a dataclass for each part; ``segmentation`` counts where ``heads.masks`` is on."""
+    """Settings of `CornerNet`, a dataclass for each part; ``segmentation`` counts where ``heads.masks`` is on.
+
+    Raises:
+        ValueError: a confidence head, for corners have their own scores.
+    """
 
     preprocessing: Preprocessing = Preprocessing()
     backbone: BackboneSettings = BackboneSettings()
@@ -108,3 +112,7 @@ class CornerNetSettings:
     decoding: CornerDecodingSettings = CornerDecodingSettings()
     segmentation: SegmentationSettings = SegmentationSettings()
     classes: ClassSettings = ClassSettings()
+
+    def __post_init__(self) -> None:
+        candidates = self.segmentation.confidence_candidates
+        require(not candidates, "confidence_candidates", "0, for CornerNet has scores of its own", candidates)

@@ -92,7 +92,10 @@ class KeypointGraphNet(InstanceNet):
     ) -> dict[str, Tensor]:
         maps, crop_maps = self.maps(batch)
         losses = keypoint_losses(maps, boxes, (batch.shape[2], batch.shape[3]), self.settings.targets)
-        return losses | self.segmentation.losses(crop_maps, boxes, masks, labels)
+        candidates = None
+        if self.segmentation.confidence_head is not None:
+            candidates, _ = self.boxes(maps, [(m.shape[1], m.shape[2]) for m in masks])
+        return losses | self.segmentation.losses(crop_maps, boxes, masks, labels, candidates)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
         return self.find_above(batch, sizes, 0.0, self.scores)
@@ -136,18 +139,17 @@ class KeypointGraphNet(InstanceNet):
         `finish` only lowers scores, and a score that is lower to begin with lowers no higher one: so what cannot reach
         it, however large its mask turns out, may be left out before its mask is made, and the others stay as they are.
         """
-        return (scores or self.scores).at_most(raw) >= min_score
+        return (scores or self.scores).at_most(self.ranking.at_most(raw)) >= min_score
 
     def finish(self, boxes: Tensor, scores: Tensor, segmented: Segmented, blur: Tensor | None = None) -> Cells:
         """Boxes, scores, masks and classes of one image -> its cells, ranked.
 
         Args:
-            boxes: (R, 4), scores: (R,), falling, segmented: masks and classes of the boxes.
+            boxes: (R, 4), scores: (R,), falling, segmented: of the boxes.
             blur: (R,) `CellRanking.blur` of the masks, where they have lost their probabilities.
         """
-        masks, labels = segmented
+        masks, labels, confidence = segmented
         boxes = self.segmentation.cell_boxes(boxes, masks)
-        order, scores = self.ranking.rank(
-            boxes, scores, (self.ranking.blur(masks) if blur is None else blur).to(scores)
-        )
+        blur = self.ranking.blur(masks) if blur is None else blur
+        order, scores = self.ranking.rank(boxes, scores, blur, confidence)
         return cells_of_image(boxes[order], scores, masks[order], labels[order])
