@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kg_detectron.layers import crop_pixels
+from kg_detectron.modeling.packed_crops import window_sizes
 from kg_detectron.modeling.precision import full_precision
 from kg_detectron.modeling.processes import loss_divisor, shared_total
 
@@ -105,15 +106,16 @@ def best_ious(inside: Tensor, windows: Tensor, counts: Sequence[int], masks: Seq
         inside: (P,) bool, whether the pixels of the R crops, one crop after another, belong to the predicted mask.
         windows: (R, 4) int64 xyxy, places of the crops.
         counts: crops of each of the N images.
-        masks: N tensors (M, H, W), bool. Where some overlap, a pixel counts for the last of them.
+        masks: N tensors (M, H, W), bool, M may differ. Where some overlap, a pixel counts for the last of them.
 
     Returns:
         (R,) float32; 0 in an image without cells.
     """
-    sizes = windows[:, 2:] - windows[:, :2]
+    counts, sizes = list(counts), window_sizes(windows)
     results = []
-    pixels = inside.split([int(part.prod(1).sum()) for part in sizes.split(list(counts))])
-    for predicted, places, of_image in zip(pixels, windows.split(list(counts)), masks, strict=True):
+    pixels = inside.split([int(part.prod(1).sum()) for part in sizes.split(counts)])
+    parts = zip(pixels, windows.split(counts), sizes.split(counts), masks, strict=True)
+    for predicted, places, of_crops, of_image in parts:
         cells, height, width = of_image.shape
         if not cells or not len(places):
             results.append(predicted.new_zeros(len(places), dtype=torch.float32))
@@ -121,7 +123,7 @@ def best_ious(inside: Tensor, windows: Tensor, counts: Sequence[int], masks: Seq
         cell, row, column = of_image.nonzero(as_tuple=True)
         owner = torch.zeros(height * width, dtype=torch.long, device=of_image.device)
         owner.scatter_reduce_(0, row * width + column, cell + 1, "amax")
-        crop, y, x = crop_pixels((places[:, 2:] - places[:, :2]).flip(1), predicted.device)
+        crop, y, x = crop_pixels(of_crops, predicted.device)
         left, top = places[:, :2].to(predicted.device)[crop].unbind(1)
         number = owner[(top + y) * width + left + x]
         table = torch.zeros(len(places) * (cells + 1), device=predicted.device, dtype=torch.float32)

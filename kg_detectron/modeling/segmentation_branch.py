@@ -238,9 +238,7 @@ class SegmentationBranch(nn.Module):
             maps, boxes: as in `crops`.
             sizes: (h, w) of each image, input pixels, without the padding; boxes lie within it.
         """
-        if margin := self.settings.mask_margin:
-            boxes = [clip_boxes(_grown(b, margin), size) for b, size in zip(boxes, sizes, strict=True)]
-        logits, windows, class_logits, confidence_logits = self.crops(maps, boxes)
+        logits, windows, class_logits, confidence_logits = self.crops(maps, self._with_margin(boxes, sizes))
         counts = [len(b) for b in boxes]
         device = boxes[0].device
         labels = torch.ones(sum(counts), dtype=torch.long, device=device)
@@ -256,6 +254,14 @@ class SegmentationBranch(nn.Module):
             cells.append(Segmented(masks, *of_image))
             logits, windows = logits[count:], windows[count:]
         return cells
+
+    def _with_margin(self, boxes: list[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """What is cut out for boxes that are found: with the margin around them that stays in the image."""
+        margin = self.settings.mask_margin
+        if not margin:
+            return boxes
+        outwards = boxes[0].new_tensor([-margin, -margin, margin, margin])
+        return [clip_boxes(b + outwards, size) for b, size in zip(boxes, sizes, strict=True)]
 
     def predict_masks(
         self, maps: Sequence[Tensor], boxes: list[Tensor], sizes: Sequence[tuple[int, int]]
@@ -321,10 +327,8 @@ class SegmentationBranch(nn.Module):
         assert self.confidence_head is not None
         limit, generators = self.settings.confidence_candidates, generators_of_images(len(boxes))
         drawn = [torch.randperm(len(b), generator=g)[:limit] for b, g in zip(boxes, generators, strict=True)]
-        boxes = [
-            clip_boxes(_grown(b[index.to(b.device)], self.settings.mask_margin), (m.shape[1], m.shape[2]))
-            for b, index, m in zip(boxes, drawn, masks, strict=True)
-        ]
+        boxes = [b[index.to(b.device)] for b, index in zip(boxes, drawn, strict=True)]
+        boxes = self._with_margin(boxes, [(m.shape[1], m.shape[2]) for m in masks])
         with torch.no_grad():
             logits, windows, features = packed_logits(self, maps, boxes)
         inside = logits.sigmoid() > self.settings.mask_threshold
@@ -406,11 +410,6 @@ def jittered_boxes(
     random = torch.rand(boxes.shape, generator=generator, dtype=boxes.dtype).to(boxes)
     moved = boxes + (2 * random - 1) * amount * sides
     return clip_boxes(moved, size)
-
-
-def _grown(boxes: Tensor, margin: float) -> Tensor:
-    """Boxes (R, 4) with a margin on every side."""
-    return boxes + boxes.new_tensor([-margin, -margin, margin, margin])
 
 
 def _mask_pixels(masks: list[Tensor], windows: Tensor) -> Tensor:

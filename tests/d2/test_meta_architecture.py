@@ -9,8 +9,8 @@ from builders import CONFIGS, drawn_image, load_config, small_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.modeling import build_backbone, build_model, build_proposal_generator
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -147,6 +147,25 @@ def test_parts_can_be_swapped_by_name(changes, keys):
         instances = model.eval()(scene())[0]["instances"]
     assert instances.image_size == (100, 120)
     assert all(mask.shape == (100, 120) for mask in instances.pred_masks)
+
+
+def test_a_confidence_head_gets_what_is_found():
+    """Also from the keypoint graph as a proposal generator, whose proposals are the true boxes otherwise."""
+    torch.manual_seed(0)
+    images = ImageList.from_tensors([torch.rand(3, 64, 96)])
+    truth = [inputs["instances"] for inputs in scene()[:1]]
+    for options in ([], ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10]):
+        cfg = small_config(*options)
+        backbone = build_backbone(cfg)
+        generator = build_proposal_generator(cfg, backbone.output_shape())
+        features = backbone(images.tensor)
+        (proposed,), losses = generator(images, dict(features), truth)
+        assert "loss_heatmap" in losses
+        if options:
+            (found,), _ = generator.eval()(images, dict(features))
+            assert len(proposed) > 0 and torch.equal(proposed.proposal_boxes.tensor, found.proposal_boxes.tensor)
+        else:
+            assert torch.equal(proposed.proposal_boxes.tensor, truth[0].gt_boxes.tensor)
 
 
 def test_ground_truth_that_is_no_target_still_trains_the_masks():

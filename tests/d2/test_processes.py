@@ -87,16 +87,8 @@ def test_two_and_then_four_processes_are_one(data, tmp_path):
     validation image that only one process has.
     """
     options = [*data, "DATASETS.TEST", (), "MODEL.CELLS.NORM", "GN", "MODEL.CELLS.BOX_JITTER", 0.2]
-    options += [
-        "MODEL.CELLS.CELLS_PER_IMAGE",
-        3,
-        "MODEL.CELLS.CONFIDENCE_CANDIDATES",
-        5,
-        "TEST.EVAL_PERIOD",
-        3,
-        "SOLVER.EARLY_STOPPING.PATIENCE",
-        9,
-    ]
+    options += ["MODEL.CELLS.CELLS_PER_IMAGE", 3, "TEST.EVAL_PERIOD", 3, "SOLVER.EARLY_STOPPING.PATIENCE", 9]
+    options += ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 5]
     train(options, tmp_path / "one", double=True)
     shared = tmp_path / "shared"
     first = partial(train, double=True, hook=partial(Signalled, 1, signal.SIGTERM, 4))
