@@ -43,6 +43,7 @@ from detectron2.structures import BoxMode, Instances
 
 import kg_detectron.d2  # noqa: F401  (registers the models and the datasets)
 from kg_detectron.d2.classes import check_classes
+from kg_detectron.d2.confidence import CONFIDENCE_FILE
 from kg_detectron.d2.config import add_kg_config, drop_initial_weights, merge_config
 from kg_detectron.d2.datasets import register_cells, register_files
 from kg_detectron.d2.evaluators import CellEvaluators, build_evaluators, mask_rles
@@ -300,6 +301,12 @@ def training_minutes(metrics: Path) -> float:
     return sum(step * seconds[i] for step, i in zip(steps, iterations, strict=True)) / 60 if seconds else math.nan
 
 
+def fit_minutes(folder: Path) -> float:
+    """Minutes that the confidence head of a run in a folder took; 0 without one."""
+    file = folder / CONFIDENCE_FILE
+    return json.loads(file.read_text())["minutes"] if file.is_file() else 0.0
+
+
 def evaluate_run(run: Run, dataset: str, records: list[dict], device: str, output: Path) -> dict[str, Any]:
     """The row of one run: its name and weights, and a number under every key of `HEADINGS` (AP and IoU in percent)."""
     cfg, model = load_model(run, device)
@@ -331,7 +338,7 @@ def evaluate_run(run: Run, dataset: str, records: list[dict], device: str, outpu
         "parameters_M": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         **gmacs,
         "seconds_per_image": statistics.median(seconds),
-        "training_minutes": training_minutes(run.metrics),
+        "training_minutes": training_minutes(run.metrics) + fit_minutes(run.metrics.parent),
     }
 
 

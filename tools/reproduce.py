@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from compare import HEADINGS, TABLES, markdown_table
+from compare import HEADINGS, TABLES, fit_minutes, markdown_table
 from detectron2.config import get_cfg
 
 from kg_detectron.d2.config import add_kg_config, initial_weights_keys, merge_config
@@ -276,7 +276,8 @@ class Reproduction:
             shutil.rmtree(trial, ignore_errors=True)
             self._train(row, 0, trial, TRIAL_ITERATIONS)
             last = json.loads((trial / "metrics.json").read_text().splitlines()[-1])
-            noted.write_text(json.dumps({"iterations": max(1, round(self.minutes * 60 / last["time"]))}))
+            minutes = self.minutes - fit_minutes(trial)
+            noted.write_text(json.dumps({"iterations": max(1, round(minutes * 60 / last["time"]))}))
             shutil.rmtree(trial)
         return json.loads(noted.read_text())["iterations"]
 

@@ -137,6 +137,11 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
     heads = build_roi_heads(cfg, backbone.output_shape())
     ours = isinstance(backbone, CellBackbone) and isinstance(proposals, KeypointGraph) and isinstance(heads, KGROIHeads)
     if not (ours and isinstance(heads.mask_head, CellMaskHead)):
+        if cfg.MODEL.CELLS.CONFIDENCE:
+            raise ValueError(
+                "MODEL.CELLS.CONFIDENCE: expected False, for a confidence head is fitted only to a network whose parts "
+                "are all of this project"
+            )
         return CellGeneralizedRCNN(backbone=backbone, proposal_generator=proposals, roi_heads=heads, **_preparing(cfg))
     # What a registered part decides itself, as SegS1MaskHead what masks are cut from, belongs to the description.
     settings = dataclasses.replace(

@@ -126,16 +126,12 @@ class KeypointGraph(nn.Module):
     """Keypoint branch and decoder as a proposal generator.
 
     It adds the decoder maps, from the lowest scale with heads up to s4, to the dict of features, where heads behind it
-    find them. In training its proposals are the ground-truth boxes, on which the paper trains the segmentation branch;
-    with ``proposes_found`` those that it finds, from which a confidence head learns.
+    find them. In training its proposals are the ground-truth boxes, on which the paper trains the segmentation branch.
     """
 
     @configurable
-    def __init__(
-        self, *, branch: KeypointBranch, decoder: KeypointDecoder, targets: TargetSettings, proposes_found: bool = False
-    ) -> None:
+    def __init__(self, *, branch: KeypointBranch, decoder: KeypointDecoder, targets: TargetSettings) -> None:
         super().__init__()
-        self.proposes_found = proposes_found
         self.branch = branch
         self.decoder = decoder
         self.targets = targets
@@ -150,29 +146,25 @@ class KeypointGraph(nn.Module):
             "branch": build_keypoint_branch(heads, trunk, norm),
             "decoder": KeypointDecoder(targets.radius, settings_of(cfg, DecodingSettings)),
             "targets": targets,
-            "proposes_found": settings_of(cfg, SegmentationSettings).confidence_candidates > 0,
         }
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], gt_instances: list[Instances] | None = None
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """In training the ground truth, or what was decoded, and the losses; in testing what was decoded.
+        """In training the ground truth and the losses; in testing what was decoded.
 
-        Proposals have ``proposal_boxes`` and ``objectness_logits``, decoded ones ``scores`` too.
+        Proposals have ``proposal_boxes`` and ``objectness_logits``, in testing ``scores`` too.
         """
         maps, decoded = self.branch(_core_features(features))
         features.update({f"s{scale}": value for scale, value in decoded.items()})
-        found = []
-        if not self.training or self.proposes_found:
+        if not self.training:
             with full_precision(images.tensor.device):
                 detections = self.decoder(maps, images.image_sizes)
-            found = [_proposals(size, *d) for size, d in zip(images.image_sizes, detections, strict=True)]
-        if not self.training:
-            return found, {}
+            return [_proposals(size, *d) for size, d in zip(images.image_sizes, detections, strict=True)], {}
         assert gt_instances is not None, "training needs ground truth"
         boxes = [g.gt_boxes.tensor for g in gt_instances]
         losses = keypoint_losses(maps, boxes, images.tensor.shape[2:], self.targets)
-        return found or [_proposals(g.image_size, b) for g, b in zip(gt_instances, boxes, strict=True)], losses
+        return [_proposals(g.image_size, b) for g, b in zip(gt_instances, boxes, strict=True)], losses
 
 
 def _proposals(size: tuple[int, int], boxes: Tensor, scores: Tensor | None = None) -> Instances:
@@ -261,8 +253,7 @@ class KGROIHeads(nn.Module):
             assert targets is not None, "training needs ground truth"
             boxes = [t.gt_boxes.tensor for t in targets]
             labels = [t.gt_classes + 1 for t in targets]
-            candidates = [p.proposal_boxes.tensor for p in proposals]
-            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets], labels, candidates)
+            return proposals, branch.losses(maps, boxes, [t.gt_masks.tensor for t in targets], labels)
         boxes = [p.proposal_boxes.tensor for p in proposals]
         segmented = branch.predict_cells(maps, boxes, [p.image_size for p in proposals])
         results = []

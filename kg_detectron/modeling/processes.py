@@ -38,17 +38,12 @@ def loss_divisor(count: Tensor) -> Tensor:
         (K,) float64, the mean of the counts over all processes, where the total is at least 1. The mean over processes
         of sum / divisor is the total sum divided by the total count, and 0 where the total count is 0.
     """
-    total = shared_total(count.detach().double()).clamp(min=1)
-    return total / distributed.get_world_size() if _SHARED.get() else total
-
-
-def shared_total(values: Tensor) -> Tensor:
-    """Values of this process -> their sums over all processes, which must all ask at once."""
+    total = count.detach().double()
     if not _SHARED.get():
-        return values
-    total = values.clone()
+        return total.clamp(min=1)
+    total = total.clone()
     distributed.all_reduce(total)
-    return total
+    return total.clamp(min=1) / distributed.get_world_size()
 
 
 def generators_of_images(number: int) -> list[torch.Generator]:

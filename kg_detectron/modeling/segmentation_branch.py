@@ -15,7 +15,7 @@ from kg_detectron.cells import MaskCrops, clip_boxes
 from kg_detectron.layers import crop_pixels
 from kg_detectron.modeling.backbone import zero_bias
 from kg_detectron.modeling.classes import ClassHead, ClassSettings, masked_mean
-from kg_detectron.modeling.confidence import ConfidenceHead, best_ious
+from kg_detectron.modeling.confidence import ConfidenceHead, best_ious, head_inputs
 from kg_detectron.modeling.packed_crops import crop_windows, packed_logits, window_sizes
 from kg_detectron.modeling.precision import for_losses
 from kg_detectron.modeling.processes import generators_of_images, loss_divisor
@@ -39,8 +39,7 @@ class SegmentationSettings:
         mask_threshold: probability from which a pixel belongs to the cell.
         cells_per_image: in training at most so many cells of an image, drawn at random, have their masks computed; 0
             takes all. It bounds the time of an iteration. Ours.
-        confidence_candidates: above 0 the branch has a confidence head, see `ConfidenceHead`, which in training learns
-            from at most so many boxes of an image, drawn at random from those that the network finds; 0 is off. Ours.
+        confidence: whether the branch has a confidence head, see `ConfidenceHead`. Ours.
         chunk_pixels: pixels of crops that go through the branch together, which bounds its memory; a chunk may exceed
             this by one crop.
 
@@ -56,7 +55,7 @@ class SegmentationSettings:
     mask_margin: float = 0.0
     mask_threshold: float = 0.5
     cells_per_image: int = 0
-    confidence_candidates: int = 0
+    confidence: bool = False
     chunk_pixels: int = 2**18
 
     def __post_init__(self) -> None:
@@ -65,8 +64,7 @@ class SegmentationSettings:
         require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
         require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
         require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)
-        for name in ("cells_per_image", "confidence_candidates"):
-            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        require(self.cells_per_image >= 0, "cells_per_image", "0 or more", self.cells_per_image)
         require(self.chunk_pixels >= 1, "chunk_pixels", "a positive number", self.chunk_pixels)
         if self.mask_margin and not self.box_jitter:
             raise ValueError(
@@ -148,7 +146,7 @@ class SegmentationBranch(nn.Module):
         several = classes is not None and len(classes) > 1
         channels = 2 * widths[0] + sum(in_channels[1:])
         self.class_head = ClassHead(channels, classes) if classes and several else None
-        self.confidence_head = ConfidenceHead(channels) if self.settings.confidence_candidates else None
+        self.confidence_head = ConfidenceHead(channels) if self.settings.confidence else None
         self.cell_channels = channels if self.class_head or self.confidence_head else 0
 
     @property
@@ -279,21 +277,15 @@ class SegmentationBranch(nn.Module):
         boxes: list[Tensor],
         masks: list[Tensor],
         labels: list[Tensor] | None = None,
-        candidates: list[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The weighted losses of true boxes, drawn and jittered where asked for; further arguments as in `loss`.
 
         Args:
             labels: N tensors (M,), the class of each box, which a class head needs.
-            candidates: N tensors (R, 4), the boxes that are found, which a confidence head needs.
 
         Returns:
-            ``loss_mask``, with a class head ``loss_class``, and with a confidence head ``loss_confidence``.
+            ``loss_mask``, and with a class head ``loss_class``.
         """
-        of_confidence = {}
-        if self.confidence_head is not None:
-            assert candidates is not None, "the confidence head learns from boxes that are found"
-            of_confidence["loss_confidence"] = self._confidence_loss(maps, candidates, masks)
         if labels is None:
             labels = [torch.zeros(len(b), dtype=torch.long, device=b.device) for b in boxes]
         limit, amount = self.settings.cells_per_image, self.settings.box_jitter
@@ -310,7 +302,7 @@ class SegmentationBranch(nn.Module):
             ]
         of_masks, of_classes = self._losses(maps, boxes, masks, labels)
         losses = {"loss_mask": self.settings.mask_weight * of_masks}
-        return losses | ({} if of_classes is None else {"loss_class": of_classes}) | of_confidence
+        return losses | ({} if of_classes is None else {"loss_class": of_classes})
 
     def loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
         """Mask loss of boxes; each crop's target is the mask of its cell alone.
@@ -322,18 +314,23 @@ class SegmentationBranch(nn.Module):
         """
         return self._losses(maps, boxes, masks, None)[0]
 
-    def _confidence_loss(self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor]) -> Tensor:
-        """The loss of the confidence head; nothing else learns from it, and so the boxes cost no gradients."""
-        assert self.confidence_head is not None
-        limit, generators = self.settings.confidence_candidates, generators_of_images(len(boxes))
-        drawn = [torch.randperm(len(b), generator=g)[:limit] for b, g in zip(boxes, generators, strict=True)]
-        boxes = [b[index.to(b.device)] for b, index in zip(boxes, drawn, strict=True)]
-        boxes = self._with_margin(boxes, [(m.shape[1], m.shape[2]) for m in masks])
-        with torch.no_grad():
-            logits, windows, features = packed_logits(self, maps, boxes)
+    @torch.no_grad()
+    def candidates(self, maps: Sequence[Tensor], boxes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """What a confidence head is fitted to, of boxes that were found in one image.
+
+        Args:
+            maps: L maps (1, C, h, w) at strides 1, 2, 4, ...
+            boxes: (R, 4), xyxy continuous, input pixels.
+            masks: (M, H, W), bool, the true cells; where some overlap, a pixel counts for the last of them.
+
+        Returns:
+            The head's inputs (R, C + 2), and the highest intersection over union (R,) of the mask in each box with a
+            true one.
+        """
+        (boxes,) = self._with_margin([boxes], [(masks.shape[1], masks.shape[2])])
+        logits, windows, features = packed_logits(self, maps, [boxes])
         inside = logits.sigmoid() > self.settings.mask_threshold
-        ious = best_ious(inside, windows, [len(b) for b in boxes], masks)
-        return self.confidence_head.loss(self.confidence_head(features, window_sizes(windows)), ious)
+        return head_inputs(features, window_sizes(windows)), best_ious(inside, windows, masks)
 
     def _losses(
         self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None

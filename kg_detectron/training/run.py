@@ -25,6 +25,7 @@ from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
+from kg_detectron.training.confidence import fit_confidence
 from kg_detectron.training.dataset import LabelledImage, TrainingSamples, cells_of_classes
 from kg_detectron.training.freezing import freeze
 from kg_detectron.training.loop import LoopSettings, Trainer
@@ -299,7 +300,7 @@ def train(
     elif keeper.last_iteration != trainer.iteration:
         keeper.validate()
     trainer.log.close()
-    return keeper.finish(validation, training)
+    return keeper.finish(validation, training, settings.seed)
 
 
 _BAR = "{desc}: {n:.1f} % |{bar}| {elapsed}<{remaining} {postfix}"
@@ -364,8 +365,9 @@ class _Keeper:
             if value > best:
                 save_model(self.model, self.folder / MODEL_FILE)
 
-    def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage]) -> Validation:
-        """Load the best weights, calibrate them on all validation images, and write the model file.
+    def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage], seed: int) -> Validation:
+        """Load the best weights, fit their confidence head where there is one, calibrate them on all validation images,
+        and write the model file.
 
         Calibrated twice: where the scale is the true one, so that the scale can be estimated as in a prediction, and
         where it is so.
@@ -375,6 +377,9 @@ class _Keeper:
             diameters=cell_diameters(training, best.preprocessing.diameter),
             image_diameter=common_diameter([image.diameter for image in training if image.diameter]),
         )
+        boxes = fit_confidence(best, training, seed)
+        if boxes:
+            self.log(f"the confidence head was fitted to {boxes} boxes that were found in the training images")
         best.scores = Scores()
         with contextlib.suppress(ValueError):  # which the next says
             best.scores, _ = validate(best, validation, true_scale=True).calibration()

@@ -67,6 +67,12 @@ def test_training_minutes(tmp_path):
     assert math.isnan(compare.training_minutes(metrics))
 
 
+def test_the_minutes_of_a_confidence_head_count(tmp_path):
+    assert compare.fit_minutes(tmp_path) == 0
+    (tmp_path / "confidence.json").write_text('{"boxes": 7, "minutes": 2.5}\n')
+    assert compare.fit_minutes(tmp_path) == 2.5
+
+
 def touch(folder: Path, *files: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:

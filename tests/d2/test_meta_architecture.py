@@ -9,8 +9,8 @@ from builders import CONFIGS, drawn_image, load_config, small_config
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import build_backbone, build_model, build_proposal_generator
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -57,7 +57,7 @@ def test_core_and_detectron2_agree(tmp_path, head, scales, ranked):
     if ranked:
         changes += ["MODEL.KEYPOINT_GRAPH.NMS_THRESHOLD", 0.7, "MODEL.CELLS.BLUR_WEIGHT", 2.0]
         changes += ["MODEL.CELLS.OVERLAP_SIGMA", 0.1, "MODEL.CELLS.MASK_MARGIN", 1.5, "MODEL.CELLS.BOX_JITTER", 0.1]
-        changes += ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10, "MODEL.CELLS.VOTE_EXPONENT", 0.3]
+        changes += ["MODEL.CELLS.CONFIDENCE", True, "MODEL.CELLS.VOTE_EXPONENT", 0.3]
     cfg = small_config(*changes, "INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0))
     model, inputs = build_model(cfg), scene()
     core = load_model(save(model, tmp_path))
@@ -121,11 +121,7 @@ def test_masks_come_one_at_a_time_as_the_coco_export_takes_them():
 @pytest.mark.parametrize(
     ("changes", "keys"),
     [
-        (
-            ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.IN_FEATURES", ["c4"]]
-            + ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10],
-            {"loss_rpn_cls", "loss_mask", "loss_confidence"},
-        ),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.IN_FEATURES", ["c4"]], {"loss_rpn_cls", "loss_mask"}),
         (
             ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["c2"]]
             + ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]
@@ -149,23 +145,11 @@ def test_parts_can_be_swapped_by_name(changes, keys):
     assert all(mask.shape == (100, 120) for mask in instances.pred_masks)
 
 
-def test_a_confidence_head_gets_what_is_found():
-    """Also from the keypoint graph as a proposal generator, whose proposals are the true boxes otherwise."""
-    torch.manual_seed(0)
-    images = ImageList.from_tensors([torch.rand(3, 64, 96)])
-    truth = [inputs["instances"] for inputs in scene()[:1]]
-    for options in ([], ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 10]):
-        cfg = small_config(*options)
-        backbone = build_backbone(cfg)
-        generator = build_proposal_generator(cfg, backbone.output_shape())
-        features = backbone(images.tensor)
-        (proposed,), losses = generator(images, dict(features), truth)
-        assert "loss_heatmap" in losses
-        if options:
-            (found,), _ = generator.eval()(images, dict(features))
-            assert len(proposed) > 0 and torch.equal(proposed.proposal_boxes.tensor, found.proposal_boxes.tensor)
-        else:
-            assert torch.equal(proposed.proposal_boxes.tensor, truth[0].gt_boxes.tensor)
+def test_a_confidence_head_beside_foreign_parts_is_refused():
+    cfg = small_config("MODEL.CELLS.CONFIDENCE", True, "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    cfg.MODEL.RPN.IN_FEATURES = ["c4"]
+    with pytest.raises(ValueError, match="MODEL.CELLS.CONFIDENCE: expected False"):
+        build_model(cfg)
 
 
 def test_ground_truth_that_is_no_target_still_trains_the_masks():

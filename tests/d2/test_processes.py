@@ -83,12 +83,11 @@ def checkpoint(output: Path, name: str = "model_final") -> dict:
 def test_two_and_then_four_processes_are_one(data, tmp_path):
     """Stopped by a signal to one of two processes and resumed by four: the run of one process.
 
-    With random boxes, a confidence head, images without cells in a process, batches across the end of an epoch, and a
-    validation image that only one process has.
+    With random boxes, images without cells in a process, batches across the end of an epoch, and a validation image
+    that only one process has.
     """
     options = [*data, "DATASETS.TEST", (), "MODEL.CELLS.NORM", "GN", "MODEL.CELLS.BOX_JITTER", 0.2]
     options += ["MODEL.CELLS.CELLS_PER_IMAGE", 3, "TEST.EVAL_PERIOD", 3, "SOLVER.EARLY_STOPPING.PATIENCE", 9]
-    options += ["MODEL.CELLS.CONFIDENCE_CANDIDATES", 5]
     train(options, tmp_path / "one", double=True)
     shared = tmp_path / "shared"
     first = partial(train, double=True, hook=partial(Signalled, 1, signal.SIGTERM, 4))

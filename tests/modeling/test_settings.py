@@ -95,7 +95,6 @@ def test_every_setting_has_one_key():
         (SegmentationSettings, {"mask_threshold": 1.0}, "mask_threshold"),
         (SegmentationSettings, {"mask_weight": -1.0}, "mask_weight"),
         (SegmentationSettings, {"chunk_pixels": 0}, "chunk_pixels"),
-        (SegmentationSettings, {"confidence_candidates": -1}, "confidence_candidates"),
         (RankingSettings, {"blur_weight": -1.0}, "blur_weight"),
         (Scores, {"raw": (0.1, 0.5), "probability": (0.5,)}, "probability"),
         (Scores, {"raw": (0.5,), "probability": (0.5,)}, "raw"),

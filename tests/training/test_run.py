@@ -16,6 +16,7 @@ from tqdm import TqdmWarning
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
 from kg_detectron.modeling import Scores
+from kg_detectron.training.confidence import fit_confidence
 from kg_detectron.training.dataset import labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
 from kg_detectron.training.scalars import ScalarLog
@@ -128,6 +129,26 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     images, masks = write_folders(tmp_path, 1)
     assert main(["train", str(images), str(masks), "-o", str(tmp_path / "run"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_confidence_head_is_fitted_to_the_model_that_is_kept(tmp_path: Path, monkeypatch) -> None:
+    """To the training images, before the scores are calibrated, which then know it."""
+    changes = {"segmentation": {"confidence": True}, "ranking": {"vote_exponent": 0.1}}
+    save_model(training_network(), tmp_path / "start.safetensors")
+    model = starting_model(str(tmp_path / "start.safetensors"), changes=changes)
+    images, fitted = labelled(model, 3), []
+
+    def noted(model, images, seed):
+        fitted.append((images, seed))
+        return fit_confidence(model, images, seed, views=3)
+
+    monkeypatch.setattr("kg_detectron.training.run.fit_confidence", noted)
+    settings, lines = TrainSettings(minutes=None, iterations=2, batch_size=1, seed=5), []
+    train(model, images[:2], images[2:], tmp_path / "run", settings, geometry=SMALL, log=lines.append)
+    assert [(list(used), seed) for used, seed in fitted] == [(images[:2], 5)]
+    kept = load_model(tmp_path / "run" / "model.safetensors")
+    assert kept.segmentation.confidence_head.layers[-1].weight.any()
+    assert any("confidence head was fitted to" in line for line in lines)
 
 
 def test_images_without_cells_cannot_be_trained_on(tmp_path: Path) -> None:

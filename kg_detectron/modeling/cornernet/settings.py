@@ -114,5 +114,5 @@ class CornerNetSettings:
     classes: ClassSettings = ClassSettings()
 
     def __post_init__(self) -> None:
-        candidates = self.segmentation.confidence_candidates
-        require(not candidates, "confidence_candidates", "0, for CornerNet has scores of its own", candidates)
+        confidence = self.segmentation.confidence
+        require(not confidence, "confidence", "False, for CornerNet has scores of its own", confidence)

@@ -92,10 +92,7 @@ class KeypointGraphNet(InstanceNet):
     ) -> dict[str, Tensor]:
         maps, crop_maps = self.maps(batch)
         losses = keypoint_losses(maps, boxes, (batch.shape[2], batch.shape[3]), self.settings.targets)
-        candidates = None
-        if self.segmentation.confidence_head is not None:
-            candidates, _ = self.boxes(maps, [(m.shape[1], m.shape[2]) for m in masks])
-        return losses | self.segmentation.losses(crop_maps, boxes, masks, labels, candidates)
+        return losses | self.segmentation.losses(crop_maps, boxes, masks, labels)
 
     def find(self, batch: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Cells]:
         return self.find_above(batch, sizes, 0.0, self.scores)
