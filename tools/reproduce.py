@@ -31,6 +31,7 @@ import yaml
 from compare import HEADINGS, TABLES, fit_minutes, markdown_table
 from detectron2.config import get_cfg
 
+from kg_detectron.d2.confidence import CONFIDENCE_FILE
 from kg_detectron.d2.config import add_kg_config, initial_weights_keys, merge_config
 from kg_detectron.inference.model_file import WEIGHTS
 from kg_detectron.io.atomic import replacing
@@ -214,7 +215,7 @@ class Reproduction:
         folder = self._folder(row, seed)
         if row.weights_of:
             self._borrow(row, seed)
-        elif not (folder / WEIGHTS[-1]).is_file():
+        elif not self._is_trained(row, folder):
             self._train(row, seed, folder, self._iterations(row, folder))
         comparison = folder / "comparison"
         device = [] if self.num_gpus else ["--device", "cpu"]
@@ -247,10 +248,15 @@ class Reproduction:
         recipes = "".join(f" + {recipe}" for recipe in row.recipes)
         if row.weights_of:
             return f"decodes {row.weights_of} by {row.config}{recipes}"
-        if (self._folder(row, seed) / WEIGHTS[-1]).is_file():
+        if self._is_trained(row, self._folder(row, seed)):
             return "is trained; to be evaluated"
         length = "its iterations" if self.minutes is None else f"{self.minutes:g} minutes"
         return f"trains {row.config}{recipes}, {length}, and is evaluated on {self.dataset}"
+
+    def _is_trained(self, row: Row, folder: Path) -> bool:
+        """Whether the run in a folder came to its end, which is the fit of a confidence head where there is one."""
+        ends = [WEIGHTS[-1], *([CONFIDENCE_FILE] if CONFIDENCE["+ confidence"] in row.recipes else [])]
+        return all((folder / name).is_file() for name in ends)
 
     def _result(self, row: Row, seed: int) -> Path:
         return self.results / f"{file_name(row.name)}_seed{seed}.json"

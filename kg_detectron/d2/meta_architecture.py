@@ -139,7 +139,7 @@ def KGInstanceSegmentation(cfg: CfgNode) -> nn.Module:  # noqa: N802  (the name 
     if not (ours and isinstance(heads.mask_head, CellMaskHead)):
         if cfg.MODEL.CELLS.CONFIDENCE:
             raise ValueError(
-                "MODEL.CELLS.CONFIDENCE: expected False, for a confidence head is fitted only to a network whose parts "
+                "MODEL.CELLS.CONFIDENCE: expected none, for a confidence head is fitted only to a network whose parts "
                 "are all of this project"
             )
         return CellGeneralizedRCNN(backbone=backbone, proposal_generator=proposals, roi_heads=heads, **_preparing(cfg))

@@ -165,9 +165,12 @@ def _segment(
     logits = _predict(branch, hidden, grid.shape).flatten()[grid.pixels]
     if not branch.cell_channels:
         return logits, logits.new_zeros(len(image), 0)
-    inside = torch.cat((pixels[grid.pixels], hidden[grid.pixels]), dim=1)
     crop, y, x = crop_pixels(sizes[0], device)
     probability = logits.detach().sigmoid()
+    inside = hidden[grid.pixels]
+    if branch.only_hidden:
+        return logits, masked_mean(inside, probability, crop, len(image))
+    inside = torch.cat((pixels[grid.pixels], inside), dim=1)
     means = [masked_mean(inside, probability, crop, len(image))]
     x, y = x + windows[0, :, 0].to(device)[crop], y + windows[0, :, 1].to(device)[crop]
     for level, (height, width) in enumerate(shapes[1:], start=1):

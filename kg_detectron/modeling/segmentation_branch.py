@@ -23,6 +23,7 @@ from kg_detectron.modeling.settings import require
 from kg_detectron.modeling.trunk import UpCombine, convolution
 
 CUT_FROM = ("features", "s1")
+CONFIDENCE = ("", "mask", "context")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class SegmentationSettings:
         mask_threshold: probability from which a pixel belongs to the cell.
         cells_per_image: in training at most so many cells of an image, drawn at random, have their masks computed; 0
             takes all. It bounds the time of an iteration. Ours.
-        confidence: whether the branch has a confidence head, see `ConfidenceHead`. Ours.
+        confidence: what a confidence head sees of each mask, see `ConfidenceHead`: "mask", the features that the mask
+            is predicted from, which look alike in images of all kinds; "context", besides these the branch's other
+            features and the maps, but for the deepest: better in images like those of the training, and worse in
+            others; "", there is no head. Ours.
         chunk_pixels: pixels of crops that go through the branch together, which bounds its memory; a chunk may exceed
             this by one crop.
 
@@ -55,7 +59,7 @@ class SegmentationSettings:
     mask_margin: float = 0.0
     mask_threshold: float = 0.5
     cells_per_image: int = 0
-    confidence: bool = False
+    confidence: str = ""
     chunk_pixels: int = 2**18
 
     def __post_init__(self) -> None:
@@ -64,6 +68,8 @@ class SegmentationSettings:
         require(0 <= self.box_jitter < 0.5, "box_jitter", "a fraction from 0 to below 0.5", self.box_jitter)
         require(self.mask_margin >= 0, "mask_margin", "0 or more pixels", self.mask_margin)
         require(0 < self.mask_threshold < 1, "mask_threshold", "a probability between 0 and 1", self.mask_threshold)
+        expected = "one of " + ", ".join(map(repr, CONFIDENCE))
+        require(self.confidence in CONFIDENCE, "confidence", expected, self.confidence)
         require(self.cells_per_image >= 0, "cells_per_image", "0 or more", self.cells_per_image)
         require(self.chunk_pixels >= 1, "chunk_pixels", "a positive number", self.chunk_pixels)
         if self.mask_margin and not self.box_jitter:
@@ -146,7 +152,15 @@ class SegmentationBranch(nn.Module):
         several = classes is not None and len(classes) > 1
         channels = 2 * widths[0] + sum(in_channels[1:])
         self.class_head = ClassHead(channels, classes) if classes and several else None
-        self.confidence_head = ConfidenceHead(channels) if self.settings.confidence else None
+        # Which of these channels the confidence head sees. Without a class head the others need not be computed.
+        own, deepest = widths[0], in_channels[-1] if len(in_channels) > 1 else 0
+        sees = {"": slice(0, 0), "mask": slice(own, 2 * own), "context": slice(0, channels - deepest)}
+        self.confidence_sees = sees[self.settings.confidence]
+        seen = self.confidence_sees.stop - self.confidence_sees.start
+        self.confidence_head = ConfidenceHead(seen) if seen else None
+        self.only_hidden = self.class_head is None and self.settings.confidence == "mask"
+        if self.only_hidden:
+            channels, self.confidence_sees = own, slice(0, own)
         self.cell_channels = channels if self.class_head or self.confidence_head else 0
 
     @property
@@ -224,7 +238,7 @@ class SegmentationBranch(nn.Module):
             [crop.view(tuple(size)) for crop, size in zip(crops, sizes.tolist(), strict=True)],
             windows,
             None if self.class_head is None else self.class_head(features),
-            None if self.confidence_head is None else self.confidence_head(features, sizes),
+            None if self.confidence_head is None else self.confidence_head(features[:, self.confidence_sees], sizes),
         )
 
     def predict_cells(
@@ -330,7 +344,7 @@ class SegmentationBranch(nn.Module):
         (boxes,) = self._with_margin([boxes], [(masks.shape[1], masks.shape[2])])
         logits, windows, features = packed_logits(self, maps, [boxes])
         inside = logits.sigmoid() > self.settings.mask_threshold
-        return head_inputs(features, window_sizes(windows)), best_ious(inside, windows, masks)
+        return head_inputs(features[:, self.confidence_sees], window_sizes(windows)), best_ious(inside, windows, masks)
 
     def _losses(
         self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None

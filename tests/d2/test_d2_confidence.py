@@ -28,7 +28,7 @@ def config(root: Path, output: Path, *options: object) -> CfgNode:
     small += ["SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 100, "DATALOADER.NUM_WORKERS", 0]
     small += ["DATASETS.TRAIN", (str(root / "train" / "cells.json"),), "DATASETS.VALIDATION", ()]
     small += ["DATASETS.TEST", (), "MODEL.DEVICE", "cpu"]
-    small += ["MODEL.CELLS.WIDTHS", [4, 6, 8, 8], "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.CONFIDENCE", True]
+    small += ["MODEL.CELLS.WIDTHS", [4, 6, 8, 8], "MODEL.CELLS.C0_CHANNELS", 4, "MODEL.CELLS.CONFIDENCE", "mask"]
     cfg = load_config("kg_r18_synthetic_cpu", *small, "MODEL.KEYPOINT_GRAPH.PEAK_THRESHOLD", 0.0, *options)
     register_files([*cfg.DATASETS.TRAIN, *cfg.DATASETS.VALIDATION])
     return cfg
@@ -111,5 +111,5 @@ def test_all_processes_get_the_head(data, tmp_path):
 
 def test_without_a_head_nothing_is_fitted(data, tmp_path, monkeypatch):
     monkeypatch.setattr(kg_detectron.d2.confidence, "fit_confidence", lambda *_: 1 / 0)
-    train(config(data, tmp_path / "run", "MODEL.CELLS.CONFIDENCE", False))
+    train(config(data, tmp_path / "run", "MODEL.CELLS.CONFIDENCE", ""))
     assert (tmp_path / "run" / "model_final.pth").is_file() and not (tmp_path / "run" / CONFIDENCE_FILE).exists()

@@ -57,7 +57,7 @@ def test_core_and_detectron2_agree(tmp_path, head, scales, ranked):
     if ranked:
         changes += ["MODEL.KEYPOINT_GRAPH.NMS_THRESHOLD", 0.7, "MODEL.CELLS.BLUR_WEIGHT", 2.0]
         changes += ["MODEL.CELLS.OVERLAP_SIGMA", 0.1, "MODEL.CELLS.MASK_MARGIN", 1.5, "MODEL.CELLS.BOX_JITTER", 0.1]
-        changes += ["MODEL.CELLS.CONFIDENCE", True, "MODEL.CELLS.VOTE_EXPONENT", 0.3]
+        changes += ["MODEL.CELLS.CONFIDENCE", "mask", "MODEL.CELLS.VOTE_EXPONENT", 0.3]
     cfg = small_config(*changes, "INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0))
     model, inputs = build_model(cfg), scene()
     core = load_model(save(model, tmp_path))
@@ -146,9 +146,9 @@ def test_parts_can_be_swapped_by_name(changes, keys):
 
 
 def test_a_confidence_head_beside_foreign_parts_is_refused():
-    cfg = small_config("MODEL.CELLS.CONFIDENCE", True, "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    cfg = small_config("MODEL.CELLS.CONFIDENCE", "mask", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
     cfg.MODEL.RPN.IN_FEATURES = ["c4"]
-    with pytest.raises(ValueError, match="MODEL.CELLS.CONFIDENCE: expected False"):
+    with pytest.raises(ValueError, match="MODEL.CELLS.CONFIDENCE: expected none"):
         build_model(cfg)
 
 

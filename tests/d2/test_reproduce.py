@@ -57,6 +57,26 @@ def test_rows_are_trained_once_evaluated_and_put_into_tables(plan, monkeypatch, 
     assert f"{first['figures']['mask_AP@0.5']:.2f}" in table
 
 
+def test_a_run_whose_head_is_not_fitted_yet_goes_on(plan, monkeypatch):
+    """Killed after its last checkpoint, while the confidence head was fitted."""
+    row = reproduce.Row("a row: head", "kg_r18_synthetic_cpu", ("confidence",))
+    monkeypatch.setitem(reproduce.PLANS, "cpu", [row])
+    folder = plan / "runs" / "cpu" / "a_row-head_seed1"
+    folder.mkdir(parents=True)
+    called = []
+
+    def note(tool: str, *arguments: str) -> None:
+        called.append(tool)
+        raise subprocess.CalledProcessError(1, [tool])
+
+    monkeypatch.setattr(reproduce, "_python", note)
+    command = ["cpu", "--output", str(plan / "runs"), "--results", str(plan / "results")]
+    for file in ("model_final.pth", "confidence.json"):
+        (folder / file).touch()
+        reproduce.main(command)
+    assert called == ["train_net.py", "compare.py"]
+
+
 def test_a_row_that_fails_does_not_stop_the_others(plan, monkeypatch, capsys):
     called = []
 

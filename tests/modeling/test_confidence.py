@@ -6,12 +6,12 @@ import torch
 from builders import drawn_image, nuclei_example, tiny_network
 
 from kg_detectron.inference import load_model, predict, save_model
-from kg_detectron.modeling import KeypointGraphNet, SegmentationBranch, SegmentationSettings
+from kg_detectron.modeling import ClassSettings, KeypointGraphNet, SegmentationBranch, SegmentationSettings
 from kg_detectron.modeling.confidence import ConfidenceHead, best_ious, worth
 from kg_detectron.modeling.cornernet.settings import CornerNetSettings
 from kg_detectron.training.run import starting_model
 
-CONFIDENT = {"confidence": True, "vote_exponent": 0.1}
+CONFIDENT = {"confidence": "mask", "vote_exponent": 0.1}
 
 
 def randomised(head: ConfidenceHead) -> ConfidenceHead:
@@ -47,17 +47,21 @@ def test_without_a_head_nothing_is_added():
     assert all(map(torch.equal, of_plain.masks.crops, of_confident.masks.crops))
 
 
-def test_it_sees_what_one_crop_at_a_time_shows():
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize(("confidence", "sees"), [("mask", slice(6, 12)), ("context", slice(0, 20))])
+def test_it_sees_what_one_crop_at_a_time_shows(confidence, sees, classes):
+    """Of 6 + 6 features of the branch, and 8 + 7 of the deeper maps; the same beside a class head, which sees all."""
     torch.manual_seed(0)
-    branch = SegmentationBranch((6, 8, 8), (6, 8), SegmentationSettings(confidence=True)).eval()
+    known = ClassSettings(names=("one", "two")[:classes])
+    branch = SegmentationBranch((6, 8, 7), (6, 8), SegmentationSettings(confidence=confidence), known).eval()
     torch.nn.init.normal_(branch.predict.weight)
-    maps = [torch.randn(2, channels, 40 // 2**i, 48 // 2**i) for i, channels in enumerate((6, 8, 8))]
+    maps = [torch.randn(2, channels, 40 // 2**i, 48 // 2**i) for i, channels in enumerate((6, 8, 7))]
     boxes = [torch.tensor([[0.0, 0, 48, 40], [3, 4, 4, 5], [5, 5, 20, 11]]), torch.tensor([[7.0, 2, 30, 33]])]
     head = randomised(branch.confidence_head)
     expected = []
     for n, some in enumerate(boxes):
         for box in some:
-            features = branch.crop_mean([level[n] for level in maps], box)
+            features = branch.crop_mean([level[n] for level in maps], box)[sees]
             x1, y1, x2, y2 = box.long().tolist()
             sides = torch.tensor(sorted([y2 - y1, x2 - x1]), dtype=torch.float32).log()
             inputs = torch.cat((features, sides))
@@ -65,6 +69,12 @@ def test_it_sees_what_one_crop_at_a_time_shows():
     found = branch.crops(maps, boxes).confidence_logits
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert branch.crops(maps, [torch.zeros(0, 4)] * 2).confidence_logits.shape == (0,)
+
+
+def test_of_one_map_it_sees_the_branch_s_own_features():
+    branch = SegmentationBranch((8,), (6,), SegmentationSettings(cut_from="s1", confidence="context")).eval()
+    assert len(branch.confidence_head.mean) == 6 + 6 + 2
+    assert branch.crops([torch.randn(1, 8, 20, 20)], [torch.tensor([[0.0, 0, 9, 9]])]).confidence_logits.shape == (1,)
 
 
 def test_until_it_is_fitted_all_masks_are_alike():
@@ -139,7 +149,7 @@ def test_a_model_file_keeps_the_head(tmp_path):
 def test_a_trained_model_may_get_a_head_and_lose_it(tmp_path):
     plain = tiny_network().eval()
     save_model(plain, tmp_path / "plain.safetensors")
-    changes = {"segmentation": {"confidence": True}, "ranking": {"vote_exponent": 0.1}}
+    changes = {"segmentation": {"confidence": "mask"}, "ranking": {"vote_exponent": 0.1}}
     confident = starting_model(str(tmp_path / "plain.safetensors"), changes=changes)
     assert confident.segmentation.confidence_head is not None
     for name, value in plain.state_dict().items():
@@ -148,13 +158,13 @@ def test_a_trained_model_may_get_a_head_and_lose_it(tmp_path):
     save_model(confident.eval(), tmp_path / "confident.safetensors")
     again = starting_model(str(tmp_path / "confident.safetensors"), changes={"ranking": {"vote_exponent": 0.5}})
     assert (again.segmentation.confidence_head.mean == 3).all()
-    without = starting_model(str(tmp_path / "confident.safetensors"), changes={"segmentation": {"confidence": False}})
+    without = starting_model(str(tmp_path / "confident.safetensors"), changes={"segmentation": {"confidence": ""}})
     assert without.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_cornernet_has_no_such_head():
-    with pytest.raises(ValueError, match="confidence: expected False, for CornerNet has scores of its own"):
-        CornerNetSettings(segmentation=SegmentationSettings(confidence=True))
+    with pytest.raises(ValueError, match="confidence: expected none, for CornerNet has scores of its own"):
+        CornerNetSettings(segmentation=SegmentationSettings(confidence="mask"))
 
 
 def test_best_ious_are_those_of_plain_loops():

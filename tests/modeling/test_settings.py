@@ -90,6 +90,7 @@ def test_every_setting_has_one_key():
         (DecodingSettings, {"hops": 3}, "hops: expected 1 or 2, got 3"),
         (DecodingSettings, {"nms_threshold": 1.5}, "nms_threshold"),
         (SegmentationSettings, {"box_jitter": 0.5}, "box_jitter"),
+        (SegmentationSettings, {"confidence": "all"}, "confidence: expected one of '', 'mask', 'context', got 'all'"),
         (SegmentationSettings, {"mask_margin": -1.0}, "mask_margin"),
         (SegmentationSettings, {"mask_margin": math.nan}, "mask_margin"),
         (SegmentationSettings, {"mask_threshold": 1.0}, "mask_threshold"),

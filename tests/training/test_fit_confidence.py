@@ -17,7 +17,7 @@ from kg_detectron.training.dataset import labelled_image, target_of_labels
 
 
 def confident(**changes):
-    return tiny_network(confidence=True, vote_exponent=0.1, **changes).eval()
+    return tiny_network(confidence="mask", vote_exponent=0.1, **changes).eval()
 
 
 def test_everything_else_stays_and_the_fit_can_be_repeated():

@@ -133,7 +133,7 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_a_confidence_head_is_fitted_to_the_model_that_is_kept(tmp_path: Path, monkeypatch) -> None:
     """To the training images, before the scores are calibrated, which then know it."""
-    changes = {"segmentation": {"confidence": True}, "ranking": {"vote_exponent": 0.1}}
+    changes = {"segmentation": {"confidence": "mask"}, "ranking": {"vote_exponent": 0.1}}
     save_model(training_network(), tmp_path / "start.safetensors")
     model = starting_model(str(tmp_path / "start.safetensors"), changes=changes)
     images, fitted = labelled(model, 3), []

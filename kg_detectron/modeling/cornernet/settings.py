@@ -115,4 +115,4 @@ class CornerNetSettings:
 
     def __post_init__(self) -> None:
         confidence = self.segmentation.confidence
-        require(not confidence, "confidence", "False, for CornerNet has scores of its own", confidence)
+        require(not confidence, "confidence", "none, for CornerNet has scores of its own", confidence)
