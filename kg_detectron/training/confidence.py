@@ -15,7 +15,7 @@ from tqdm import tqdm
 from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.confidence import ConfidenceHead, worth
-from kg_detectron.training.augmentation import ColourSettings, random_colours
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours
 from kg_detectron.training.dataset import LabelledImage, target_of_labels
 from kg_detectron.training.seeds import generator_of_sample, order_of_epoch
 
@@ -24,8 +24,9 @@ VIEWS = 200
 _CANDIDATES = 512
 # Largest side of the part of an image that is looked at, pixels of the network's input.
 _WINDOW = 640
-# A view is 2^u times as large as in a prediction, u uniform within -_OCTAVES.._OCTAVES.
-_OCTAVES = 0.35
+# A view is 2^u times as large as in a prediction, u uniform within -narrow..narrow; with the wide share within
+# -wide..wide, for a network whose scale is searched for: the search shows it the cells at wrong scales.
+_GEOMETRY = GeometrySettings()
 _COLOURS = ColourSettings(
     inversion=0, grey=0, tint=0, permutation=0, stain=0, dyes=0, haematoxylin=0, section=0, illumination=0, blur=0
 )
@@ -91,7 +92,9 @@ def _view(model: KeypointGraphNet, source: LabelledImage, generator: np.random.G
     else:
         scale = fixed.value
     size = scale if isinstance(scale, tuple) else tuple(side * scale for side in shape)
-    factor = 2 ** generator.uniform(-_OCTAVES, _OCTAVES)
+    wide = fixed is None and generator.random() < _GEOMETRY.wide_share
+    octaves = _GEOMETRY.wide if wide else _GEOMETRY.narrow
+    factor = 2 ** generator.uniform(-octaves, octaves)
     size = tuple(max(1, round(side * factor)) for side in size)
     image, labels = resize_image(source.image.astype(np.float32), size), resize_labels(source.labels, size)
     corner = [int(generator.integers(max(0, side - _WINDOW) + 1)) for side in size]
