@@ -22,6 +22,8 @@ from kg_detectron.training.seeds import generator_of_sample, order_of_epoch
 # Images that are looked at, each time changed at random, and boxes of each that are taken at most.
 VIEWS = 200
 _CANDIDATES = 512
+# Settings of the ranking, `RankingSettings`, beside a head that is fitted to a network that was trained without.
+RANKING = {"vote_exponent": 0.5, "blur_weight": 0.0}
 # Largest side of the part of an image that is looked at, pixels of the network's input.
 _WINDOW = 640
 # A view is 2^u times as large as in a prediction, u uniform within -narrow..narrow; with the wide share within

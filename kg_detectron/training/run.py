@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.stains import colours_of_dyes
-from kg_detectron.modeling import InstanceNet, Scores, method_class
+from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores, SegmentationSettings, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
 from kg_detectron.modeling.cell_size import common_diameter
 from kg_detectron.modeling.classes import ClassBalance
@@ -25,7 +25,7 @@ from kg_detectron.modeling.pointwise import use_matrix_products
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
-from kg_detectron.training.confidence import fit_confidence
+from kg_detectron.training.confidence import RANKING, VIEWS, fit_confidence
 from kg_detectron.training.dataset import LabelledImage, TrainingSamples, cells_of_classes
 from kg_detectron.training.freezing import freeze
 from kg_detectron.training.loop import LoopSettings, Trainer
@@ -61,6 +61,8 @@ class TrainSettings:
             top.
         patience: the run ends after so many validations in a row that are not the best so far; 0 is never.
         freeze: the layers behind so many maps of the backbone stay as they are, see `freeze`.
+        confidence: what the confidence head sees that a keypoint graph without one gets at the end, where it does
+            better with it on the validation images; "" leaves it without. See `SegmentationSettings`.
 
     Raises:
         ValueError: a value out of its range, or not just one budget.
@@ -76,6 +78,7 @@ class TrainSettings:
     validations: int = 3
     patience: int = 0
     freeze: int = 0
+    confidence: str = "context"
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.iterations is None):
@@ -91,6 +94,7 @@ class TrainSettings:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.freeze <= 4:
             raise ValueError(f"freeze: expected a number of 0..4, got {self.freeze}")
+        SegmentationSettings(confidence=self.confidence)  # which checks it
 
 
 def starting_model(
@@ -124,9 +128,12 @@ def starting_model(
             backbone = dataclasses.replace(settings.backbone, backbone_weights=weights)
             settings = dataclasses.replace(settings, backbone=backbone)
         return method_class(method).build(settings).to(device)
-    if settings == model.settings:
-        return model
-    changed = method_class(method).build(settings).to(device)
+    return model if settings == model.settings else _rebuilt(model, method, settings, start)
+
+
+def _rebuilt(model: InstanceNet, method: str, settings: Any, name: str) -> InstanceNet:
+    """A network of other settings with the weights of a model, which is called so in errors; new heads begin anew."""
+    changed = method_class(method).build(settings).to(model.place.device)
     known, new = model.state_dict(), changed.state_dict()
 
     def begins_anew(name: str) -> bool:
@@ -139,7 +146,7 @@ def starting_model(
         changed.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
-            f"{start}: its weights do not fit the network with these settings; start from {IMAGENET} or {NOTHING}: "
+            f"{name}: its weights do not fit the network with these settings; start from {IMAGENET} or {NOTHING}: "
             f"{str(error).splitlines()[1].strip()}"
         ) from None
     changed.scores = model.scores
@@ -300,7 +307,7 @@ def train(
     elif keeper.last_iteration != trainer.iteration:
         keeper.validate()
     trainer.log.close()
-    return keeper.finish(validation, training, settings.seed)
+    return keeper.finish(validation, training, settings)
 
 
 _BAR = "{desc}: {n:.1f} % |{bar}| {elapsed}<{remaining} {postfix}"
@@ -344,9 +351,7 @@ class _Keeper:
         with average.applied(self.model):
             figures = validate(self.model, self.images, true_scale=True)
             best = max((record["value"] for record in self.records), default=-1.0)
-            value = float(np.nan_to_num(list(figures.mask_ap.values())).mean() + np.nan_to_num(figures.f1))
-            if figures.class_accuracy is not None:
-                value += figures.class_accuracy
+            value = _value(figures)
             record = {
                 "iteration": self.trainer.iteration,
                 "minutes": round(self.trainer.seconds / 60, 2),
@@ -365,9 +370,11 @@ class _Keeper:
             if value > best:
                 save_model(self.model, self.folder / MODEL_FILE)
 
-    def finish(self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage], seed: int) -> Validation:
-        """Load the best weights, fit their confidence head where there is one, calibrate them on all validation images,
-        and write the model file.
+    def finish(
+        self, validation: Sequence[LabelledImage], training: Sequence[LabelledImage], settings: TrainSettings
+    ) -> Validation:
+        """Load the best weights, fit their confidence head, calibrate them on all validation images, and write the
+        model file.
 
         Calibrated twice: where the scale is the true one, so that the scale can be estimated as in a prediction, and
         where it is so.
@@ -377,22 +384,52 @@ class _Keeper:
             diameters=cell_diameters(training, best.preprocessing.diameter),
             image_diameter=common_diameter([image.diameter for image in training if image.diameter]),
         )
-        boxes = fit_confidence(best, training, seed)
-        if boxes:
-            self.log(f"the confidence head was fitted to {boxes} boxes that were found in the training images")
-        best.scores = Scores()
-        with contextlib.suppress(ValueError):  # which the next says
-            best.scores, _ = validate(best, validation, true_scale=True).calibration()
-        figures = validate(best, validation)
-        try:
-            best.scores, quality = figures.calibration()
-            self.log(f"expected calibration error {quality.expected_error:.3f}, threshold {best.threshold:.3f}")
-        except ValueError as error:
-            best.scores = Scores()
-            self.log(f"scores are not calibrated: {error}")
+        candidates = self._with_heads(best, training, settings)
+        results = [(self._calibrated(model, validation), model) for model in candidates]
+        if len(results) > 1:
+            self.log("without a confidence head, and with one: " + "; ".join(str(figures) for figures, _ in results))
+        figures, best = max(results, key=lambda result: _value(result[0]))  # of equal ones the first
         save_model(best, self.folder / MODEL_FILE)
         plot_curves(self.folder, self.records)
         return figures
+
+    def _with_heads(
+        self, model: InstanceNet, training: Sequence[LabelledImage], settings: TrainSettings
+    ) -> list[InstanceNet]:
+        """The model with its confidence head fitted; one without comes as it is, and with a new one."""
+        models, sees = [model], settings.confidence
+        if not isinstance(model, KeypointGraphNet):
+            return models
+        if not model.settings.segmentation.confidence:
+            if not sees:
+                return models
+            changed = replaced(model.settings, {"segmentation": {"confidence": sees}, "ranking": RANKING})
+            models.append(_rebuilt(model, model.method, changed, MODEL_FILE))
+        # Of a short training the fit takes a part only.
+        views = min(VIEWS, max(1, self.trainer.iteration * settings.batch_size // 2))
+        boxes = fit_confidence(models[-1], training, settings.seed, views)
+        self.log(f"a confidence head was fitted to {boxes} boxes that were found in the training images")
+        return models
+
+    def _calibrated(self, model: InstanceNet, validation: Sequence[LabelledImage]) -> Validation:
+        """Calibrate the scores, in place; the figures of a prediction with no option."""
+        model.scores = Scores()
+        with contextlib.suppress(ValueError):  # which the next says
+            model.scores, _ = validate(model, validation, true_scale=True).calibration()
+        figures = validate(model, validation)
+        try:
+            model.scores, quality = figures.calibration()
+            self.log(f"expected calibration error {quality.expected_error:.3f}, threshold {model.threshold:.3f}")
+        except ValueError as error:
+            model.scores = Scores()
+            self.log(f"scores are not calibrated: {error}")
+        return figures
+
+
+def _value(figures: Validation) -> float:
+    """What weights are chosen by: mask AP, F1, and where there are classes their accuracy."""
+    value = float(np.nan_to_num(list(figures.mask_ap.values())).mean() + np.nan_to_num(figures.f1))
+    return value + (figures.class_accuracy or 0.0)
 
 
 def cell_diameters(images: Sequence[LabelledImage], diameter: float) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from tqdm import TqdmWarning
 
 from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
-from kg_detectron.modeling import Scores
+from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores
 from kg_detectron.training.confidence import fit_confidence
 from kg_detectron.training.dataset import labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
@@ -131,22 +131,52 @@ def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert message in capsys.readouterr().err
 
 
-def test_a_confidence_head_is_fitted_to_the_model_that_is_kept(tmp_path: Path, monkeypatch) -> None:
-    """To the training images, before the scores are calibrated, which then know it."""
-    changes = {"segmentation": {"confidence": "mask"}, "ranking": {"vote_exponent": 0.1}}
-    save_model(training_network(), tmp_path / "start.safetensors")
-    model = starting_model(str(tmp_path / "start.safetensors"), changes=changes)
-    images, fitted = labelled(model, 3), []
+def short_run(tmp_path: Path, model: InstanceNet, **settings: object) -> tuple[KeypointGraphNet, list[str]]:
+    """The kept model of two iterations on two images, and what was said."""
+    images, lines = labelled(model, 3), []
+    budget = TrainSettings(minutes=None, iterations=2, batch_size=3, seed=5, **settings)
+    train(model, images[:2], images[2:], tmp_path / "run", budget, geometry=SMALL, log=lines.append)
+    return load_model(tmp_path / "run" / "model.safetensors"), lines
 
-    def noted(model, images, seed):
-        fitted.append((images, seed))
-        return fit_confidence(model, images, seed, views=3)
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_confidence_head_comes_where_it_does_better(tmp_path: Path, monkeypatch, better: bool) -> None:
+    """Fitted to the training images: to half as many views as the training saw windows, 200 at most."""
+    fitted = []
+
+    def noted(model, images, seed, views):
+        fitted.append(([image.name for image in images], seed, views))
+        return fit_confidence(model, images, seed, views)
+
+    def figures(model: KeypointGraphNet, images: list, **_: object) -> Validation:
+        value = 0.5 + (0.1 if better else 0.0) * (model.segmentation.confidence_head is not None)
+        return Validation({0.5: value, 0.7: value}, value, np.zeros(0), np.zeros(0, bool), 4)
 
     monkeypatch.setattr("kg_detectron.training.run.fit_confidence", noted)
-    settings, lines = TrainSettings(minutes=None, iterations=2, batch_size=1, seed=5), []
-    train(model, images[:2], images[2:], tmp_path / "run", settings, geometry=SMALL, log=lines.append)
-    assert [(list(used), seed) for used, seed in fitted] == [(images[:2], 5)]
-    kept = load_model(tmp_path / "run" / "model.safetensors")
+    monkeypatch.setattr("kg_detectron.training.run.validate", figures)
+    kept, lines = short_run(tmp_path, training_network())
+    assert fitted == [(["0", "1"], 5, 3)]
+    assert any("confidence head was fitted to" in line for line in lines)
+    settings = kept.settings
+    if better:
+        assert settings.segmentation.confidence == "context" and settings.ranking.vote_exponent == 0.5
+        assert kept.segmentation.confidence_head.layers[-1].weight.any()
+    else:
+        assert settings.segmentation == training_network().settings.segmentation and settings.ranking.vote_exponent == 1
+
+
+def test_no_confidence_head_where_none_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("kg_detectron.training.run.fit_confidence", lambda *_: 1 / 0)
+    kept, _ = short_run(tmp_path, training_network(), confidence="")
+    assert not kept.settings.segmentation.confidence
+
+
+def test_a_model_with_a_confidence_head_gets_it_fitted_again(tmp_path: Path) -> None:
+    """Whether it does better or not, before the scores are calibrated, and as it is, whatever others would get."""
+    changes = {"segmentation": {"confidence": "mask"}, "ranking": {"vote_exponent": 0.1}}
+    save_model(training_network(), tmp_path / "start.safetensors")
+    kept, lines = short_run(tmp_path, starting_model(str(tmp_path / "start.safetensors"), changes=changes))
+    assert kept.settings.segmentation.confidence == "mask" and kept.settings.ranking.vote_exponent == 0.1
     assert kept.segmentation.confidence_head.layers[-1].weight.any()
     assert any("confidence head was fitted to" in line for line in lines)
 
