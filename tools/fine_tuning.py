@@ -29,7 +29,8 @@ FIGURES = {"mask_ap_0.5": "mask AP@0.5", "mask_ap_0.7": "mask AP@0.7", "f1": "F1
 def figures_of(model: InstanceNet, images: list[LabelledImage]) -> dict[str, float]:
     """AP, and F1 from the model's own threshold on, of images that are predicted with no option."""
     result = validate(model, images)
-    kept = (model.scores(torch.from_numpy(result.scores)) >= model.threshold).numpy()
+    boxes = None if result.boxes is None else torch.from_numpy(result.boxes)
+    kept = (model.scores(torch.from_numpy(result.scores), boxes) >= model.threshold).numpy()
     f1 = 2 * result.right[kept].sum() / (kept.sum() + result.positives)
     return {f"mask_ap_{iou}": value for iou, value in result.mask_ap.items()} | {"f1": float(f1)}
 

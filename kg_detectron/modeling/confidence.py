@@ -69,29 +69,26 @@ def worth(ious: Tensor) -> Tensor:
     return ((ious - _WORTHLESS) / (_PERFECT - _WORTHLESS)).clamp(0, 1)
 
 
-def best_ious(inside: Tensor, windows: Tensor, masks: Tensor) -> Tensor:
+def best_ious(inside: Tensor, windows: Tensor, labels: Tensor) -> Tensor:
     """The highest intersection over union that each predicted mask of an image has with a true one.
 
     Args:
         inside: (P,) bool, whether the pixels of the R crops, one crop after another, belong to the predicted mask.
         windows: (R, 4) int64 xyxy, places of the crops.
-        masks: (M, H, W), bool. Where some overlap, a pixel counts for the last of them.
+        labels: (H, W) int64, the true cells 1..M, 0 background.
 
     Returns:
         (R,) float32; 0 where there are no cells.
     """
-    cells, height, width = masks.shape
+    cells, width = int(labels.max()), labels.shape[1]
     if not cells or not len(windows):
         return inside.new_zeros(len(windows), dtype=torch.float32)
-    cell, row, column = masks.nonzero(as_tuple=True)
-    owner = torch.zeros(height * width, dtype=torch.long, device=masks.device)
-    owner.scatter_reduce_(0, row * width + column, cell + 1, "amax")
     crop, y, x = crop_pixels(window_sizes(windows), inside.device)
     left, top = windows[:, :2].to(inside.device)[crop].unbind(1)
-    number = owner[(top + y) * width + left + x]
+    number = labels.flatten()[(top + y) * width + left + x]
     table = torch.zeros(len(windows) * (cells + 1), device=inside.device)
     table.index_add_(0, crop * (cells + 1) + number, inside.float())
     shared = table.view(len(windows), cells + 1)
-    area = torch.bincount(owner, minlength=cells + 1)
+    area = torch.bincount(labels.flatten(), minlength=cells + 1)
     union = shared.sum(1, keepdim=True) + area[None] - shared
     return (shared / union.clamp(min=1))[:, 1:].amax(1)

@@ -329,22 +329,22 @@ class SegmentationBranch(nn.Module):
         return self._losses(maps, boxes, masks, None)[0]
 
     @torch.no_grad()
-    def candidates(self, maps: Sequence[Tensor], boxes: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What a confidence head is fitted to, of boxes that were found in one image.
 
         Args:
             maps: L maps (1, C, h, w) at strides 1, 2, 4, ...
             boxes: (R, 4), xyxy continuous, input pixels.
-            masks: (M, H, W), bool, the true cells; where some overlap, a pixel counts for the last of them.
+            labels: (H, W) int64, the true cells 1..M, 0 background; input pixels.
 
         Returns:
             The head's inputs (R, C + 2), and the highest intersection over union (R,) of the mask in each box with a
             true one.
         """
-        (boxes,) = self._with_margin([boxes], [(masks.shape[1], masks.shape[2])])
+        (boxes,) = self._with_margin([boxes], [(labels.shape[0], labels.shape[1])])
         logits, windows, features = packed_logits(self, maps, [boxes])
         inside = logits.sigmoid() > self.settings.mask_threshold
-        return head_inputs(features[:, self.confidence_sees], window_sizes(windows)), best_ious(inside, windows, masks)
+        return head_inputs(features[:, self.confidence_sees], window_sizes(windows)), best_ious(inside, windows, labels)
 
     def _losses(
         self, maps: Sequence[Tensor], boxes: list[Tensor], masks: list[Tensor], labels: list[Tensor] | None

@@ -16,7 +16,7 @@ from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.confidence import ConfidenceHead, worth
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours
-from kg_detectron.training.dataset import LabelledImage, target_of_labels
+from kg_detectron.training.dataset import LabelledImage
 from kg_detectron.training.seeds import generator_of_sample, order_of_epoch
 
 # Images that are looked at, each time changed at random, and boxes of each that are taken at most.
@@ -80,8 +80,8 @@ def _candidates(
     maps, crop_maps = model.maps(model.batch([image]))
     (boxes,), _ = model.boxes(maps, [labels.shape])
     drawn = torch.from_numpy(generator.permutation(len(boxes))[:_CANDIDATES]).to(boxes.device)
-    masks = target_of_labels(labels)["masks"].to(boxes.device)
-    return model.segmentation.candidates(crop_maps, boxes[drawn], masks)
+    truth = torch.from_numpy(labels.astype(np.int64)).to(boxes.device)
+    return model.segmentation.candidates(crop_maps, boxes[drawn], truth)
 
 
 def _view(model: KeypointGraphNet, source: LabelledImage, generator: np.random.Generator) -> tuple[Tensor, np.ndarray]:
@@ -90,19 +90,22 @@ def _view(model: KeypointGraphNet, source: LabelledImage, generator: np.random.G
     settings, shape = model.preprocessing, source.labels.shape
     fixed = settings.training_scale(shape)
     if fixed is None:
-        scale: float | tuple[int, int] = settings.predicted_diameter / source.diameter if source.diameter else 1.0
+        value: float | tuple[int, int] = settings.predicted_diameter / source.diameter if source.diameter else 1.0
     else:
-        scale = fixed.value
-    size = scale if isinstance(scale, tuple) else tuple(side * scale for side in shape)
+        value = fixed.value
+    scales = [one / side for one, side in zip(value, shape, strict=True)] if isinstance(value, tuple) else [value] * 2
     wide = fixed is None and generator.random() < _GEOMETRY.wide_share
     octaves = _GEOMETRY.wide if wide else _GEOMETRY.narrow
     factor = 2 ** generator.uniform(-octaves, octaves)
-    size = tuple(max(1, round(side * factor)) for side in size)
-    image, labels = resize_image(source.image.astype(np.float32), size), resize_labels(source.labels, size)
-    corner = [int(generator.integers(max(0, side - _WINDOW) + 1)) for side in size]
-    window = tuple(slice(low, low + _WINDOW) for low in corner)
+    # The part is cut out first: the whole image may be too large to be enlarged.
+    cut = [min(side, round(_WINDOW / (scale * factor))) for side, scale in zip(shape, scales, strict=True)]
+    corner = [int(generator.integers(side - part + 1)) for side, part in zip(shape, cut, strict=True)]
+    window = tuple(slice(low, low + part) for low, part in zip(corner, cut, strict=True))
+    height, width = (max(1, round(part * scale * factor)) for part, scale in zip(cut, scales, strict=True))
+    image = resize_image(source.image[window].astype(np.float32), (height, width))
+    labels = resize_labels(source.labels[window], (height, width))
     turns, mirrored = int(generator.integers(4)), bool(generator.integers(2))
-    image, labels = (np.rot90(part[window], turns)[:, :: -1 if mirrored else 1] for part in (image, labels))
+    image, labels = (np.rot90(part, turns)[:, :: -1 if mirrored else 1] for part in (image, labels))
     image = random_colours(np.ascontiguousarray(image), _COLOURS, generator)
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     return tensor.to(model.place), np.ascontiguousarray(labels)

@@ -182,7 +182,7 @@ def test_best_ious_are_those_of_plain_loops():
             inside.append(torch.from_numpy(predicted[y1:y2, x1:x2].flatten()))
             overlaps = [(predicted & mask).sum() / (predicted | mask).sum() for mask in masks]
             expected.append(max(overlaps, default=0.0))
-        found = best_ious(torch.cat(inside), torch.tensor(windows).reshape(-1, 4), torch.from_numpy(masks))
+        found = best_ious(torch.cat(inside), torch.tensor(windows).reshape(-1, 4), torch.from_numpy(owner))
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
         assert max(expected, default=1) > 0.1 or not cells
 

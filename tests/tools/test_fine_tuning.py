@@ -6,8 +6,10 @@ from pathlib import Path
 import fine_tuning
 import numpy as np
 import pytest
+import torch
 from builders import TRAINABLE, labelled, nuclei_dataset, tiny_network
 
+from kg_detectron.inference.calibration import fit_scores
 from kg_detectron.inference.model_file import save_model
 from kg_detectron.modeling import Scores
 from kg_detectron.training.validation import validate
@@ -33,6 +35,20 @@ def test_f1_counts_cells_from_the_models_own_threshold_on() -> None:
         kept = result.scores >= threshold
         expected = 2 * (result.right & kept).sum() / (kept.sum() + result.positives)
         assert fine_tuning.figures_of(model, images)["f1"] == pytest.approx(expected)
+
+
+def test_f1_knows_scores_that_go_by_size() -> None:
+    model = tiny_network().eval()
+    images = labelled(model, 2)
+    result = validate(model, images)
+    sides = np.sqrt((result.boxes[:, 2:] - result.boxes[:, :2]).prod(1))
+    model.scores = fit_scores(result.scores, sides > np.median(sides), result.positives, result.boxes)
+    assert model.scores.log_odds
+    probability = model.scores(torch.from_numpy(result.scores), torch.from_numpy(result.boxes)).numpy()
+    kept = probability >= model.threshold
+    assert 0 < kept.sum() < len(kept)
+    expected = 2 * (result.right & kept).sum() / (kept.sum() + result.positives)
+    assert fine_tuning.figures_of(model, images)["f1"] == pytest.approx(expected)
 
 
 def test_the_table_has_a_row_for_each_start_and_number_of_images(tmp_path: Path) -> None:

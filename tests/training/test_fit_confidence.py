@@ -8,12 +8,14 @@ import torch
 from builders import drawn_image, labelled, tiny_network
 
 from kg_detectron.cells import MaskCrops
+from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.metrics.iou import mask_iou
 from kg_detectron.modeling import DCANNet
 from kg_detectron.modeling.dcan.settings import DCANSettings
 from kg_detectron.training import confidence
+from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.confidence import fit_confidence
-from kg_detectron.training.dataset import labelled_image, target_of_labels
+from kg_detectron.training.dataset import LabelledImage, labelled_image
 
 
 def confident(**changes):
@@ -46,8 +48,7 @@ def test_candidates_are_what_a_prediction_finds(monkeypatch):
     assert len(inputs) == len(cells) > 20
     sides = torch.tensor([crop.shape for crop in cells.masks.crops]).float().log().sum(1)
     torch.testing.assert_close(inputs[:, -2:].sum(1).sort().values, sides.sort().values)
-    masks = target_of_labels(labels)["masks"]  # specks are left out
-    truth = MaskCrops.from_label_image(sum(number * mask.int() for number, mask in enumerate(masks, start=1)).numpy())
+    truth = MaskCrops.from_label_image(labels)
     expected = mask_iou(cells.masks.rle(), truth.rle()).max(1)
     np.testing.assert_allclose(np.sort(ious.numpy()), np.sort(expected), rtol=1e-5)
     assert expected.max() > 0.9 and expected.min() < 0.1
@@ -76,12 +77,51 @@ def test_where_nothing_is_found_the_head_stays():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_large_image_is_looked_at_in_parts(monkeypatch):
-    monkeypatch.setattr(confidence, "_WINDOW", 48)
+def test_a_large_image_is_looked_at_in_parts():
+    """Enlarged as a whole, this image of small cells would take 12 GB."""
     model = confident(resize="isotropic", diameter=20.0)
-    views = [confidence._view(model, labelled(model, 1)[0], np.random.default_rng(seed)) for seed in range(4)]
-    assert all(image.shape == (3, 48, 48) and labels.shape == (48, 48) for image, labels in views)
-    assert len({tuple(np.unique(labels)) for _, labels in views}) > 1
+    labels = np.zeros((6000, 6000), np.uint16)
+    labels[::8, ::8] = 1
+    image = LabelledImage("x", np.zeros((6000, 6000, 3), np.uint8), labels, np.zeros((4, 2)), np.full(4, 2.3), "")
+    sizes = set()
+    for seed in range(6):
+        shown, part = confidence._view(model, image, np.random.default_rng(seed))
+        assert shown.shape[1:] == part.shape and part.max() > 0
+        sizes.add(tuple(part.shape))
+    assert max(max(size) for size in sizes) <= confidence._WINDOW + 8 < 700 and len(sizes) > 1
+
+
+@pytest.mark.parametrize("resize", ["squeeze", "isotropic"])
+def test_a_view_shows_the_image_as_a_prediction_does_but_turned(monkeypatch, resize):
+    """At the same scale, where that does not change, and image and labels alike."""
+    monkeypatch.setattr(confidence, "_GEOMETRY", GeometrySettings(narrow=0.0, wide=0.0))
+    monkeypatch.setattr(confidence, "_COLOURS", ColourSettings(**dict.fromkeys(SHARES, 0.0)))
+    model = confident(resize=resize, size=(48, 96), diameter=20.0)
+    image = drawn_image(60, 80)
+    labels = np.where(image[..., 0] > 250, 1, 0)  # so that both can be compared
+    source = LabelledImage("x", image, labels.astype(np.uint16), np.zeros((1, 2)), np.array([25.0]), "")
+    seen, _ = model.network_image(image, diameter=None if resize == "squeeze" else 25.0)
+    expected = seen[:, :] if resize == "squeeze" else resize_image(image.astype(np.float32), (48, 64))
+    expected_labels = resize_labels(labels.astype(np.uint16), expected.shape[:2])
+    found = set()
+    for seed in range(12):
+        shown, part = confidence._view(model, source, np.random.default_rng(seed))
+        shown = shown.permute(1, 2, 0).numpy()
+        turned = [
+            (turns, flip)
+            for turns in range(4)
+            for flip in (1, -1)
+            if np.rot90(expected, turns).shape == shown.shape
+            and np.allclose(np.rot90(expected, turns)[:, ::flip], shown, atol=0.01)
+            and (np.rot90(expected_labels, turns)[:, ::flip] == part).all()
+        ]
+        assert len(turned) == 1
+        found.add(turned[0])
+    assert len(found) > 4
+
+
+SHARES = ("inversion", "grey", "tint", "permutation", "stain", "dyes", "haematoxylin", "section", "levels")
+SHARES += ("illumination", "blur", "noise")
 
 
 @pytest.mark.parametrize("model", [tiny_network().eval(), DCANNet.build(DCANSettings())])
