@@ -12,13 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from torch import distributed
+from torch import distributed, nn
 
 from kg_detectron.d2.meta_architecture import CellInstanceSegmentation
 from kg_detectron.inference.model_file import WEIGHTS
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.safe_load import read_checkpoint
 from kg_detectron.modeling import Preprocessing
+from kg_detectron.modeling.confidence import ConfidenceHead
 from kg_detectron.training.checkpoint import save_checkpoint
 from kg_detectron.training.confidence import fit_confidence
 from kg_detectron.training.dataset import LabelledImage, image_of_record
@@ -48,6 +49,12 @@ class _Images(Sequence[LabelledImage]):
         return image_of_record(self.records[index], self.preprocessing)
 
 
+def confidence_head(model: nn.Module) -> ConfidenceHead | None:
+    """The confidence head of a model, itself or in `DistributedDataParallel`; None of one without."""
+    network = getattr(getattr(model, "module", model), "network", None)
+    return getattr(getattr(network, "segmentation", None), "confidence_head", None)
+
+
 class FitConfidence(HookBase):
     """At the end of a training fit the confidence head to the images of ``cfg.DATASETS.TRAIN``, see `fit_confidence`.
 
@@ -64,16 +71,17 @@ class FitConfidence(HookBase):
         model: Any = getattr(self.trainer.model, "module", self.trainer.model)
         if comm.is_main_process():
             self._fit(model)
-        if comm.get_world_size() > 1:
-            for value in model.network.segmentation.confidence_head.state_dict().values():
+        head = confidence_head(model)
+        if comm.get_world_size() > 1 and head is not None:
+            for value in head.state_dict().values():
                 distributed.broadcast(value, 0)
 
     def _fit(self, model: CellInstanceSegmentation) -> None:
         started, folder = time.perf_counter(), Path(self.cfg.OUTPUT_DIR)
         records = get_detection_dataset_dicts(list(self.cfg.DATASETS.TRAIN), filter_empty=False)
-        network: Any = model.network
-        images = _Images(records, network.preprocessing)
-        head: Any = network.segmentation.confidence_head
+        images = _Images(records, model.network.preprocessing)
+        head = confidence_head(model)
+        assert head is not None, "there is a head to fit"
         heads: dict[int, dict[str, Any]] = {}  # by the iteration that a file is of; the best may be the last one
         boxes = 0
         # The last model comes last, and stays in memory.
@@ -84,7 +92,7 @@ class FitConfidence(HookBase):
             if iteration in heads:
                 head.load_state_dict(heads[iteration])
             else:
-                boxes = fit_confidence(network, images, self.cfg.SEED)
+                boxes = fit_confidence(model.network, images, self.cfg.SEED)
                 heads[iteration] = copy.deepcopy(head.state_dict())
             save_checkpoint(file, state | {"model": model.state_dict()})
         minutes = (time.perf_counter() - started) / 60

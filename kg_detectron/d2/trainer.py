@@ -19,7 +19,7 @@ from detectron2.utils.events import EventWriter
 from torch import nn
 
 from kg_detectron.d2.checkpointer import WholeCheckpointer
-from kg_detectron.d2.confidence import FitConfidence
+from kg_detectron.d2.confidence import FitConfidence, confidence_head
 from kg_detectron.d2.evaluators import build_evaluators
 from kg_detectron.d2.hooks import (
     EarlyStopping,
@@ -137,7 +137,7 @@ class Trainer(DefaultTrainer):
             *validation,
             *default[stepped:evaluation],
             StopOnSignal(self.checkpointer),
-            *([FitConfidence(cfg)] if cfg.MODEL.CELLS.CONFIDENCE else []),
+            *([] if confidence_head(self.model) is None else [FitConfidence(cfg)]),
             *default[evaluation:],
         ]
 

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 import kg_detectron.d2.confidence
 import kg_detectron.d2.hooks
 from kg_detectron.d2 import register_files
-from kg_detectron.d2.confidence import CONFIDENCE_FILE
+from kg_detectron.d2.confidence import CONFIDENCE_FILE, FitConfidence
 from kg_detectron.d2.launch import launch
 from kg_detectron.d2.trainer import Trainer
 from kg_detectron.training.confidence import fit_confidence
@@ -114,3 +114,12 @@ def test_without_a_head_nothing_is_fitted(data, tmp_path, monkeypatch):
     monkeypatch.setattr(kg_detectron.d2.confidence, "fit_confidence", lambda *_: 1 / 0)
     train(config(data, tmp_path / "run", "MODEL.CELLS.CONFIDENCE", ""))
     assert (tmp_path / "run" / "model_final.pth").is_file() and not (tmp_path / "run" / CONFIDENCE_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["dcan_synthetic_cpu", "mask_rcnn_fpn_r18_synthetic_cpu"])
+def test_methods_without_a_head_have_nothing_to_fit(data, tmp_path, name):
+    """Whatever the config asks of the keypoint graph."""
+    files = ["DATASETS.TRAIN", (str(data / "train" / "cells.json"),), "DATASETS.VALIDATION", (), "DATASETS.TEST", ()]
+    cfg = load_config(name, *files, "OUTPUT_DIR", tmp_path, "MODEL.CELLS.CONFIDENCE", "mask", "SEED", 3)
+    register_files(cfg.DATASETS.TRAIN)
+    assert not any(isinstance(hook, FitConfidence) for hook in Trainer(cfg)._hooks)
