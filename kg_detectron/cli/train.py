@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
     if shared:
         print("note: fewer than four images, so they are used for both, and the figures say little")
     budget = f"{settings.minutes:g} minutes" if settings.minutes else f"{settings.iterations} iterations"
-    print(f"training for {budget}, besides the time of a few validations and of the confidence head at the end")
+    print(f"training for {budget}, besides the time of a few validations and, where it gets one, of a confidence head")
     adapts = arguments.model not in (IMAGENET, NOTHING)
     figures = train(
         model,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import distributed, nn
 
+from kg_detectron.d2.loaders import training_records
 from kg_detectron.d2.meta_architecture import CellInstanceSegmentation
 from kg_detectron.inference.model_file import WEIGHTS
 from kg_detectron.io.atomic import replacing
@@ -56,7 +56,7 @@ def confidence_head(model: nn.Module) -> ConfidenceHead | None:
 
 
 class FitConfidence(HookBase):
-    """At the end of a training fit the confidence head to the images of ``cfg.DATASETS.TRAIN``, see `fit_confidence`.
+    """At the end of a training fit the confidence head to the images that it saw, see `fit_confidence`.
 
     The best and the last model of the run get a head of their own each, and their files are written again. Register it
     after the hooks that write these, and before `EvalHook`, which evaluates at the end too. One process fits for all.
@@ -66,22 +66,19 @@ class FitConfidence(HookBase):
         self.cfg = cfg
 
     def after_train(self) -> None:
-        if self.trainer.iter + 1 < self.trainer.max_iter:
-            return
         model: Any = getattr(self.trainer.model, "module", self.trainer.model)
-        if comm.is_main_process():
-            self._fit(model)
         head = confidence_head(model)
-        if comm.get_world_size() > 1 and head is not None:
+        if head is None or self.trainer.iter + 1 < self.trainer.max_iter:
+            return
+        if comm.is_main_process():
+            self._fit(model, head)
+        if comm.get_world_size() > 1:
             for value in head.state_dict().values():
                 distributed.broadcast(value, 0)
 
-    def _fit(self, model: CellInstanceSegmentation) -> None:
+    def _fit(self, model: CellInstanceSegmentation, head: ConfidenceHead) -> None:
         started, folder = time.perf_counter(), Path(self.cfg.OUTPUT_DIR)
-        records = get_detection_dataset_dicts(list(self.cfg.DATASETS.TRAIN), filter_empty=False)
-        images = _Images(records, model.network.preprocessing)
-        head = confidence_head(model)
-        assert head is not None, "there is a head to fit"
+        images = _Images(training_records(self.cfg), model.network.preprocessing)
         heads: dict[int, dict[str, Any]] = {}  # by the iteration that a file is of; the best may be the last one
         boxes = 0
         # The last model comes last, and stays in memory.

@@ -21,6 +21,12 @@ from kg_detectron.d2.mapper import CellMapper
 from kg_detectron.training.sampler import EndlessSampler, SampleDataset
 
 
+def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
+    """The records of ``cfg.DATASETS.TRAIN`` that are trained on."""
+    names = list(cfg.DATASETS.TRAIN)
+    return get_detection_dataset_dicts(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+
+
 def build_train_loader(cfg: CfgNode) -> DataLoader:
     """Endless batches of augmented images of ``cfg.DATASETS.TRAIN``, the same under one ``cfg.SEED`` (0 or more).
 
@@ -40,8 +46,7 @@ def build_train_loader(cfg: CfgNode) -> DataLoader:
     rank, processes, batch = comm.get_rank(), comm.get_world_size(), cfg.SOLVER.IMS_PER_BATCH
     if batch < 1 or batch % processes:
         raise ValueError(f"SOLVER.IMS_PER_BATCH must be a positive multiple of the {processes} processes, got {batch}")
-    names = list(cfg.DATASETS.TRAIN)
-    records = get_detection_dataset_dicts(names, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    records = training_records(cfg)
     return _SteadyLoader(
         # A list that worker processes share, instead of a copy for each.
         SampleDataset(DatasetFromList(records, copy=False), CellMapper(cfg, is_train=True)),

@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kg_detectron.cells import MaskCrops
+from kg_detectron.d2.confidence import confidence_head
 from kg_detectron.d2.config import method_settings
 from kg_detectron.d2.meta_architecture import CellGeneralizedRCNN, CellInstanceSegmentation, Description
 from kg_detectron.inference import load_model, predict
@@ -60,6 +61,8 @@ def test_core_and_detectron2_agree(tmp_path, head, scales, ranked):
         changes += ["MODEL.CELLS.CONFIDENCE", "mask", "MODEL.CELLS.VOTE_EXPONENT", 0.3]
     cfg = small_config(*changes, "INPUT.NORMALISATION", "percentile", "INPUT.PERCENTILES", (2.0, 99.0))
     model, inputs = build_model(cfg), scene()
+    if ranked:
+        torch.nn.init.normal_(confidence_head(model).layers[-1].weight)  # as if it were fitted
     core = load_model(save(model, tmp_path))
     assert type(core) is KeypointGraphNet and core.preprocessing.size == (64, 96)
     assert (core.preprocessing.normalisation, core.preprocessing.percentiles) == ("percentile", (2.0, 99.0))
