@@ -36,6 +36,10 @@ def jpeg(image: np.ndarray) -> np.ndarray:
     return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 85])[1], cv2.IMREAD_COLOR)
 
 
+def inverted(image: np.ndarray) -> np.ndarray:
+    return -image if image.dtype.kind == "f" else ~image
+
+
 MARKED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "white": with_bar,
     "without text": lambda image: with_bar(image, text=False),
@@ -66,6 +70,17 @@ def test_a_scale_bar_and_its_text_are_painted_over_and_nothing_else(marks: Calla
     drawn = (np.abs(marked.astype(float) - image) > 8).any(2)
     around = cv2.dilate(drawn.astype(np.uint8), np.ones((7, 7))) > 0
     assert drawn.any() and not ((painted != marked).any(2) & ~around).any()
+
+
+@pytest.mark.parametrize("marks", MARKED.values(), ids=MARKED)
+def test_a_dark_bar_on_a_bright_image_is_treated_alike(marks: Callable) -> None:
+    image, rule = dim_nuclei(), Normalisation("percentile")
+    marked = inverted(marks(image))
+    painted = without_scale_bars(marked)
+    np.testing.assert_allclose(painted, inverted(without_scale_bars(marks(image))), atol=4)  # float32
+    expected, levels = rule.levels(inverted(without_scale_bars(marks(image)))), rule.levels(marked)
+    np.testing.assert_allclose((levels.low, levels.high), (expected.low, expected.high), atol=4)
+    assert (painted != marked).any()
 
 
 def saturated(rng: np.random.Generator) -> np.ndarray:
@@ -114,7 +129,15 @@ def slope(rng: np.random.Generator) -> np.ndarray:
 )
 def test_what_is_no_scale_bar_stays(draw: Callable) -> None:
     image = draw(np.random.default_rng(2))
-    assert scale_bars(image[..., 0]) is None and without_scale_bars(image) is image
+    for seen in (image, inverted(image)):
+        assert scale_bars(seen[..., 0]) is None and without_scale_bars(seen) is seen
+
+
+def test_a_dark_line_of_one_pixel_is_no_scale_bar() -> None:
+    image = np.full((100, 100, 3), 200, np.uint8)
+    image[40:70, 50] = 20
+    assert scale_bars(image[..., 0]) is None
+    assert scale_bars(inverted(image)[..., 0]) is not None
 
 
 def test_what_is_no_image_is_left_to_those_who_say_so() -> None:
