@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-BAND_VALUES = 2**19  # of the widest map of a band: 2 MiB, about what the second-level cache of a core holds
+# Of the widest map of a band, for each thread: 2 MiB, about what the second-level cache of a core holds.
+BAND_VALUES = 2**19
 
 
 def is_banded(x: Tensor) -> bool:
@@ -29,7 +30,7 @@ def bands(height: int, width: int, channels: int, step: int = 1) -> Iterator[tup
         channels: of its widest form.
         step: bands begin at multiples of it, and have at least as many rows.
     """
-    rows = max(1, BAND_VALUES // (width * channels * step)) * step
+    rows = max(1, torch.get_num_threads() * BAND_VALUES // (width * channels * step)) * step
     return ((first, min(first + rows, height)) for first in range(0, height, rows))
 
 
