@@ -4,11 +4,13 @@
     python tools/reproduce.py cpu --seeds 1 2 --minutes 20
     python tools/reproduce.py cpu_usiigaci --seeds 1 2 --minutes 20
     python tools/reproduce.py cpu_imagenet --seeds 1 2 --minutes 20
+    python tools/reproduce.py cpu_synthetic --seeds 1 2
 
 ``gpu`` is the paper's setting (512x512, ResNet-50, the schedules of the configs); ``cpu`` the small networks, each row
 trained for equal time. Both are on DSB2018; ``gpu_usiigaci`` and ``cpu_usiigaci`` are the rows of the methods on the
 phase-contrast cells of Usiigaci; ``gpu_imagenet`` and ``cpu_imagenet`` Mask R-CNN beside KG lite on the backbone of the
-kept models, from its ImageNet weights. Call it again after any interruption: finished rows are kept, a started training
+kept models, from its ImageNet weights; ``cpu_synthetic`` every method for some minutes on cells that all of them can
+represent, by datasets/make_synthetic.py. Call it again after any interruption: finished rows are kept, a started training
 resumes; ``--dry-run`` shows what is left. Every finished training is one small JSON file in ``results/<plan>/``, and
 the tables in ``results/<plan>/tables.md`` are made from these files alone (``--tables`` makes only them).
 """
@@ -84,7 +86,7 @@ MASKS = {
 
 # What the kept models have besides: needs no training either.
 COMPLETION = {"+ completion": "completion"}
-# And this is trained with the rest.
+# And this has a training of its own, whose last minutes fit the head.
 CONFIDENCE = {"+ confidence": "confidence"}
 
 
@@ -159,7 +161,18 @@ PLANS: dict[str, list[Row]] = {
     "cpu_usiigaci": _rows(SMALL, "usiigaci"),
     "gpu_imagenet": _rows(IMAGENET, "dsb2018"),
     "cpu_imagenet": _rows({name: f"{config}_cpu" for name, config in IMAGENET.items()}, "dsb2018"),
+    "cpu_synthetic": [
+        row
+        for row in (Row(name, config.format("synthetic")) for name, config in SMALL.items())
+        if (CONFIGS / f"{row.config}.yaml").is_file()
+    ],
 }
+
+
+def validation_set(plan: str) -> str:
+    """The registered dataset that the rows of a plan are evaluated on."""
+    *_, data = plan.split("_")
+    return f"{data if data in ('usiigaci', 'synthetic') else 'dsb2018'}_val"
 
 
 def recipe_file(name: str) -> Path:
@@ -388,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.plan,
         options.output,
         options.results,
-        dataset=options.dataset or f"{'usiigaci' if options.plan.endswith('usiigaci') else 'dsb2018'}_val",
+        dataset=options.dataset or validation_set(options.plan),
         num_gpus=num_gpus,
         minutes=options.minutes,
         pretrained=options.pretrained or options.plan.endswith("imagenet"),
