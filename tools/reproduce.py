@@ -10,9 +10,10 @@
 trained for equal time. Both are on DSB2018; ``gpu_usiigaci`` and ``cpu_usiigaci`` are the rows of the methods on the
 phase-contrast cells of Usiigaci; ``gpu_imagenet`` and ``cpu_imagenet`` Mask R-CNN beside KG lite on the backbone of the
 kept models, from its ImageNet weights; ``cpu_synthetic`` every method for some minutes on cells that all of them can
-represent, by datasets/make_synthetic.py. Call it again after any interruption: finished rows are kept, a started training
-resumes; ``--dry-run`` shows what is left. Every finished training is one small JSON file in ``results/<plan>/``, and
-the tables in ``results/<plan>/tables.md`` are made from these files alone (``--tables`` makes only them).
+represent, by datasets/make_synthetic.py. Call it again after any interruption: finished rows are kept, a started
+training resumes; ``--dry-run`` shows what is left. Every finished training is one small JSON file in
+``results/<plan>/``, and the tables in ``results/<plan>/tables.md`` are made from these files alone (``--tables`` makes
+only them).
 """
 
 import argparse
