@@ -36,6 +36,7 @@ from kg_detectron.d2.solver import build_lr_scheduler
 from kg_detectron.d2.writers import build_writers
 from kg_detectron.inference.model_file import DESCRIPTION_KEY
 from kg_detectron.modeling.backbone import may_be_pretrained
+from kg_detectron.modeling.cpu_layers import use_cpu_layers
 from kg_detectron.modeling.processes import shared_losses
 
 # Checkpoints that stay beside model_best.pth and model_final.pth.
@@ -75,6 +76,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            use_cpu_layers(model)
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod

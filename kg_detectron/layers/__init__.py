@@ -5,6 +5,7 @@ from .keypoints import box_keypoints
 from .nms import nms
 from .ops import (
     convolve_resized,
+    depthwise_weight_gradient,
     find_peaks,
     gather_displacements,
     graphs_to_boxes,
@@ -19,6 +20,7 @@ __all__ = [
     "box_keypoints",
     "convolve_resized",
     "crop_pixels",
+    "depthwise_weight_gradient",
     "find_peaks",
     "gather_displacements",
     "graphs_to_boxes",

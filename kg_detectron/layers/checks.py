@@ -179,3 +179,20 @@ def check_crops(products: int, before: Tensor, after: Tensor, places: Tensor, pi
     last = places[:, 0] + (after[:, 0] - 1) * places[:, 1] + after[:, 1]
     if bool(((places[:, 0] < 0) | (places[:, 1] < after[:, 1]) | (last > pixels)).any()):
         raise ValueError(f"places: expected crops within {pixels} pixels, got {places.tolist()}")
+
+
+def check_depthwise(input: Tensor, gradient: Tensor, kernel: int, stride: int, padding: int) -> None:
+    """For `depthwise_weight_gradient`."""
+    _check_maps("input", input)
+    if kernel < 1 or stride < 1 or padding < 0:
+        raise ValueError(
+            "kernel, stride and padding: expected 1 or more, 1 or more and 0 or more, "
+            f"got {kernel}, {stride} and {padding}"
+        )
+    sides = [side + 2 * padding - kernel for side in input.shape[2:]]
+    expected = (*input.shape[:2], *(side // stride + 1 for side in sides))
+    _check_maps("gradient", gradient, input.shape[1])
+    if min(sides) < 0 or tuple(gradient.shape) != expected or gradient.device != input.device:
+        raise ValueError(
+            f"gradient: expected shape {expected} on {input.device}, got {tuple(gradient.shape)} on {gradient.device}"
+        )

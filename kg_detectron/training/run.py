@@ -21,7 +21,7 @@ from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores, Segment
 from kg_detectron.modeling.backbone import may_be_pretrained
 from kg_detectron.modeling.cell_size import common_diameter
 from kg_detectron.modeling.classes import ClassBalance
-from kg_detectron.modeling.pointwise import use_matrix_products
+from kg_detectron.modeling.cpu_layers import use_cpu_layers
 from kg_detectron.modeling.settings import replaced
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings
 from kg_detectron.training.average import WeightAverage
@@ -266,7 +266,7 @@ def train(
     if segmentation is not None:
         segmentation.settings = dataclasses.replace(segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
     if model.place.device.type == "cpu":
-        use_matrix_products(model)
+        use_cpu_layers(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's overloads lack it
     freeze(model, settings.freeze)
     kinds = [image.kind for image in training]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from kg_detectron.modeling.cpu_layers import use_cpu_layers
 from kg_detectron.modeling.folding import conv_norm
-from kg_detectron.modeling.pointwise import use_matrix_products
 
 
 def layers(bias: bool, kernel: int, groups: int) -> nn.Sequential:
@@ -22,7 +22,7 @@ def layers(bias: bool, kernel: int, groups: int) -> nn.Sequential:
 def test_it_equals_the_two_layers(bias, kernel, groups, layout):
     pair = layers(bias, kernel, groups).double().to(memory_format=layout)
     x = torch.randn(2, 6, 9, 8, dtype=torch.float64).contiguous(memory_format=layout)
-    use_matrix_products(pair)
+    use_cpu_layers(pair)
     expected = pair.eval()(x)
     with torch.no_grad():
         folded = conv_norm(*pair, x)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from kg_detectron.modeling.pointwise import PointwiseConv2d, use_matrix_products
 from kg_detectron.training import CosineSchedule, WeightAverage, load_checkpoint, save_checkpoint
 
 
@@ -77,16 +76,3 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
         save_checkpoint(file, {"model": {"w": torch.zeros(2)}, "iteration": 4})
     assert load_checkpoint(file)["iteration"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_1x1_convolutions_as_matrix_products(channels_last: bool) -> None:
-    net = nn.Sequential(nn.Conv2d(5, 7, 1), nn.Conv2d(7, 3, 1, bias=False), nn.Conv2d(3, 3, 1, stride=2)).double()
-    image = torch.rand(2, 5, 6, 8, dtype=torch.float64, requires_grad=True)
-    x = image.contiguous(memory_format=torch.channels_last) if channels_last else image
-    expected = net(x)
-    (gradient,) = torch.autograd.grad(expected.sum(), image)
-    use_matrix_products(net)
-    assert [type(layer) for layer in net] == [PointwiseConv2d, PointwiseConv2d, nn.Conv2d]
-    assert torch.allclose(net(x), expected)
-    assert torch.allclose(torch.autograd.grad(net(x).sum(), image)[0], gradient)

@@ -139,4 +139,21 @@ inline void check_targets(const at::Tensor& boxes, const at::Tensor& image, int6
     check_edges(edges);
 }
 
+// input: of a depthwise convolution with as many pixels of padding on all sides; gradient: of its result.
+inline void check_depthwise(const at::Tensor& input, const at::Tensor& gradient, int64_t kernel, int64_t stride,
+                            int64_t padding) {
+    check_maps("input", input);
+    TORCH_CHECK_VALUE(kernel >= 1 && stride >= 1 && padding >= 0,
+                      "kernel, stride and padding: expected 1 or more, 1 or more and 0 or more, got ", kernel, ", ",
+                      stride, " and ", padding);
+    const int64_t height = (input.size(2) + 2 * padding - kernel) / stride + 1;
+    const int64_t width = (input.size(3) + 2 * padding - kernel) / stride + 1;
+    check_maps("gradient", gradient, input.size(1));
+    TORCH_CHECK_VALUE(input.size(2) + 2 * padding >= kernel && input.size(3) + 2 * padding >= kernel &&
+                          gradient.size(0) == input.size(0) && gradient.size(2) == height &&
+                          gradient.size(3) == width && gradient.device() == input.device(),
+                      "gradient: expected (N,C,", height, ",", width, ") for an input (N,C,H,W) of shape ",
+                      input.sizes(), " on ", input.device(), ", got ", gradient.sizes(), " on ", gradient.device());
+}
+
 }  // namespace kg

@@ -4,6 +4,7 @@ What each one takes and gives stands at its wrapper in `layers.ops`, in the same
 headers of the compiled kernels, csrc/*.h, which follow the same rules.
 """
 
+from .depthwise import depthwise_weight_gradient
 from .grouping import gather_displacements, group_keypoints, group_peaks
 from .peaks import find_peaks
 from .rendering import render_targets
@@ -14,6 +15,7 @@ from .voting import hough_vote, smooth_votes
 __all__ = [
     "convolve_resized",
     "convolve_resized_backward",
+    "depthwise_weight_gradient",
     "find_peaks",
     "gather_displacements",
     "graphs_to_boxes",
