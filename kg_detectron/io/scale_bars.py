@@ -9,7 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from kg_detectron.io.lazy import is_mapped
+from kg_detectron.io.lazy import distinct_channels, is_mapped
 
 # A bar is a rectangle at an end of the range, alone or with another; in JPEG its values and its edges vary a little.
 _NEAR_TOP, _FILLED = 0.03, 0.95
@@ -53,10 +53,14 @@ def _bars(channel: np.ndarray, *, dark: bool) -> ScaleBars | None:
         return None
     low, top = float(finite.min()), float(finite.max())
     value = top - _NEAR_TOP * (top - low)
-    _, _, parts, _ = cv2.connectedComponentsWithStats(((sample >= value) & (sample <= top)).view(np.uint8))
+    near_top = ((sample >= value) & (sample <= top)).view(np.uint8)
+    shortest = max(_SHORTEST / step, _SHORTEST_SHARE * max(sample.shape))
+    most = max(int(cv2.reduce(near_top, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S).max()) for axis in (0, 1))
+    if most < _FILLED * shortest:  # no row or column has as many of them as one of a bar has in the mean
+        return None
+    _, _, parts, _ = cv2.connectedComponentsWithStats(near_top)
     x, y, width, height, area = parts[1:].astype(np.int64).T
     length, thickness = np.maximum(width, height), np.minimum(width, height)
-    shortest = max(_SHORTEST / step, _SHORTEST_SHARE * max(sample.shape))
     bars = (length >= _SLENDER * thickness) & (length >= shortest) & (area >= _FILLED * width * height)
     bars &= (area <= _LARGEST_SHARE * sample.size) & (thickness >= (_THINNEST_DARK / step if dark else 1))
     bars &= (x > 0) & (y > 0) & (x + width < sample.shape[1]) & (y + height < sample.shape[0])
@@ -80,7 +84,7 @@ def without_scale_bars(image: np.ndarray) -> np.ndarray:
     """
     if not isinstance(image, np.ndarray) or is_mapped(image) or image.dtype.kind not in "buif":
         return image
-    distinct = image[..., :1] if image.strides[2] == 0 else image
+    distinct = distinct_channels(image)
     found = {c: bars for c in range(distinct.shape[2]) if (bars := scale_bars(distinct[..., c]))}
     if not found:
         return image

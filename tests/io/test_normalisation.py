@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kg_detectron.io import normalisation
+from kg_detectron.io.lazy import distinct_channels
 from kg_detectron.io.normalisation import Normalisation, NormalisedImage, UnknownWhiteLevel
 
 FIXED, PERCENTILE = Normalisation(), Normalisation("percentile", (10.0, 90.0))
@@ -183,3 +184,17 @@ def test_bad_rules_are_refused(arguments: tuple, what: str):
 def test_bad_images_are_refused(image: np.ndarray):
     with pytest.raises(ValueError, match="image"):
         FIXED(image)
+
+
+def test_equal_channels_are_looked_at_once(tmp_path: Path):
+    grey = np.random.default_rng(0).integers(0, 200, (40, 50, 1), np.uint8)
+    three = grey.repeat(3, axis=2)
+    assert distinct_channels(three).shape == distinct_channels(np.broadcast_to(grey, (40, 50, 3))).shape == (40, 50, 1)
+    np.testing.assert_array_equal(PERCENTILE(three), PERCENTILE(grey).repeat(3, axis=2))
+    for y, x in ((0, 0), (7, 9), (39, 49)):
+        colour = three.copy()
+        colour[y, x, 2] ^= 1
+        assert distinct_channels(colour) is colour
+    mapped = np.memmap(tmp_path / "image", np.uint8, "w+", shape=three.shape)
+    mapped[:] = three
+    assert distinct_channels(mapped) is mapped
