@@ -38,6 +38,7 @@ def test_operators(device):
     printed = run_benchmark("ops", "--device", device, *small)
     for case in ("hough_vote", "batch 2, 3 cells an image", "80 peaks take", "2 boxes"):
         assert case in printed
+    assert ("weights, 4 x 48" in printed) == (device == "cpu")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -106,7 +107,7 @@ def test_cells_lie_in_the_image():
 def test_whole_images():
     """The command and the other networks, of the smallest size."""
     printed = run_benchmark("images", "--sizes", "1", "--repeats", "1", "--before", str(ROOT))
-    names = ["kg_detectron", "kg_detectron before", "StarDist (network)"]
+    names = ["kg_detectron", "kg_detectron --fast", "kg_detectron before", "StarDist (network)"]
     names += ["Mask R-CNN R50-FPN"] * (importlib.util.find_spec("detectron2") is not None)
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("| 256x256")]
     assert [row[1].strip() for row in rows] == names

@@ -45,6 +45,7 @@ def with_reference(call: Callable[[], object]) -> None:
         # Their operators take the edges as plain numbers.
         "gather_displacements": lambda peaks, maps, edges: reference.gather_displacements(peaks, maps),
         "render_targets": lambda *arguments: reference.render_targets(*arguments[:-1]),
+        "depthwise_weight_gradient": reference.depthwise_weight_gradient,
     }
     with mock.patch.multiple(torch.ops.kg_detectron, create=True, **kernels):
         call()
@@ -168,6 +169,15 @@ def benchmark_operators(arguments: argparse.Namespace, device: str) -> None:
         boxes = [cells(count, size, 0).to(device)]
         render = partial(render_scales, boxes, size)
         table.line(f"{count} boxes", render, [m for scale in render() for m in scale])
+
+    if device == "cpu":  # elsewhere PyTorch's own runs
+        table.head("gradient of a depthwise convolution 7x7")
+        for channels, side in ((48, size // 4), (64, size // 8), (96, size // 16)):
+            of_layer = [
+                torch.randn(4, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
+            ]
+            gradient_of_weights = partial(layers.depthwise_weight_gradient, *of_layer, 7, 1, 3)
+            table.line(f"weights, 4 x {channels} x {side} x {side}", gradient_of_weights, of_layer)
 
 
 def render_scales(boxes: list[Tensor], size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
