@@ -32,7 +32,8 @@ _GEOMETRY = GeometrySettings()
 _COLOURS = ColourSettings(
     inversion=0, grey=0, tint=0, permutation=0, stain=0, dyes=0, haematoxylin=0, section=0, illumination=0, blur=0
 )
-_STEPS, _BATCH = 1000, 256
+# The head sees each box about so many times: less, and it learns too little, more, and it learns them by heart.
+_TIMES, _LEAST_STEPS, _BATCH = 6, 1000, 256
 _LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-2
 
 
@@ -120,8 +121,9 @@ def _fit(head: ConfidenceHead, inputs: Tensor, targets: Tensor) -> None:
             layer.reset_parameters()
     head.requires_grad_(True)
     optimizer = torch.optim.AdamW(head.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    for _ in range(_STEPS):
+    steps = max(_LEAST_STEPS, _TIMES * len(inputs) // _BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         drawn = torch.randint(len(inputs), (_BATCH,)).to(inputs.device)
         loss = binary_cross_entropy_with_logits(head.logits(inputs[drawn]), targets[drawn])
         optimizer.zero_grad()

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark.measure import milliseconds, peak_bytes
 from benchmark.scenes import cells, network_maps
 from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.modeling.cpu_layers import use_cpu_layers
 from kg_detectron.modeling.precision import PRECISIONS, autocast
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +195,8 @@ def training_costs(
 ) -> dict[int, Cost]:
     """The cost of a training step, with an optimiser that keeps no state, for each number of cells."""
     model = stages.model.train()
+    if device == "cpu":
+        use_cpu_layers(model)  # as train_net.py does
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
     side = stages.size
     costs = {}
