@@ -11,7 +11,7 @@ import make_synthetic
 import pytest
 import torch
 import train_net
-from builders import CONFIGS, ROOT
+from builders import CONFIGS, ROOT, load_config
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -23,6 +23,7 @@ from kg_detectron.d2.config import merge_config
 from kg_detectron.d2.trainer import Trainer
 from kg_detectron.inference import load_model, predict
 from kg_detectron.io.images import read_image
+from kg_detectron.modeling.cpu_layers import DepthwiseConv2d
 
 CONFIG = CONFIGS / "kg_r18_synthetic_cpu.yaml"
 SMALL = ["MODEL.DEVICE", "cpu", "INPUT.SIZE", "(64,64)", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"]
@@ -183,3 +184,9 @@ def test_bad_data_ends_a_training_before_it_begins(data, tmp_path):
 def test_missing_data_is_named(tmp_path):
     done = run(tmp_path, *SMALL, "OUTPUT_DIR", tmp_path / "out")
     assert done.returncode != 0 and "instances_train.json" in done.stderr
+
+
+def test_on_a_cpu_depthwise_convolutions_have_their_fast_gradient():
+    cfg = load_config("kg_lite_synthetic_cpu", "MODEL.CELLS.BACKBONE_WEIGHTS", "")
+    layers = [type(layer) for layer in Trainer.build_model(cfg).modules()]
+    assert layers.count(DepthwiseConv2d) >= 9 and DepthwiseConv2d not in map(type, build_model(cfg).modules())
