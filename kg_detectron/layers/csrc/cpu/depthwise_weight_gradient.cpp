@@ -119,25 +119,22 @@ at::Tensor depthwise_weight_gradient(const at::Tensor& input, const at::Tensor& 
         // number of threads.
         const int64_t blocks = channels / lanes, parts = blocks + channels % lanes;
         at::parallel_for(0, images * parts, 1, [&](int64_t begin, int64_t end) {
-            std::vector<Lanes> sums(taps);
-            std::vector<scalar_t> single(taps);
+            std::vector<scalar_t> sums(taps * lanes);
             for (int64_t task = begin; task < end; ++task) {
                 const int64_t image = task / parts, part = task % parts;
                 const int64_t channel = part < blocks ? part * lanes : blocks * lanes + part - blocks;
+                const int64_t width = part < blocks ? lanes : 1;
                 const scalar_t* a = by + image * of.out_height * of.out_width * channels + channel;
                 const scalar_t* b = from + image * of.height * of.width * channels + channel;
-                scalar_t* place = to + (image * channels + channel) * taps;
+                std::fill(sums.begin(), sums.end(), scalar_t(0));
                 if (part < blocks) {
-                    std::fill(sums.begin(), sums.end(), Lanes{});
-                    add_together(a, b, of, sums.data());
-                    const scalar_t* value = reinterpret_cast<const scalar_t*>(sums.data());
-                    for (int64_t i = 0; i < taps * lanes; ++i) {
-                        place[i % lanes * taps + i / lanes] = value[i];
-                    }
+                    add_together(a, b, of, reinterpret_cast<Lanes*>(sums.data()));
                 } else {
-                    std::fill(single.begin(), single.end(), scalar_t(0));
-                    add_image(a, b, of, single.data());
-                    std::copy(single.begin(), single.end(), place);
+                    add_image(a, b, of, sums.data());
+                }
+                scalar_t* place = to + (image * channels + channel) * taps;
+                for (int64_t i = 0; i < taps * width; ++i) {
+                    place[i % width * taps + i / width] = sums[i];
                 }
             }
         });
