@@ -48,9 +48,8 @@ class _DepthwiseConvolution(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         of_input = of_weight = None
         if ctx.needs_input_grad[0]:
-            both = [ctx.stride] * 2, [ctx.padding] * 2, [1] * 2, False, [0] * 2, len(weight)
-            wanted = [True, False, False]
-            of_input = torch.ops.aten.convolution_backward(gradient, input, weight, None, *both, wanted)[0]
+            options = [ctx.stride] * 2, [ctx.padding] * 2, [1] * 2, False, [0] * 2, len(weight), [True, False, False]
+            of_input = torch.ops.aten.convolution_backward(gradient, input, weight, None, *options)[0]
         if ctx.needs_input_grad[1]:
             of_weight = depthwise_weight_gradient(input, gradient, weight.shape[2], ctx.stride, ctx.padding)
         return of_input, of_weight, None, None
@@ -58,7 +57,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 def use_cpu_layers(model: nn.Module) -> None:
     """Turn the convolutions of a model into the ones of this module where they fit, in place. Weights and their names
-    stay; on other devices, and in evaluation, they do what they did."""
+    stay; on other devices they do what they did."""
     for layer in model.modules():
         if type(layer) is not nn.Conv2d:
             continue

@@ -11,5 +11,5 @@ def depthwise_weight_gradient(input: Tensor, gradient: Tensor, kernel: int, stri
     check_depthwise(input, gradient, kernel, stride, padding)
     channels = input.shape[1]
     weight = input.new_empty(channels, 1, kernel, kernel)
-    both = [stride] * 2, [padding] * 2, [1] * 2, False, [0] * 2, channels
-    return torch.ops.aten.convolution_backward(gradient, input, weight, None, *both, [False, True, False])[1]
+    options = [stride] * 2, [padding] * 2, [1] * 2, False, [0] * 2, channels, [False, True, False]
+    return torch.ops.aten.convolution_backward(gradient, input, weight, None, *options)[1]
