@@ -18,6 +18,7 @@ from kg_detectron.cells.run_lengths import RLE, as_text, decode_runs, encode_mas
 from kg_detectron.io import fault
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.fault import Fault, FaultError, Severity
+from kg_detectron.io.grey import is_grey
 from kg_detectron.io.images import check_size, write_png
 from kg_detectron.io.relative_path import checked_relative_path
 
@@ -272,8 +273,8 @@ def write_split(
     names = [category] if isinstance(category, str) else list(category)
     for image_id, (name, image, masks, *rest) in enumerate(samples, start=1):
         if image.dtype == np.uint16:
-            is_grey = (image == image[..., :1]).all()
-            (folder / f"{name}.png").write_bytes(cv2.imencode(".png", image[..., 0] if is_grey else image)[1].tobytes())
+            pixels = image[..., 0] if is_grey(image) else image
+            (folder / f"{name}.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
         else:
             write_png(folder / f"{name}.png", image)
         height, width = image.shape[:2]

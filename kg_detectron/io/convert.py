@@ -26,6 +26,7 @@ from kg_detectron.io.dataset_check import (
 )
 from kg_detectron.io.fault import Fault, fatal
 from kg_detectron.io.finding import Pair
+from kg_detectron.io.grey import is_grey
 from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
 from kg_detectron.io.layouts import find_training_pairs
 from kg_detectron.io.qupath import GEOJSON, read_geojson
@@ -333,9 +334,9 @@ def _plain_file(file: Path, name: str, image: np.ndarray, choice: Choice, output
     copy = Path(os.path.abspath(output.parent), f"{output.stem}_images", f"{name}.tif")
     if write:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        is_grey = bool((image == image[..., :1]).all())
-        pixels = np.ascontiguousarray(image[..., 0] if is_grey else image[..., ::-1])
-        photometric = "minisblack" if is_grey else "rgb"
+        grey = is_grey(image)
+        pixels = np.ascontiguousarray(image[..., 0] if grey else image[..., ::-1])
+        photometric = "minisblack" if grey else "rgb"
         with replacing(copy) as unfinished:
             tifffile.imwrite(
                 unfinished, pixels, photometric=photometric, compression="zlib", metadata=None, software=False

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from kg_detectron.io.grey import is_grey
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.limits import MAX_PIXELS, check_size, check_tiff, no_limit_of_pillow
 from kg_detectron.io.microscope import READERS, advice, decode_microscope
@@ -223,8 +224,7 @@ def write_png(path: str | Path, image: np.ndarray) -> None:
     """
     if image.dtype != np.uint8:
         image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
-    is_grey = all(np.array_equal(image[..., 0], image[..., c]) for c in (1, 2))
-    pixels = np.ascontiguousarray(image[..., 0]) if is_grey else image
+    pixels = np.ascontiguousarray(image[..., 0]) if is_grey(image) else image
     Path(path).write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
@@ -488,8 +488,8 @@ def _grey_channel(plane: np.ndarray, is_lossy: bool) -> tuple[int, bool] | None:
         return (shown, False) if few <= _FEW_PART * plane[..., 0].size else None
     # Levels of the others are rounded.
     ratios, slack = peaks / peaks[shown], 1.5 if plane.dtype.kind in "ui" else 0
-    is_grey = fits(sample, ratios, slack) and all(fits(block, ratios, slack) for block in _blocks(plane))
-    return (shown, False) if is_grey else None
+    one_colour = fits(sample, ratios, slack) and all(fits(block, ratios, slack) for block in _blocks(plane))
+    return (shown, False) if one_colour else None
 
 
 def _blocks(plane: np.ndarray) -> Iterator[np.ndarray]:

@@ -12,7 +12,6 @@ import numpy as np
 
 OVERVIEW = 4096  # side of an overview at most, pixels
 BLOCK = 1024  # side of the blocks that are kept, pixels
-_SAMPLED = 16  # channels are compared at first in each of so many rows and columns
 _KEPT = 2**28  # bytes of blocks that are kept
 
 
@@ -24,16 +23,6 @@ def is_mapped(array: np.ndarray) -> bool:
             return True
         base = base.base
     return False
-
-
-def distinct_channels(image: np.ndarray) -> np.ndarray:
-    """An image (H, W, C); of a grey one in memory, whose channels are equal, the first alone (H, W, 1)."""
-    first = image[..., :1]
-    if image.strides[2] == 0:
-        return first
-    if is_mapped(image) or not (image[::_SAMPLED, ::_SAMPLED] == first[::_SAMPLED, ::_SAMPLED]).all():
-        return image
-    return first if all(np.array_equal(image[..., c], image[..., 0]) for c in range(1, image.shape[2])) else image
 
 
 class PlaneSource(ABC):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kg_detectron.io.lazy import LazyPlane, distinct_channels, is_mapped
+from kg_detectron.io.grey import distinct_channels
+from kg_detectron.io.lazy import LazyPlane, is_mapped
 from kg_detectron.io.scale_bars import without_scale_bars
 
 _BLOCK = 2**22  # values looked at together, which bounds the memory
@@ -120,7 +121,7 @@ class Normalisation:
         channels = image.shape[2]
         if self.kind == "fixed":
             return Levels(np.zeros(channels), np.full(channels, _white(image)))
-        distinct = distinct_channels(without_scale_bars(image))
+        distinct = without_scale_bars(distinct_channels(image))
         levels = np.array([_percentiles(distinct[..., c], self.percentiles) for c in range(distinct.shape[2])])
         low, high = np.broadcast_to(levels.astype(np.float64), (channels, 2)).T
         return Levels(low, high)

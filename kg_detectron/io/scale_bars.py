@@ -9,7 +9,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from kg_detectron.io.lazy import distinct_channels, is_mapped
+from kg_detectron.io.grey import distinct_channels
+from kg_detectron.io.lazy import is_mapped
 
 # A bar is a rectangle at an end of the range, alone or with another; in JPEG its values and its edges vary a little.
 _NEAR_TOP, _FILLED = 0.03, 0.95

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from kg_detectron.io import normalisation
-from kg_detectron.io.lazy import distinct_channels
+from kg_detectron.io.grey import distinct_channels
 from kg_detectron.io.normalisation import Normalisation, NormalisedImage, UnknownWhiteLevel
 
 FIXED, PERCENTILE = Normalisation(), Normalisation("percentile", (10.0, 90.0))
