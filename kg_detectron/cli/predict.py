@@ -84,8 +84,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--channels",
         nargs="+",
         metavar="NAME|N",
-        help="channel to find cells in, by name or by number from 1, or three as red, green and blue; all channels "
-        "are measured",
+        help="channel to find cells in, by name or by number from 1, or three as red, green and blue (default: the one "
+        "with the name of a stain of nuclei, or that the model is surest of); all channels are measured",
     )
     parser.add_argument(
         "--axes", type=str.upper, help="axis order of stacks that do not declare it, such as ZCYX: C for channels"

@@ -31,14 +31,14 @@ from kg_detectron.inference.fast import make_fast
 from kg_detectron.inference.manifest import FileRecord, PlaneRecord, note, versions
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.opened_file import OpenedFile, open_file, open_pages
-from kg_detectron.inference.predictor import predict, tiled_steps
+from kg_detectron.inference.predictor import clear_channel, predict, tiled_steps
 from kg_detectron.inference.run_settings import SettingError, Settings
 from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES, TileStore
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
-from kg_detectron.io.images import Page
+from kg_detectron.io.images import Page, channels_of_nuclei, list_channels, undecided
 from kg_detectron.io.ome_zarr import is_ome_zarr
 
 # Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
@@ -141,7 +141,7 @@ class FilePredictor:
     ) -> Iterator[Callable[[], None]]:
         settings, record, image, (item, _, taken) = self.settings, opened.record, opened.image, opened.task
         assert image is not None
-        pages = image.pages
+        pages = self._of_channels(image.pages, record)
         record.pages, record.size = len(pages), pages[0].pixels.shape[:2]
         note(record, *image.notes)
         names = [
@@ -246,6 +246,7 @@ class FilePredictor:
         pages = open_pages(Task(item, None, ()), self.settings, record).pages
         if self.settings.ensemble or not all(page.is_lazy and self._is_kept(page) for page in pages):
             return []
+        pages = self._of_channels(pages, record)
         found = [
             tiled_steps(
                 self.network,
@@ -258,6 +259,38 @@ class FilePredictor:
         ]
         steps = [page for page in found if page is not None]
         return steps if len(steps) == len(found) else []
+
+    def _of_channels(self, pages: list[Page], record: FileRecord) -> list[Page]:
+        """Pages with the channel in which cells are looked for, one for all pages with the same channels.
+
+        Raises:
+            ImageChoiceError: somebody has to choose it.
+        """
+        chosen: dict[tuple[str, ...], int] = {}
+        for names in dict.fromkeys(page.channel_names for page in pages if not page.chosen):
+            alike = [page for page in pages if page.channel_names == names]
+            chosen[names] = self._channel(alike[len(alike) // 2], record)
+        return [page if page.chosen else page.of_channels((chosen[page.channel_names],)) for page in pages]
+
+    def _channel(self, page: Page, record: FileRecord) -> int:
+        """The number of the channel with a stain of nuclei, by name, or else of the one that the model is surest of."""
+        names = page.channel_names
+        number: int | None
+        if len(stained := channels_of_nuclei(names)) == 1:
+            number, why = stained[0], "by its name"
+        else:
+            channels = {number: page.of_channels((number,)).pixels for number in range(1, len(names) + 1)}
+            options = self._options(record)
+            given = {name: options[name] for name in ("scale", "diameter", "pixel_size", "normalisation")}
+            number, why = clear_channel(self.network, channels, **given), "the model's choice"
+        if number is None:
+            raise undecided(names)
+        name = names[number - 1]
+        note(
+            record,
+            f"Cells were looked for in channel {name}, {why}; --channels takes another one ({list_channels(names)}).",
+        )
+        return number
 
     def _key(self, record: FileRecord, page: int) -> str:
         """A name for what is computed of the tiles of a page, with all that it depends on."""

@@ -83,7 +83,7 @@ def open_file(task: Task, settings: Settings, output: Path) -> OpenedFile:
 
 
 def open_pages(task: Task, settings: Settings, record: FileRecord) -> ImageFile:
-    """The pages of a file; its pixel size goes to the record.
+    """The pages of a file, whose channels may have to be chosen yet; its pixel size goes to the record.
 
     Raises:
         OSError, ValueError: as `open_image`.
@@ -94,6 +94,7 @@ def open_pages(task: Task, settings: Settings, record: FileRecord) -> ImageFile:
         channels=settings.channels,
         scene=settings.scene,
         max_pixels=settings.max_pixels or MAX_PIXELS,
+        ask=False,
     )
     record.pixel_size, record.pixel_size_source = image.pixel_size, image.pixel_size_source
     if settings.pixel_size is not None:

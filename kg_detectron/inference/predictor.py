@@ -1,7 +1,7 @@
 """Prediction for one image of any size."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.stains import SINGLE_COLOURS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
+from kg_detectron.modeling.cell_size import choose_channel
 from kg_detectron.modeling.preprocessing import HAEMATOXYLIN, NetworkImage, Preprocessing
 
 HAEMATOXYLIN_NOTE = (
@@ -164,6 +165,31 @@ def tiled_steps(
     seen, _ = _seen(model, image, preprocessing, scale, diameter, pixel_size, None, part)
     wanted = None if area is None else _wanted(area, MIRRORS[0], seen)
     return _tiled(model, seen, min_score, tile, overlap, wanted, part)
+
+
+def clear_channel(
+    model: InstanceNet,
+    channels: Mapping[int, np.ndarray],
+    *,
+    scale: float | None = None,
+    diameter: float | None = None,
+    pixel_size: float | None = None,
+    normalisation: str | None = None,
+) -> int | None:
+    """The channel of an image with several in which the model is clearly surest of the cells.
+
+    Args:
+        model: in evaluation mode.
+        channels: (H, W, 3) each, grey, of one image, by number.
+        scale, diameter, pixel_size, normalisation: those of `predict`.
+
+    Returns:
+        A number, the first where no channel shows a cell; None where it is about as sure of another one.
+    """
+    preprocessing = _preprocessing(model, normalisation, single_colours=False)
+    height, width = next(iter(channels.values())).shape[:2]
+    given = preprocessing.given_scale(scale, diameter, pixel_size) or preprocessing.training_scale((height, width))
+    return choose_channel(model, channels, preprocessing, given)
 
 
 def _preprocessing(model: InstanceNet, normalisation: str | None, single_colours: bool) -> Preprocessing:

@@ -5,7 +5,7 @@ Images come with the levels of their files, whatever the type; a model's preproc
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -30,12 +30,15 @@ __all__ = [
     "check_size",
     "check_tiff",
     "checked_axes",
+    "channels_of_nuclei",
     "checked_channels",
     "decode_image",
+    "list_channels",
     "no_limit_of_pillow",
     "open_image",
     "read_image",
     "read_pages",
+    "undecided",
     "write_png",
 ]
 
@@ -51,6 +54,7 @@ _COLOUR_NAMES = ("red", "green", "blue")
 _SAMPLE = 256  # rows and columns of an image that are looked at first to see whether it is grey
 _BLOCK = 2**22  # values that are looked at together
 _GREY_PIXELS, _GREY_LEVELS = 1024, 8  # of an image in one colour that is taken for a grey one, and no drawing
+_STAINS_OF_NUCLEI = re.compile(r"dapi|hoechst|draq|nuc|h2b|histone|sytox|propidium|\bdna\b", re.IGNORECASE)
 # JPEG leaves traces of a bright channel in black ones: levels of 255 that none of their pixels exceeds, and that only
 # a part of them exceeds.
 _TRACE, _FEW, _FEW_PART = 64, 24, 0.01
@@ -65,7 +69,8 @@ class Page:
             has stride 0 along its last axis. May be a read-only view of the file.
         source: (H, W, C), all channels without alpha, in the order of the file, red first.
         channel_names: one a channel; their numbers from "1" where the file has no names.
-        chosen: the channels in `pixels`, numbers from 1: one, or three as red, green and blue.
+        chosen: the channels in `pixels`, numbers from 1: one, or three as red, green and blue; none where one must be
+            chosen, and `pixels` are those of the first.
         position: where the page is in its file: "scene" (a name), and "t", "z", "page" and so on, counted from 0. Only
             axes that the file has.
         pixel_size: micrometres, or None where it is unknown.
@@ -89,6 +94,10 @@ class Page:
     def is_lazy(self) -> bool:
         """Whether the pixels are read when they are sliced, see `LazyPlane`."""
         return isinstance(self.source, LazyPlane)
+
+    def of_channels(self, chosen: tuple[int, ...]) -> "Page":
+        """The same page with the pixels of one channel, or of three as red, green and blue; numbers from 1."""
+        return replace(self, pixels=_bgr(self.source, chosen), chosen=chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +131,7 @@ def open_image(
     channels: Sequence[int | str] | None = None,
     scene: int | str | None = None,
     max_pixels: int = MAX_PIXELS,
+    ask: bool = True,
 ) -> ImageFile:
     """Read all images of a file, one of each plane of a stack, and what the file says of them.
 
@@ -139,6 +149,7 @@ def open_image(
             green and blue. Needed where a file has several channels that are no colours. A grey file ignores it.
         scene: the scene to take, by number from 1 or by name. By default all are read.
         max_pixels: height x width (of compressed stacks: x planes) above which a file is refused.
+        ask: whether channels that have to be chosen are an error, or left to the caller: see `Page.chosen`.
 
     Raises:
         OSError: the file is missing or cannot be opened.
@@ -152,7 +163,7 @@ def open_image(
     if axes is not None:
         checked_axes(axes)  # nothing has looked at it where the file is no stack
     with _naming(str(path)):
-        return _image_file(decoded, axes, channels)
+        return _image_file(decoded, axes, channels, ask=ask)
 
 
 def read_pages(
@@ -319,12 +330,14 @@ def _decode(
     return decode_picture(source, max_pixels, as_stored=as_stored)
 
 
-def _image_file(decoded: Decoded, axes: str | None, channels: tuple[int | str, ...] | None) -> ImageFile:
+def _image_file(
+    decoded: Decoded, axes: str | None, channels: tuple[int | str, ...] | None, *, ask: bool = True
+) -> ImageFile:
     pages: list[Page] = []
     notes = dict.fromkeys(decoded.notes)
     for scene in decoded.scenes:
         notes.update(dict.fromkeys(scene.notes))
-        for page, note in _pages(scene, decoded.is_one_of_several, channels):
+        for page, note in _pages(scene, decoded.is_one_of_several, channels, ask=ask):
             pages.append(page)
             notes.update(dict.fromkeys(note))
     first = decoded.scenes[0]
@@ -341,7 +354,7 @@ def _image_file(decoded: Decoded, axes: str | None, channels: tuple[int | str, .
 
 
 def _pages(
-    scene: Scene, is_one_of_several: bool, channels: tuple[int | str, ...] | None
+    scene: Scene, is_one_of_several: bool, channels: tuple[int | str, ...] | None, *, ask: bool
 ) -> Iterator[tuple[Page, list[str]]]:
     """The pages of a scene, each with notes."""
     lengths = scene.pixels.shape[: len(scene.lead)]
@@ -365,7 +378,7 @@ def _pages(
             what = "its red, green and blue are equal" if is_equal else f"it is a grey image in {_tint(plane, shown)}"
             notes.append(f"{what}: it was read as one grey image")
             plane, names, is_colour = plane[..., shown : shown + 1], ("1",), False
-        chosen = _choice(names, is_colour, channels)
+        chosen = () if _must_be_chosen(names, is_colour, channels) and not ask else _choice(names, is_colour, channels)
         if len(names) == 1 and channels not in (None, (1,)):
             notes.append(f"it has one channel, which was taken: the choice of {_listed(channels)} is for other files")
         elif channels is None and is_colour and len(names) > 3:
@@ -375,7 +388,7 @@ def _pages(
             if length > 1:
                 position["page" if axis in "IQ" else axis.lower()] = index
         yield (
-            Page(_bgr(plane, chosen), plane, names, chosen, position, scene.pixel_size, scene.orientation),
+            Page(_bgr(plane, chosen or (1,)), plane, names, chosen, position, scene.pixel_size, scene.orientation),
             notes,
         )
 
@@ -397,6 +410,10 @@ def _channel_names(scene: Scene, count: int) -> tuple[str, ...]:
     return (*_COLOUR_NAMES, *numbers[3:]) if scene.is_colour else numbers
 
 
+def _must_be_chosen(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None) -> bool:
+    return channels is None and len(names) > 1 and not is_colour
+
+
 def _choice(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None) -> tuple[int, ...]:
     """The numbers of the channels to take.
 
@@ -405,10 +422,10 @@ def _choice(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, 
     """
     if len(names) == 1:
         return (1,)
+    if _must_be_chosen(names, is_colour, channels):
+        raise undecided(names)
     if channels is None:
-        if is_colour:
-            return (1, 2, 3)
-        raise ImageChoiceError(_has_channels(names), _channels_advice(names), "--channels")
+        return (1, 2, 3)
     numbers = []
     for channel in channels:
         same = [n for n, name in enumerate(names, 1) if name.strip().casefold() == str(channel).casefold()]
@@ -416,20 +433,30 @@ def _choice(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, 
             same = [channel]
         if len(same) != 1:
             problem = f"it has {len(same)} channels called {channel}" if same else f"it has no channel {channel}"
-            raise ImageChoiceError(f"{problem}: {_has_channels(names)}", _channels_advice(names), "--channels")
+            raise ImageChoiceError(f"{problem}: {list_channels(names)}", _channels_advice(names), "--channels")
         numbers += same
     return tuple(numbers)
 
 
-def _has_channels(names: tuple[str, ...]) -> str:
+def undecided(names: tuple[str, ...]) -> ImageChoiceError:
+    """The error that asks for one of the channels of a file."""
+    return ImageChoiceError(list_channels(names), _channels_advice(names), "--channels")
+
+
+def list_channels(names: tuple[str, ...]) -> str:
+    """How many channels a file has, and what they are called: the beginning of a sentence."""
     if names == tuple(str(number) for number in range(1, len(names) + 1)):
         return f"it has {len(names)} channels, without names"
     return f"it has {len(names)} channels: " + ", ".join(f"{number} {name}" for number, name in enumerate(names, 1))
 
 
+def channels_of_nuclei(names: Sequence[str]) -> list[int]:
+    """The channels whose names are those of a stain of nuclei, numbers from 1."""
+    return [number for number, name in enumerate(names, 1) if _STAINS_OF_NUCLEI.search(name)]
+
+
 def _channels_advice(names: tuple[str, ...]) -> str:
-    nuclear = [name for name in names if re.search("dapi|hoechst|draq|nuc|h2b|histone", name, re.IGNORECASE)]
-    example = (nuclear or list(names))[0]
+    example = names[([*channels_of_nuclei(names), 1])[0] - 1]
     if names.count(example) > 1 or not re.fullmatch(r"[\w.-]+", example):
         example = str(names.index(example) + 1)
     return f"choose one with --channels {example}"
