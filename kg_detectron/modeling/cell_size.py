@@ -58,9 +58,10 @@ SMALLEST_CELL = 4.0
 # marker of few of them does, is not taken: 0.11 at most for the nuclei in mitosis of one picture; DNA had 0.14 at
 # least. Blue, the usual colour of DNA, may be so much less sure than another: in one picture it was, by 0.016.
 FAIR_SHARE, BLUE_IS_USUAL = 0.12, 0.05
-# Of the channels of an image the model takes one only where it is surer of its cells by so much than of those of every
-# other: it was by 0.09 and more in seven images of four laboratories; two stains of nuclei are much alike.
-CLEARLY = 0.05
+# Of the channels of an image the model takes the one that it is surer of by so much than of every other, as it was by
+# 0.09 and more in seven images of four laboratories, or that shows so many times the area of those that it is about as
+# sure of, as a stain of all nuclei does beside one of few. Two stains of nuclei are much alike.
+CLEARLY, CLEARLY_MORE = 0.05, 2.0
 # An image is not enlarged beyond so many pixels of the network's input, whatever the estimate: time and memory.
 LARGEST = 2**24
 # Training images are alike in the size of their cells where all but the extremes differ by this factor at most.
@@ -202,11 +203,10 @@ def choose_view(
         scale: None estimates it: in the first view in which the model finds cells, or in every colour.
     """
     if len(views) > 1 and any(isinstance(levels, SingleColour) for levels in views.values()):
-        sure, scales = _sure(model, {name: (image, levels) for name, levels in views.items()}, scale)
-        if sure.get(BLUE):
-            sure[BLUE] += BLUE_IS_USUAL
+        shown = _enough(model, {name: (image, levels) for name, levels in views.items()}, scale)
+        sure = {name: one.mean + (BLUE_IS_USUAL if name == BLUE and one.mean else 0) for name, one in shown.items()}
         surest = max(sure, key=sure.__getitem__)
-        return surest, scales[surest]
+        return surest, shown[surest].scale
     if scale is None:
         nothing = no_cell(model.preprocessing)
         estimates = (estimate_scale(model, image, levels) for levels in views.values())
@@ -235,28 +235,38 @@ def choose_channel(
     Returns:
         A number, the first where no channel shows a cell; None where it is about as sure of another one.
     """
-    shown = {number: (image, preprocessing.views(image, COLOURS)[COLOURS]) for number, image in channels.items()}
-    sure, _ = _sure(model, shown, scale)
-    surest = max(sure, key=sure.__getitem__)
-    others = [mean for number, mean in sure.items() if number != surest]
-    return surest if not sure[surest] or all(sure[surest] - mean >= CLEARLY for mean in others) else None
+    grey = {number: (image, preprocessing.views(image, COLOURS)[COLOURS]) for number, image in channels.items()}
+    shown = _enough(model, grey, scale)
+    highest = max(one.mean for one in shown.values())
+    sure = {number: one.share for number, one in shown.items() if one.mean > highest - CLEARLY}
+    number = max(sure, key=sure.__getitem__)
+    others = [share for other, share in sure.items() if other != number]
+    return number if not highest or all(sure[number] >= CLEARLY_MORE * share for share in others) else None
 
 
-def _sure(
-    model: "InstanceNet", shown: Mapping[Name, tuple[np.ndarray, View]], scale: Scale | None
-) -> tuple[dict[Name, float], dict[Name, Scale]]:
-    """How sure the model is of the cells of images of one place, where these cover enough of it, and their scales."""
-    scales, shares, means = {}, {}, {}
-    for name, (image, levels) in shown.items():
-        scales[name] = scale or estimate_scale(model, image, levels)
-        seen = NetworkImage(image, levels, _as_trained(model, scales[name]))
+class _Shown(NamedTuple):
+    """What the model sees in the part of an image that is compared with others of the same place."""
+
+    mean: float  # probability of its cells, 0 where there are none
+    share: float  # sum of their probabilities and squared diameters, for a pixel
+    scale: Scale
+
+
+def _enough(
+    model: "InstanceNet", images: Mapping[Name, tuple[np.ndarray, View]], scale: Scale | None
+) -> dict[Name, _Shown]:
+    """Of images of one place, and their levels, those with cells on not much less of their area than another."""
+    shown = {}
+    for name, (image, levels) in images.items():
+        own = scale or estimate_scale(model, image, levels)
+        seen = NetworkImage(image, levels, _as_trained(model, own))
         part = _part(seen, _contrast(image, levels), PART)
         cells = _cells(model, seen, part)
         scores = cells.scores.cpu().numpy()
-        shares[name] = float((scores * diameters(cells) ** 2).sum()) / _pixels(part)
-        means[name] = float(scores.mean()) if len(cells) else 0.0
-    enough = FAIR_SHARE * max(shares.values())
-    return {name: mean for name, mean in means.items() if shares[name] >= enough}, scales
+        share = float((scores * diameters(cells) ** 2).sum()) / _pixels(part)
+        shown[name] = _Shown(float(scores.mean()) if len(cells) else 0.0, share, own)
+    enough = FAIR_SHARE * max(one.share for one in shown.values())
+    return {name: one for name, one in shown.items() if one.share >= enough}
 
 
 def _as_trained(model: "InstanceNet", scale: Scale) -> float | tuple[int, int]:

@@ -55,6 +55,8 @@ def sure_of(scores: list[float], sides: list[int]) -> KeypointGraphNet:
         ([0.9, 0.9], [20, 20], None),
         ([0.8, 0.95], [20, 6], 1),  # a marker of few cells
         ([0.8, 0.79, 0.95], [20, 20, 6], None),
+        ([0.93, 0.9], [12, 20], 2),  # a stain of few nuclei, and one of all
+        ([0.9, 0.93], [17, 20], None),
         ([0.0, 0.0], [20, 20], 1),  # nothing anywhere
         ([0.0, 0.9, 0.0], [20, 20, 20], 2),
     ],
