@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version as installed_version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kg_detectron._version import __version__
 from kg_detectron.inference.run_settings import RUNTIMES, Settings
 from kg_detectron.io.atomic import replacing
+from kg_detectron.io.finding import Input
 from kg_detectron.io.relative_path import checked_relative_path
 
 MANIFEST = "run.json"
@@ -142,9 +143,8 @@ class FileRecord:
 
     @property
     def image(self) -> str:
-        """What tables call the image: the name of its results with the ending of the file."""
-        suffix = Path(self.input).suffix
-        return self.name if self.name.endswith(suffix) else self.name + suffix
+        """What tables call the image: the name of the file, in the folder that its results have."""
+        return (PurePosixPath(self.name).parent / Path(self.input).name).as_posix()
 
 
 @dataclass
@@ -264,17 +264,16 @@ class ManifestFile:
         if time.monotonic() - self.written > self._pause:
             self.write()
 
-    def remove_results(self, name: str) -> list[str]:
-        """Delete the results of a name that earlier runs made, before new ones are written.
+    def remove_results(self, item: Input) -> list[str]:
+        """Delete the results that earlier runs made of an image or under its name, before new ones are written.
 
         Returns:
             The files that were deleted. Those of runs with other settings are noted as superseded, on disk too, so that
             a run which is killed leaves no doubt about what made the files that are there.
         """
         deleted, is_changed = [], False
-        for run in self.manifest.runs:
-            record = run.files.get(name)
-            if record is None or record.superseded:
+        for run, record in self._records():
+            if record.superseded or record.name != item.name and record.input != str(item.path):
                 continue
             for output in record.outputs:
                 path = self.folder / checked_relative_path(output)
@@ -285,12 +284,15 @@ class ManifestFile:
                     path.unlink()
                     deleted.append(output)
             if run is self.manifest:
-                del run.files[name]
+                del run.files[record.name]
             else:
                 record.superseded = is_changed = True
         if is_changed:
             self.write()
         return deleted
+
+    def _records(self) -> list[tuple[Manifest, FileRecord]]:
+        return [(run, record) for run in self.manifest.runs for record in run.files.values()]
 
     def write(self) -> None:
         start = time.monotonic()

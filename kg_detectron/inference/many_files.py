@@ -265,7 +265,7 @@ class _Run:
         if previous is not None:
             self.manifest.follow(previous)
         known = {} if overwrite else dict(self.manifest.files)
-        taken = _names_of_pages(items)
+        taken = _names_of_pages([item.name for item in items] + self._check_names(items, overwrite))
         tasks = (Task(item, known.get(item.name), taken.get(item.name, ())) for item in items)
         with ThreadPoolExecutor(1) as reader, closing(self._opened(tasks, reader)) as files:
             skipped, rest = self._skipped(files) if self.workers is None and self.predictor is None else ([], files)
@@ -280,6 +280,26 @@ class _Run:
                     "replaced, the others stay"
                 )
             return self._predict(items, tasks, skipped, rest)
+
+    def _check_names(self, items: list[Input], overwrite: bool) -> list[str]:
+        """The names that results of other images have in the folder.
+
+        Raises:
+            ValueError: results would replace those of another image, which nobody asked for, or of a page of one.
+        """
+        given = {str(item.path) for item in items}
+        others = {r.name: r for r in self.manifest.valid_records() if r.error is None and r.input not in given}
+        pages = {plane.name: record for record in others.values() for plane in record.planes if record.pages > 1}
+        for item in items:
+            other = pages.get(item.name) or (None if overwrite else others.get(item.name))
+            if other is None or (other.name == item.name and _has_content(item.path, other.sha256)):
+                continue
+            way = "" if item.name in pages else ", or --overwrite to replace them"
+            raise ValueError(
+                f"{item.path} would have the same names of results, {item.name}, as {other.input}, whose results are "
+                f"in {self.output}: choose another output folder{way}"
+            )
+        return list(others)
 
     def _opened(self, tasks: Iterator[Task], reader: ThreadPoolExecutor) -> Generator[OpenedFile, None, None]:
         """The files, the next one of which is read while somebody works on one."""
@@ -380,7 +400,7 @@ class _Run:
 
     def _make_room(self, opened: OpenedFile, former: list[str]) -> None:
         """Delete the earlier results of a file, when its new ones are about to be written."""
-        opened.attempt(lambda: former.extend(self._remove_results(opened.task.item.name)))
+        opened.attempt(lambda: former.extend(self._remove_results(opened.task.item)))
 
     def _finished(self, opened: OpenedFile, former: list[str], written: Future[None] | None = None) -> FileRecord:
         """The record of a file, once its results are written."""
@@ -409,16 +429,16 @@ class _Run:
             self.manifest.versions = versions
             for task, outcome in cluster.outcomes(job, tasks, show):
                 if outcome.folder is not None:
-                    former = self._remove_results(task.item.name)
+                    former = self._remove_results(task.item)
                     self._move_results(outcome.folder, outcome.record)
                     self._note_removed(outcome.record, former)
                 yield outcome.record, outcome.is_known
 
-    def _remove_results(self, name: str) -> list[str]:
+    def _remove_results(self, item: Input) -> list[str]:
         """Delete what earlier runs made of a file, when its new results are there: a wrong setting should not cost the
         results of the right one."""
         remove_tables(self.output)
-        return self.file.remove_results(name)
+        return self.file.remove_results(item)
 
     def _move_results(self, folder: Path, record: FileRecord) -> None:
         for output in record.outputs:
@@ -476,13 +496,21 @@ class _StepsOfFiles:
             del self._starts[item.name]
 
 
-def _names_of_pages(items: Sequence[Input]) -> Mapping[str, tuple[str, ...]]:
+def _names_of_pages(names: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Of each name the names of other files that are called as its pages would be."""
-    names: dict[str, tuple[str, ...]] = {}
-    for item in items:
-        if match := _PAGE.fullmatch(item.name):
-            names[match[1]] = (*names.get(match[1], ()), item.name)
-    return names
+    of_pages: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        if match := _PAGE.fullmatch(name):
+            of_pages[match[1]] = (*of_pages.get(match[1], ()), name)
+    return of_pages
+
+
+def _has_content(path: Path, sha256: str | None) -> bool:
+    """Whether a file has a checksum, as one that was moved; one that cannot be read fails later, by itself."""
+    try:
+        return file_sha256(path) == sha256
+    except OSError:
+        return True
 
 
 def _line(record: FileRecord) -> str:

@@ -103,7 +103,8 @@ def _write_images(folder: Path, manifest: Manifest, records: list[FileRecord]) -
 
 def _rows(record: FileRecord) -> Iterator[dict[str, object]]:
     """A row for each page; the seconds, notes and error of a file stand in its first."""
-    of_file = {"seconds": record.seconds, "notes": " ".join(record.notes) or None, "error": record.error}
+    notes = "; ".join(note.rstrip(".") for note in record.notes) or None
+    of_file = {"seconds": record.seconds, "notes": notes, "error": record.error}
     if not record.planes:
         yield {"cells": record.cells if record.error is None else None, **of_file}
     for plane in record.planes:

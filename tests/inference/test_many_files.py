@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -584,3 +585,60 @@ def test_the_table_of_all_cells_comes_as_parquet_too(images: Path, model: Path, 
         assert (row["image"], int(row["id"])) == (table["image"][i], table["id"][i])
         for name in ("score", "mean_intensity", "mean_intensity_red"):
             assert table[name][i] == (float(row[name]) if row[name] else None)
+
+
+def tables_of(folder: Path) -> dict[str, list[str]]:
+    """The column ``image`` of both tables."""
+    found = {}
+    for name in ("images.csv", "cells.csv"):
+        with open(folder / name, encoding="utf-8", newline="") as file:
+            found[name] = [row["image"] for row in csv.DictReader(file)]
+    return found
+
+
+def test_an_image_has_one_name_whatever_else_is_given(model: Path, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture(1)).save(tmp_path / "in" / "a.png")
+    first = predict_files([tmp_path / "in"], model, tmp_path / "out")
+    assert [record.name for record in first.done] == ["a"]
+    Image.fromarray(picture(2)).save(tmp_path / "in" / "a.bmp")
+    both = predict_files([tmp_path / "in"], model, tmp_path / "out")
+    assert [record.name for record in both.done] == ["a_bmp", "a_png"]
+    assert not (tmp_path / "out" / "a_labels.tif").exists()
+    tables = tables_of(tmp_path / "out")
+    assert tables["images.csv"] == ["a.bmp", "a.png"]
+    assert [tables["cells.csv"].count(record.image) for record in both.done] == [record.cells for record in both.done]
+    by_pattern = predict_files([f"{tmp_path}/*/*.png"], model, tmp_path / "out")
+    assert [record.name for record in by_pattern.done] == ["in/a"]
+    assert tables_of(tmp_path / "out")["images.csv"] == ["a.bmp", "in/a.png"]
+
+
+def test_another_image_does_not_replace_results_unasked(model: Path, tmp_path: Path):
+    for folder, number in (("p1", 1), ("p2", 2)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture(number)).save(tmp_path / folder / "w.png")
+    shutil.copytree(tmp_path / "p1", tmp_path / "moved")
+    out = tmp_path / "out"
+    predict_files([tmp_path / "p1"], model, out)
+    before = contents(out)
+    for settings in (Settings(), Settings(min_score=0.5)):
+        with pytest.raises(ValueError, match=r"p2/w\.png would have the same names .* --overwrite to replace"):
+            predict_files([tmp_path / "p2"], model, out, settings)
+    assert contents(out) == before
+    assert [record.input for record in predict_files([tmp_path / "moved"], model, out).done] == [
+        str(tmp_path / "moved" / "w.png")
+    ]
+    assert len(predict_files([tmp_path / "p2"], model, out, overwrite=True).done) == 1
+    assert tables_of(out)["images.csv"] == ["w.png"]
+
+
+def test_pages_of_a_stack_and_images_of_other_runs_do_not_clash(model: Path, tmp_path: Path):
+    tifffile.imwrite(tmp_path / "st.tif", np.stack([picture(1), picture(2)]), imagej=True, metadata={"axes": "ZYX"})
+    Image.fromarray(picture(3)).save(tmp_path / "st_page0001.png")
+    predict_files([tmp_path / "st.tif"], model, tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"st_page0001\.png would have the same names"):
+            predict_files([tmp_path / "st_page0001.png"], model, tmp_path / "out", overwrite=overwrite)
+    predict_files([tmp_path / "st_page0001.png"], model, tmp_path / "other")
+    (failed,) = predict_files([tmp_path / "st.tif"], model, tmp_path / "other").failed
+    assert "page 1 would have the same names of results as another file, st_page0001" in failed.error
