@@ -307,6 +307,8 @@ class FilePredictor:
         area = self._area(page)
         if area is not None and self._is_slide(page) and not settings.all_tiles:
             note(record, f"Cells were looked for in {area.share:.1%} of it; --all-tiles looks everywhere.")
+        elif area is not None and not area.share:
+            note(record, "No cell was looked for, for the region is outside of it.")
         return predict(
             self.network,
             page.pixels,

@@ -158,6 +158,7 @@ class Manifest:
         device: "cpu", "cuda", ...
         settings: of the prediction, as JSON has them.
         threshold: score from which cells were kept: the one of the settings, or the model's own.
+        speed: what the setting ``fast`` chose, and why; empty without it, and where workers chose.
         versions: see `versions`.
         started: date and time, UTC.
         seconds: since the run began.
@@ -172,6 +173,7 @@ class Manifest:
     device: str
     settings: dict[str, Any]
     threshold: float | None = None
+    speed: str = ""
     versions: dict[str, str] = field(default_factory=versions)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     seconds: float = 0.0

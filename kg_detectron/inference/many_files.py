@@ -239,7 +239,7 @@ class _Run:
             from kg_detectron.inference.file_prediction import FilePredictor
 
             self.predictor = predictor = FilePredictor(self.model, self.settings, self.device, manifest.model_sha256)
-            manifest.device, manifest.threshold = predictor.device, predictor.threshold
+            manifest.device, manifest.threshold, manifest.speed = predictor.device, predictor.threshold, predictor.speed
 
     def tell(self, *lines: str) -> None:
         """Print lines, less empty ones."""
@@ -272,7 +272,7 @@ class _Run:
             same = previous and self.manifest.same_run(previous)
             if self.predictor is None and self.workers is None and same:  # nothing is to be done
                 self.manifest.device, self.manifest.threshold = same.device, same.threshold
-                self.manifest.versions = same.versions
+                self.manifest.versions, self.manifest.speed = same.versions, same.speed
             self.tell(*self._header())
             if previous is not None and not previous.makes_the_same_as(self.manifest):
                 self.tell(
@@ -462,7 +462,7 @@ class _Run:
             "versions: " + ", ".join(f"{name} {version}" for name, version in self.manifest.versions.items()),
             f"model: {self.manifest.model}, SHA-256 {self.manifest.model_sha256}",
             f"settings: {settings}, threshold {self.manifest.threshold:g}, device {self.manifest.device}",
-            *([f"fast: {self.predictor.speed}"] if self.predictor is not None and self.predictor.speed else []),
+            *([f"fast: {self.manifest.speed}"] if self.manifest.speed else []),
         ]
 
     def _report(self, record: FileRecord) -> None:

@@ -135,15 +135,17 @@ class Preprocessing:
         for name, value in given.items():
             require(0 < value < float("inf"), name, "a number above 0", value)
         if scale is not None:
-            return Scale(scale, "given")
+            return _limited(scale, "given")
         if diameter is not None:
-            return Scale(self.predicted_diameter / diameter, f"diameter of {diameter:g} pixels")
+            return _limited(self.predicted_diameter / diameter, f"diameter of {diameter:g} pixels")
         if pixel_size is not None:
             if self.pixel_size is None:
                 raise ValueError(
                     "pixel_size: this model does not know the pixel size it was trained for; give a diameter"
                 )
-            return Scale(self.enlargement * pixel_size / self.pixel_size, f"pixel size of {pixel_size:g} micrometres")
+            return _limited(
+                self.enlargement * pixel_size / self.pixel_size, f"pixel size of {pixel_size:g} micrometres"
+            )
         return None
 
     def training_scale(self, size: tuple[int, int]) -> "Scale | None":
@@ -214,6 +216,14 @@ class Preprocessing:
             place[:, :h, w:] = place[:, :h, w - 1 : w]
             place[:, h:] = place[:, h - 1 : h]
         return batch
+
+
+def _limited(scale: float, source: str) -> Scale:
+    """A scale that somebody asks for; the source says so where it is not to be had."""
+    smallest, largest = (BLOCK / side for side in reversed(_BLOCK_SIDES))
+    if smallest <= scale <= largest:
+        return Scale(scale, source)
+    return Scale(scale, f"{source}, which asks for {scale:.3g}; the scale is {smallest:g} to {largest:g}")
 
 
 def block_side(scale: float) -> int:

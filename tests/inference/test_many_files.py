@@ -23,6 +23,7 @@ from kg_detectron.cells.separation import separate_cells
 from kg_detectron.cli.main import main
 from kg_detectron.export.kinds import KINDS
 from kg_detectron.inference import save_model
+from kg_detectron.inference.area import regions_of
 from kg_detectron.inference.many_files import predict_files, rerun
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.images import read_image
@@ -204,6 +205,7 @@ import os, signal, sys
 from kg_detectron.export.kinds import KINDS
 from kg_detectron.inference import file_prediction  # before the first of them is made
 from kg_detectron.inference.many_files import predict_files
+from kg_detectron.inference.area import regions_of
 from kg_detectron.inference.run_settings import Settings
 
 real, count = os.replace, 0
@@ -642,3 +644,16 @@ def test_pages_of_a_stack_and_images_of_other_runs_do_not_clash(model: Path, tmp
     predict_files([tmp_path / "st_page0001.png"], model, tmp_path / "other")
     (failed,) = predict_files([tmp_path / "st.tif"], model, tmp_path / "other").failed
     assert "page 1 would have the same names of results as another file, st_page0001" in failed.error
+
+
+def test_what_a_setting_came_to_is_said(model: Path, images: Path, tmp_path: Path):
+    settings = Settings(fast=True, regions=regions_of(["1000,1000,5,5"]), scale=10.0)
+    image = images / "good0.png"
+    for _ in range(2):  # the second run has nothing to do
+        assert not predict_files([image], model, tmp_path / "out", settings).failed
+        written = manifest(tmp_path / "out")
+        assert written["speed"].startswith(("float32: ", "bfloat16: ")) and "here" in written["speed"]
+    (record,) = written["files"]
+    assert record["cells"] == 0 and record["notes"] == ["No cell was looked for, for the region is outside of it."]
+    (plane,) = record["planes"]
+    assert plane["scale"] == [8, 8] and plane["scale_source"] == "given, which asks for 10; the scale is 0.0625 to 8"

@@ -152,6 +152,11 @@ def test_at_most_one_way_to_the_scale():
     assert preprocessing.given_scale(2.0, None, None).value == 2.0
     assert preprocessing.given_scale(None, 15.0, None).value == 2.0
     assert preprocessing.given_scale(None, None, 0.25).value == 0.5
+    image = np.zeros((64, 64, 3), np.uint8)
+    for limit, sizes in ((8.0, (8.0, None, None)), (8.0, (9.0, None, None)), (1 / 16, (None, 1e6, None))):
+        scale = preprocessing.given_scale(*sizes)
+        assert NetworkImage(image, preprocessing.levels(image), scale.value).scale[0] == limit
+        assert ("the scale is 0.0625 to 8" in scale.source) == (scale.value != limit)
     with pytest.raises(ValueError, match="scale, diameter: expected one of these at most"):
         preprocessing.given_scale(2.0, 15.0, None)
     with pytest.raises(ValueError, match="diameter: expected a number above 0, got 0"):
