@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from kg_detectron.cells.label_plane import LabelImage
 from kg_detectron.export.label_images import pyramid_sizes, stack_shape
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.ome_zarr import EXTRA, is_zarr_installed, ngff_version
+from kg_detectron.io.ome_zarr import EXTRA, Axis, axes_of, is_zarr_installed, ngff_version
 
 if TYPE_CHECKING:
     from kg_detectron.export.result import Result
@@ -46,7 +46,8 @@ def write_into(
     Args:
         image: folder of the image.
         name: of the label image; an older one of that name is replaced.
-        pages, shape, axes, pixel_size: see `write_label_group`.
+        pages, shape, axes, pixel_size: see `write_label_group`. What the image says of its own axes counts for more
+            than the pixel size, so that the labels lie on it.
 
     Returns:
         The folder of the label image.
@@ -55,7 +56,9 @@ def write_into(
     zarr, zarr_format = _zarr(), 3 if version == "0.5" else 2
     labels = image / _LABELS
     group = zarr.open_group(str(labels), mode="a", zarr_format=zarr_format)
-    write_label_group(labels / name, pages, shape, axes, pixel_size, version=version, source="../../")
+    of_image = axes_of(image)
+    placed = {axis: of_image[axis] for axis in axes if axis in of_image}
+    write_label_group(labels / name, pages, shape, axes, pixel_size, version=version, source="../../", placed=placed)
     listed = dict(group.attrs)
     about = listed.setdefault("ome", {"version": version}) if version == "0.5" else listed
     about["labels"] = sorted({*about.get("labels", ()), name})
@@ -72,6 +75,7 @@ def write_label_group(
     *,
     version: str = "0.4",
     source: str | None = None,
+    placed: Mapping[str, Axis] | None = None,
 ) -> None:
     """Write label images as one multiscale group: whole or not at all.
 
@@ -85,6 +89,7 @@ def write_label_group(
         pixel_size: micrometres.
         version: of NGFF, "0.4" (Zarr 2) or "0.5" (Zarr 3).
         source: path from the group to the image that it labels.
+        placed: axes of that image, by their letters: their units, and where it lies along them.
 
     Raises:
         ValueError: the package zarr is not installed.
@@ -118,21 +123,31 @@ def write_label_group(
                         )
                         where = (*place, slice(y, bottom), slice(x, right))
                         level[where] = page[rows, columns]
-        group.attrs.update(_metadata(axes, len(levels), pixel_size, version, source))
+        known = _axes(axes, pixel_size)
+        for axis, of_image in (placed or {}).items():
+            known[axis] = of_image._replace(about={"type": known[axis].about["type"], **of_image.about})
+        group.attrs.update(_metadata(list(known.values()), len(levels), version, source))
         if path.is_dir():
             shutil.rmtree(path)
 
 
-def _metadata(axes: str, levels: int, pixel_size: float | None, version: str, source: str | None) -> dict[str, Any]:
-    named: list[dict[str, str]] = [{"name": axis.lower(), "type": _TYPES.get(axis, "space")} for axis in axes]
+def _axes(axes: str, pixel_size: float | None) -> dict[str, Axis]:
+    """Axes, Y and X with the size of a pixel in micrometres, by their letters."""
+    known = {axis: Axis({"name": axis.lower(), "type": _TYPES.get(axis, "space")}, 1.0, 0.0) for axis in axes}
     if pixel_size is not None:
-        for axis in named[-2:]:
-            axis["unit"] = "micrometer"
+        known |= {axis: Axis({**known[axis].about, "unit": "micrometer"}, pixel_size, 0.0) for axis in "YX"}
+    return known
+
+
+def _metadata(axes: Sequence[Axis], levels: int, version: str, source: str | None) -> dict[str, Any]:
+    named = [axis.about for axis in axes]
+    translation = [{"type": "translation", "translation": [axis.translation for axis in axes]}]
     datasets = [
         {
             "path": str(level),
             "coordinateTransformations": [
-                {"type": "scale", "scale": [1.0] * (len(axes) - 2) + [(pixel_size or 1.0) * 2**level] * 2}
+                {"type": "scale", "scale": [a.scale for a in axes[:-2]] + [a.scale * 2**level for a in axes[-2:]]},
+                *(translation if any(axis.translation for axis in axes) else ()),
             ],
         }
         for level in range(levels)

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,28 @@ def ngff_version(path: Path) -> str:
     return "0.5" if (path / "zarr.json").is_file() else "0.4"
 
 
+class Axis(NamedTuple):
+    """An axis of an image of OME-Zarr, and where its largest level lies along it."""
+
+    about: dict[str, str]  # name, type and unit, as far as they are known
+    scale: float
+    translation: float
+
+
+def axes_of(path: Path) -> dict[str, Axis]:
+    """The axes of a multiscale image, by their letters in capitals.
+
+    Raises:
+        ValueError: the folder has no metadata of OME-Zarr.
+    """
+    image = _attributes(path)["multiscales"][0]
+    scale, translation = _placed(image)
+    return {
+        about["name"].upper(): Axis(about, float(a), float(b))
+        for about, a, b in zip(map(_axis, image["axes"]), scale, translation, strict=True)
+    }
+
+
 def decode_ome_zarr(path: Path, max_pixels: int) -> Decoded:
     """Read an image; large ones are read when they are looked at.
 
@@ -92,7 +114,7 @@ def decode_ome_zarr(path: Path, max_pixels: int) -> Decoded:
     if not attributes.get("multiscales"):
         raise ValueError("it is no OME-Zarr image: its metadata have no entry multiscales")
     image = attributes["multiscales"][0]
-    axes = "".join(str(axis["name"] if isinstance(axis, dict) else axis).lower() for axis in image["axes"])
+    axes = "".join(_axis(axis)["name"] for axis in image["axes"]).lower()
     if not {"y", "x"} <= set(axes) or not set(axes) <= set("tczyx"):
         raise ValueError(f"its axes are {axes}, expected some of t, c, z, and y and x")
     levels = [_open_array(path / checked_relative_path(dataset["path"])) for dataset in image["datasets"]]
@@ -211,14 +233,28 @@ def _metadata(attributes: dict[str, Any], image: dict[str, Any], axes: str, chan
     """Names of the image and its channels, and micrometres of a pixel of the largest level."""
     named = (attributes.get("omero") or {}).get("channels") or ()
     names = [str(channel.get("label") or "") for channel in named]
-    scale = np.ones(len(axes))
+    scale, _ = _placed(image)
+    sides = []
+    for letter in "xy":
+        unit = _axis(image["axes"][axes.index(letter)]).get("unit", "")
+        sides.append(micrometres(float(scale[axes.index(letter)]), unit))
+    return scene_metadata(str(image.get("name") or ""), names if len(names) == channels else [], sides, "OME-Zarr")
+
+
+def _axis(axis: Any) -> dict[str, str]:
+    """An axis as the metadata have it; before NGFF 0.4 it was a letter."""
+    known = axis if isinstance(axis, dict) else {"name": axis}
+    return {key: str(known[key]) for key in ("name", "type", "unit") if known.get(key)}
+
+
+def _placed(image: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and translation of the largest level along each axis: its own, and then those of the whole image."""
+    scale, translation = np.ones(len(image["axes"])), np.zeros(len(image["axes"]))
     for owner in (image["datasets"][0], image):
         for transformation in owner.get("coordinateTransformations") or ():
             if transformation.get("type") == "scale":
-                scale = scale * np.asarray(transformation["scale"], float)
-    sides = []
-    for letter in "xy":
-        axis = image["axes"][axes.index(letter)]
-        unit = axis.get("unit") if isinstance(axis, dict) else None
-        sides.append(micrometres(float(scale[axes.index(letter)]), str(unit or "")))
-    return scene_metadata(str(image.get("name") or ""), names if len(names) == channels else [], sides, "OME-Zarr")
+                factor = np.asarray(transformation["scale"], float)
+                scale, translation = scale * factor, translation * factor
+            elif transformation.get("type") == "translation":
+                translation = translation + np.asarray(transformation["translation"], float)
+    return scale, translation

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from builders import tiny_network
 
-from kg_detectron.export.ome_zarr import write_label_group
+from kg_detectron.export.ome_zarr import write_into, write_label_group
 from kg_detectron.inference import save_model
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.run_settings import Settings
@@ -208,3 +208,42 @@ def test_the_readers_of_others_read_the_labels(tmp_path: Path) -> None:
     (node, *_) = list(reader.Reader(location.parse_url(tmp_path / "a.ome.zarr"))())
     assert len(node.data) == 2
     np.testing.assert_array_equal(np.asarray(node.data[0]), labels)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(
+    ("axes", "scale", "translation", "units"),
+    [
+        ("zyx", [2.0, 0.25, 0.25], None, ["micrometer"] * 3),
+        ("yx", [0.25, 0.5], [10.0, 20.0], ["micrometer"] * 2),
+        ("yx", [0.25, 0.25], None, ["", ""]),
+        ("cyx", [1.0, 250.0, 250.0], [0.0, 5.0, 0.0], ["", "nanometer", "nanometer"]),
+        ("yx", None, None, ["", ""]),
+    ],
+)
+def test_labels_lie_on_their_image(tmp_path: Path, version: str, axes: str, scale, translation, units) -> None:
+    image = tmp_path / "a.ome.zarr"
+    group = zarr.create_group(str(image), zarr_format=3 if version == "0.5" else 2)
+    shape = {"c": 2, "z": 3, "y": 40, "x": 60}
+    pixels = drawn(*(shape[axis] for axis in axes))
+    array = group.create_array("0", shape=pixels.shape, chunks=pixels.shape, dtype=pixels.dtype)
+    array[...] = pixels
+    places = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": translation}]
+    dataset = {"path": "0", "coordinateTransformations": [one for one in places if one[one["type"]]]}
+    types = {"c": "channel"}
+    named = [
+        {"name": axis, "type": types.get(axis, "space"), **({"unit": unit} if unit else {})}
+        for axis, unit in zip(axes, units, strict=True)
+    ]
+    content = {"multiscales": [{"axes": named, "datasets": [dataset]}]}
+    group.attrs.update({"ome": {"version": version, **content}} if version == "0.5" else content)
+
+    letters = axes.replace("c", "").upper()
+    sides = [shape[axis.lower()] for axis in letters]
+    pages = [np.ones((40, 60), np.uint32)] * (3 if "Z" in letters else 1)
+    labels = ome_zarr.axes_of(write_into(image, "cells", pages, sides, letters, 0.7))
+    of_image = ome_zarr.axes_of(image)
+    assert "".join(labels) == letters and labels == {axis: of_image[axis] for axis in letters}
+    for index, axis in enumerate(axes):
+        expected = scale[index] if scale else 1.0, translation[index] if translation else 0.0
+        assert (of_image[axis.upper()].scale, of_image[axis.upper()].translation) == expected
