@@ -129,8 +129,8 @@ def _rectangle(text: str) -> list[list[list[list[float]]]] | None:
     try:
         x, y, width, height = map(float, parts)
     except ValueError:
-        if len(parts) == 4 and not Path(text).exists():
-            raise ValueError(f"region: expected four numbers X,Y,WIDTH,HEIGHT, got {text}") from None
+        if not Path(text).exists() and (len(parts) == 4 or not Path(text).suffix):
+            raise ValueError(f"region: expected four numbers X,Y,WIDTH,HEIGHT or a file, got {text}") from None
         return None
     if not (width > 0 and height > 0 and np.isfinite([x, y, width, height]).all()):
         raise ValueError(f"region: expected a width and height above 0, got {text}")
@@ -143,10 +143,10 @@ def _read_polygons(path: Path) -> list[list[list[list[float]]]]:
         features = content if isinstance(content, list) else content.get("features", [content])
         polygons: list[Any] = []
         for feature in features:
-            geometry = feature.get("geometry", feature)
-            if geometry["type"] == "Polygon":
+            geometry = feature.get("geometry", feature) or {}  # a feature may have none
+            if geometry.get("type") == "Polygon":
                 polygons.append(geometry["coordinates"])
-            elif geometry["type"] == "MultiPolygon":
+            elif geometry.get("type") == "MultiPolygon":
                 polygons += geometry["coordinates"]
         rings = [np.array(ring, float)[:, :2] for polygon in polygons for ring in polygon]
         if not rings or not all(np.isfinite(ring).all() and len(ring) >= 3 for ring in rings):

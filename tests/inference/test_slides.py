@@ -203,3 +203,19 @@ def test_a_lazy_plane_is_an_array_in_the_ways_that_are_used() -> None:
     for wrong in (3, (slice(None), 2), (slice(None, None, -1), slice(None))):
         with pytest.raises(TypeError):
             plane[wrong]
+
+
+def test_what_is_no_region_is_named(tmp_path: Path) -> None:
+    for wrong in ("1,2,3", "1,2,3,4,5", "1,2,3,x", "drawn"):
+        with pytest.raises(ValueError, match=f"region: expected four numbers X,Y,WIDTH,HEIGHT or a file, got {wrong}"):
+            regions_of([wrong])
+    with pytest.raises(FileNotFoundError, match="drawn.geojson"):
+        regions_of([str(tmp_path / "drawn.geojson")])
+    drawn = {"type": "Polygon", "coordinates": [[[2, 2], [9, 2], [2, 9]]]}
+    path = tmp_path / "some.geojson"
+    path.write_text(json.dumps({"features": [{"geometry": None}, {"geometry": drawn}]}))
+    assert regions_of([str(path)]) == ("[[[[2,2],[9,2],[2,9]]]]",)
+    for nothing in ({}, {"features": [{"geometry": None}]}):
+        path.write_text(json.dumps(nothing))
+        with pytest.raises(ValueError, match=r"some\.geojson: expected a GeoJSON of polygons.*it has no polygon"):
+            regions_of([str(path)])
