@@ -104,7 +104,8 @@ class FileRecord:
         pixel_size: micrometres; None where it is unknown.
         pixel_size_source: where it is from: "given", "OME", "ImageJ", ...
         seconds: for reading, prediction and writing.
-        outputs: files that were written, relative to the manifest's folder, with forward slashes.
+        outputs: files that were written, relative to the manifest's folder, with forward slashes; of a file that failed
+            those of an earlier run, if there are any, which stay.
         planes: a record of each page.
         notes: what a user should know: what was assumed, ignored, left out.
         error: why it failed; None where it did not.
@@ -261,7 +262,10 @@ class ManifestFile:
         self._pause = _WRITE_EVERY
 
     def add(self, record: FileRecord) -> None:
-        """Add a record, or replace the one of its name."""
+        """Add a record, or replace the one of its name, whose results stay where this one is of a failure."""
+        if record.error is not None and not record.outputs:
+            earlier = (run.files.get(record.name) for run in reversed(self.manifest.runs))
+            record.outputs = next((list(one.outputs) for one in earlier if one and not one.superseded), [])
         self.manifest.files[record.name] = record
         if time.monotonic() - self.written > self._pause:
             self.write()

@@ -288,7 +288,7 @@ class _Run:
             ValueError: results would replace those of another image, which nobody asked for, or of a page of one.
         """
         given = {str(item.path) for item in items}
-        others = {r.name: r for r in self.manifest.valid_records() if r.error is None and r.input not in given}
+        others = {r.name: r for r in self.manifest.valid_records() if r.outputs and r.input not in given}
         pages = {plane.name: record for record in others.values() for plane in record.planes if record.pages > 1}
         for item in items:
             other = pages.get(item.name) or (None if overwrite else others.get(item.name))

@@ -657,3 +657,20 @@ def test_what_a_setting_came_to_is_said(model: Path, images: Path, tmp_path: Pat
     assert record["cells"] == 0 and record["notes"] == ["No cell was looked for, for the region is outside of it."]
     (plane,) = record["planes"]
     assert plane["scale"] == [8, 8] and plane["scale_source"] == "given, which asks for 10; the scale is 0.0625 to 8"
+
+
+@pytest.mark.parametrize("settings", [Settings(save=("labels",)), Settings(save=("labels",), min_score=0.5)])
+def test_a_file_that_fails_keeps_its_earlier_results_in_the_tables(model: Path, tmp_path: Path, settings: Settings):
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(picture(ord(name))).save(tmp_path / "in" / f"{name}.png")
+    predict_files([tmp_path / "in"], model, tmp_path / "out", Settings(save=("labels",)))
+    rows, whole = tables_of(tmp_path / "out")["cells.csv"].count("b.png"), (tmp_path / "in" / "b.png").read_bytes()
+    assert rows > 0
+    (tmp_path / "in" / "b.png").write_bytes(whole[:50])
+    assert len(predict_files([tmp_path / "in"], model, tmp_path / "out", settings).failed) == 1
+    assert (tmp_path / "out" / "b_labels.tif").is_file()
+    assert tables_of(tmp_path / "out")["cells.csv"].count("b.png") == rows
+    (tmp_path / "in" / "b.png").write_bytes(whole)
+    (done,) = predict_files([tmp_path / "in"], model, tmp_path / "out", settings).done
+    assert tables_of(tmp_path / "out")["cells.csv"].count("b.png") == done.cells
