@@ -200,6 +200,10 @@ class InstanceNet(nn.Module, ABC):
         Raises:
             ValueError: an image of another shape, type or range, or more than one way to the scale.
         """
+        if not hasattr(image, "shape"):
+            raise ValueError(
+                f"image: expected an array (H, W, 3) or (H, W), got {type(image).__name__}; read_image reads a file"
+            )
         if len(image.shape) == 2:
             image = np.broadcast_to(image[..., None], (*image.shape, 3))
         if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:

@@ -1,6 +1,7 @@
 """Model files and prediction with the core alone."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,13 @@ def test_a_grey_array_is_a_picture_of_three_equal_channels(ways):
 def test_an_array_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"image: expected shape \(H, W, 3\), BGR, or \(H, W\), grey, got"):
         predict(network(), np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("image", ["a.png", Path("a.png"), [[0, 1], [2, 3]], None])
+def test_what_is_no_array_is_refused(image):
+    expected = rf"image: expected an array .*, got {type(image).__name__}; read_image reads a file"
+    with pytest.raises(ValueError, match=expected):
+        predict(tiny_network().eval(), image)
 
 
 @pytest.mark.parametrize(
