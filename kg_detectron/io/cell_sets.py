@@ -111,8 +111,8 @@ def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> li
 
     Args:
         path: what `read_cells` reads, whose images are found by their names, without folders unless two images are
-            called the same; or COCO results, a JSON list of dicts ``image_id``, ``bbox``, ``segmentation`` and
-            ``score``, whose images are found by their ids.
+            called the same; or COCO results, a JSON list of dicts ``image_id``, ``segmentation``, ``score`` and, if it
+            is not the mask's, ``bbox``, whose images are found by their ids.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_cells`; an image that the ground truth does not have, two images of

@@ -29,9 +29,7 @@ _MAX_SIDES = 4  # image sides that a polygon may reach beyond its image
 _EDGE_TOLERANCE = 0.01  # pixels beyond the image: rounded decimals
 _DERIVED = ("bbox", "area", "iscrowd")  # keys of an annotation that follow from the others
 
-# The keys of an annotation that a training cannot do without, and those that an evaluation cannot.
-_TRAINING_KEYS = ("image_id", "segmentation")
-_EVALUATION_KEYS = ("image_id", "segmentation", "bbox")
+_REQUIRED = ("image_id", "segmentation")  # keys of an annotation that nothing can do without
 
 
 @dataclass(frozen=True)
@@ -334,8 +332,8 @@ def read_coco(
             for no file.
         for_evaluation: read the cells as an evaluation needs them: image ids may be text; annotations need neither ids
             nor categories, and ``category_id`` is as the file has it; their boxes stay as they are, under
-            ``given_box`` (x1, y1, x2, y2), and need not be those of their masks; ``score`` is there where the file has
-            one.
+            ``given_box`` (x1, y1, x2, y2), and need not be those of their masks; where there is none it is the mask's;
+            ``score`` is there where the file has one.
 
     Raises:
         ValueError: corrupt JSON, or no JSON object.
@@ -359,8 +357,7 @@ def read_coco(
             records[id] = image and _image_record(image, None if image_root is None else Path(image_root))
     category_ids = sorted(categories)
     contiguous = {id: index for index, id in enumerate(category_ids)}
-    required = _EVALUATION_KEYS if for_evaluation else _TRAINING_KEYS
-    for where, annotation in _annotations(data, required, faults, needs_id=not for_evaluation):
+    for where, annotation in _annotations(data, faults, needs_id=not for_evaluation):
         if not for_evaluation:
             absent = [key for key in (*_DERIVED, "category_id") if key not in annotation]
             if absent:
@@ -392,7 +389,7 @@ def instance(entry: dict, height: int, width: int, *, for_evaluation: bool = Fal
         ValueError: a box or mask that is none, or does not fit the image, or the other.
     """
     box = entry.get("bbox")
-    if (for_evaluation or box is not None) and not (
+    if box is not None and not (
         isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0
     ):
         raise FaultError(fault.BOX_AREA, f"bbox must be [x, y, width, height], 4 finite numbers, got {box!r}")
@@ -401,14 +398,13 @@ def instance(entry: dict, height: int, width: int, *, for_evaluation: bool = Fal
         raise FaultError(fault.EMPTY_MASK, "its mask is empty, or lies outside its image")
     if entry.get("iscrowd", 0) not in (0, 1):
         raise FaultError(fault.ENTRY, f"iscrowd must be 0 or 1, got {entry['iscrowd']!r}")
+    tight = coco_mask.toBbox(rle).tolist()
     cell = {"segmentation": rle, "iscrowd": int(entry.get("iscrowd", 0)), "id": entry.get("id")}
     if for_evaluation:
         score = entry.get("score")
         if score is not None and not _is_finite(score):
             raise ValueError(f"score must be a finite number, got {score!r}")
-        assert box is not None  # an evaluation needs one
-        return cell | {"given_box": _xyxy(box), "score": score}
-    tight = coco_mask.toBbox(rle).tolist()
+        return cell | {"given_box": _xyxy(tight if box is None else box), "score": score}
     if box is not None:
         _check_box(box, tight, entry["segmentation"], height, width)
     return cell | {"bbox": tight}
@@ -490,9 +486,7 @@ def _double_names(categories: dict[int, dict | None]) -> Iterator[Fault]:
             yield Fault(fault.CATEGORY_NAMES, "", text, "kg-detectron convert --merge-categories makes them one")
 
 
-def _annotations(
-    data: dict, required: Iterable[str], faults: list[Fault], *, needs_id: bool
-) -> Iterator[tuple[str, dict]]:
+def _annotations(data: dict, faults: list[Fault], *, needs_id: bool) -> Iterator[tuple[str, dict]]:
     """The annotations that have all required keys, each with what messages call it."""
     seen: set[int] = set()
     for index, entry in enumerate(entries_of(data, "annotations", faults)):
@@ -510,7 +504,7 @@ def _annotations(
         elif needs_id:
             text = f"expected an object with an integer 'id', got {str(entry)[:80]}"
             faults.append(Fault(fault.INCOMPLETE, where, text, "kg-detectron convert numbers them"))
-        absent = [name for name in required if name not in entry]
+        absent = [name for name in _REQUIRED if name not in entry]
         if absent:
             faults.append(Fault(fault.ENTRY, where, f"missing key {', '.join(map(repr, absent))}"))
         else:

@@ -214,6 +214,16 @@ def test_boxes_of_label_images_are_the_extent_of_their_pixels(tmp_path):
     assert report["paper"]["0.7"]["box_ap"] == 1 and report["coco"]["box"]["ap"] == pytest.approx(1)
 
 
+def test_masks_without_boxes_have_those_of_their_pixels(truth, tmp_path):
+    boxed, bare, bare_truth = results(FOUND, SCORES), results(FOUND, SCORES), dataset(TRUTH)
+    for one in (*bare, *bare_truth["annotations"]):
+        del one["bbox"]
+    expected = evaluate(truth, write_json(tmp_path / "boxed.json", boxed))
+    found = write_json(tmp_path / "bare.json", bare)
+    assert evaluate(truth, found) == expected
+    assert evaluate(write_json(tmp_path / "bare_truth.json", bare_truth), found) == expected
+
+
 def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path):
     truth = write_labels(tmp_path / "gt", {"p1/a": TRUTH["a"], "p2/a": TRUTH["b"]})
     found = write_labels(tmp_path / "found", {"p2/a": TRUTH["b"], "p1/a": TRUTH["a"]}, "_labels")
@@ -243,6 +253,7 @@ def test_images_without_prediction_count_and_are_said(truth, tmp_path, capsys):
         (lambda found: found[1].update(bbox=[1, 2, -3, 4]), r"results\[1\]: bbox"),
         (lambda found: found[1].update(segmentation={"size": [40, 51], "counts": "0"}), r"results\[1\]: its mask has"),
         (lambda found: found[1].pop("segmentation"), r"results\[1\]: it has no mask"),
+        (lambda found: [found[1].pop(key) for key in ("bbox", "segmentation")], r"results\[1\]: it has no mask"),
         (lambda found: found[2].pop("score"), "2 of 3 cells have a score"),
         (lambda found: found[2].update(score="high"), r"results\[2\]: score must be"),
         (lambda found: [one.pop("score") for one in found[:3]], "some images have scores and others have none"),
