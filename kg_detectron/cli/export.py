@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from kg_detectron.inference.run_settings import SettingError
+from kg_detectron.io.setting import SettingError
 
 # The formats, and what the names of their files end in.
 FORMATS = {

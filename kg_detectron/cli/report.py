@@ -5,7 +5,7 @@ import sys
 
 from kg_detectron.cli.predict import MODEL_HELP
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
-from kg_detectron.inference.run_settings import SettingError
+from kg_detectron.io.setting import SettingError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -25,12 +25,13 @@ from kg_detectron.inference.file_prediction import FilePredictor
 from kg_detectron.inference.local_workers import LocalWorkers
 from kg_detectron.inference.manifest import FileRecord
 from kg_detectron.inference.model_names import kept_models
-from kg_detectron.inference.run_settings import SettingError, Settings, Workers
+from kg_detectron.inference.run_settings import Settings, Workers
 from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
+from kg_detectron.io.setting import SettingError
 
 _AHEAD = 2  # tasks handed out for each thread of a worker
 _COUNT_EVERY = 5.0  # seconds between two looks at how many workers there are

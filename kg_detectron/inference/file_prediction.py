@@ -32,7 +32,7 @@ from kg_detectron.inference.manifest import FileRecord, PlaneRecord, note, versi
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.opened_file import OpenedFile, open_file, open_pages
 from kg_detectron.inference.predictor import clear_channel, predict, tiled_steps
-from kg_detectron.inference.run_settings import SettingError, Settings
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES, TileStore
 from kg_detectron.inference.tiling import TiledDetection
@@ -40,6 +40,7 @@ from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
 from kg_detectron.io.images import Page, channels_of_nuclei, list_channels, undecided
 from kg_detectron.io.ome_zarr import is_ome_zarr
+from kg_detectron.io.setting import SettingError
 
 # Scales that the pixel size of a file may set. Beyond them it is a resolution for printing, not of a microscope.
 _SCALES = (1 / 8, 8)

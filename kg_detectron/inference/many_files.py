@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kg_detectron.inference.manifest import MANIFEST, FileRecord, Manifest, ManifestFile, note, versions
 from kg_detectron.inference.model_names import model_path
 from kg_detectron.inference.opened_file import OpenedFile, is_small_file, open_file
-from kg_detectron.inference.run_settings import SettingError, Settings, Workers, check_device, check_output
+from kg_detectron.inference.run_settings import Settings, Workers, check_device, check_output
 from kg_detectron.inference.run_tables import is_parquet_installed, remove_tables, write_tables
 from kg_detectron.inference.tasks import STAGING, Task, remove_staging
 from kg_detectron.inference.tile_store import TILES
@@ -28,6 +28,7 @@ from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input, find_images
 from kg_detectron.io.lock import locked
 from kg_detectron.io.relative_path import checked_relative_path
+from kg_detectron.io.setting import SettingError
 
 # PyTorch takes seconds to import: it is, with the model, where a file has to be predicted.
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kg_detectron.inference.manifest import FileRecord
-from kg_detectron.inference.run_settings import SettingError, Settings
+from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tasks import Task
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.images import MAX_PIXELS, ImageFile, open_image
 from kg_detectron.io.normalisation import UnknownWhiteLevel
+from kg_detectron.io.setting import SettingError
 
 # Bytes of a file, or of its pixels, from which it is worked on alone: two such files would not fit into memory.
 _LARGE = 2**26

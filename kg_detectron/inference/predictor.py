@@ -14,6 +14,7 @@ from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
+from kg_detectron.io.setting import check_score
 from kg_detectron.io.stains import SINGLE_COLOURS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
 from kg_detectron.modeling.cell_size import choose_channel
@@ -65,8 +66,8 @@ def predict(
         normalisation: "fixed" or "percentile" instead of the model's own.
         single_colours: False shows the network all colours of a picture of several dyes, see
             `Preprocessing.single_colours`.
-        min_score: cells of a lower score are left out, before time is spent on their masks; ``model.threshold`` gives
-            those that the model takes for true.
+        min_score: cells of a lower score, 0..1, are left out, before time is spent on their masks; ``model.threshold``
+            gives those that the model takes for true.
         tile: largest side of a tile, pixels of the network's input, a multiple of 32. Around it the network sees as
             much again as its results depend on; so larger tiles take less time a pixel, and more memory.
         overlap: largest side of a cell, pixels of the network's input, that is segmented together with the others of
@@ -93,6 +94,7 @@ def predict(
     if model.training:
         raise ValueError("model: expected evaluation mode, call model.eval() first")
     check_tile(tile, overlap)
+    check_score("min_score", min_score)
     if ensemble and isinstance(image, LazyPlane):
         raise ValueError("ensemble: the image is too large to be mirrored, for it is read piece by piece")
     preprocessing = _preprocessing(model, normalisation, single_colours)

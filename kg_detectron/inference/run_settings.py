@@ -2,40 +2,17 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kg_detectron.export.kinds import fault_in_kinds
+from kg_detectron.io.setting import SettingError, check_score
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
 RUNTIMES = ("pytorch", "onnxruntime")
 _DEVICE = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 _ADDRESS = re.compile(r"(tcp|tls|ws|wss|ucx|ucxx)://\S+")
-
-
-class SettingError(ValueError):
-    """A setting has a wrong value, or does not go with another one.
-
-    Args:
-        settings: the names; the command line calls them ``--min-score`` where Python calls them ``min_score``.
-        text: what was expected and what came.
-    """
-
-    def __init__(self, settings: str | Sequence[str], text: str) -> None:
-        self.settings = (settings,) if isinstance(settings, str) else tuple(settings)
-        self.text = text
-        super().__init__(f"{', '.join(self.settings)}: {text}")
-
-    def as_options(self) -> str:
-        """The message with the names of options."""
-        return f"{', '.join(option(name) for name in self.settings)}: {self.text}"
-
-
-def option(name: str) -> str:
-    """What the command line calls a setting."""
-    return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -131,8 +108,7 @@ class Settings:
             raise SettingError("tile", f"expected a positive multiple of {TILE_STEP} pixels, got {self.tile}")
         if self.overlap < 0:
             raise SettingError("overlap", f"expected 0 or more pixels, got {self.overlap}")
-        if self.min_score is not None and not 0 <= self.min_score <= 1:
-            raise SettingError("min_score", f"expected a number of 0..1, got {self.min_score}")
+        check_score("min_score", self.min_score)
         if self.max_pixels is not None and self.max_pixels < 1:
             raise SettingError("max_pixels", f"expected 1 or more, got {self.max_pixels}")
         if self.normalise not in (None, "fixed", "percentile"):

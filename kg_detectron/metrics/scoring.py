@@ -11,6 +11,7 @@ import numpy as np
 from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.cell_sets import ImageCells, Pairing, pair_predictions, read_cells
+from kg_detectron.io.setting import SettingError, check_score
 from kg_detectron.metrics import (
     DSB_IOUS,
     AreaMetrics,
@@ -87,8 +88,8 @@ def evaluate(
             label image (H, W) of integers, 0 background, or a list of them.
         predictions: the same, or COCO results; see `kg_detectron.io.cell_sets.read_predictions`. Arrays go with arrays.
         ious: thresholds of the figures at a threshold.
-        min_score: predictions of a lower score do not count in the figures that use no ranking (``matching``, ``dsb``,
-            ``aji``, ``foreground_dice``). The APs rank all of them.
+        min_score: predictions of a lower score, 0..1, do not count in the figures that use no ranking (``matching``,
+            ``dsb``, ``aji``, ``foreground_dice``). The APs rank all of them.
         max_detections: of an image, that COCO's AP looks at.
         only_common: evaluate the images that both have. By default an image without prediction counts as one without
             detections, and predictions of an image that the ground truth lacks are an error.
@@ -105,14 +106,15 @@ def evaluate(
         None. ``mean_mask_iou`` needs a ranking only where two detections overlap one cell by t, and stays.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_predictions` does; ``ious`` or ``max_detections`` out of range; a
-            ``min_score`` for predictions without scores; a foreground mask in place of a label image.
+        FileNotFoundError, ValueError: as `read_predictions` does; ``ious``, ``min_score`` or ``max_detections`` out of
+            range; a ``min_score`` for predictions without scores; a foreground mask in place of a label image.
 
     Example:
         >>> truth = np.array([[1, 1, 0], [0, 0, 2]])
         >>> evaluate(truth, np.array([[5, 5, 0], [0, 0, 0]]))["matching"]["0.5"]["f1"]
         0.6666666666666666
     """
+    check_score("min_score", min_score)
     if not isinstance(ground_truth, (str, Path)) or not isinstance(predictions, (str, Path)):
         pairing = _pair_arrays(ground_truth, predictions)
         name = "predictions"
@@ -175,7 +177,7 @@ def evaluate_cells(
         raise ValueError(f"{name}: some images have scores and others have none, expected all or none")
     has_scores = scored != {False}
     if min_score > 0 and not has_scores:
-        raise ValueError(f"min_score: expected 0 for predictions without scores, got {min_score}")
+        raise SettingError("min_score", f"expected 0 for predictions without scores, got {min_score}")
 
     counts = []
     for truth, prediction in zip(truths, predictions, strict=True):

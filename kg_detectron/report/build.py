@@ -7,6 +7,7 @@ from kg_detectron.inference import load_model
 from kg_detectron.inference.explanation import explain
 from kg_detectron.io.cell_sets import ImageCells, image_name, read_cells, read_predictions
 from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
+from kg_detectron.io.setting import check_score
 from kg_detectron.metrics.scoring import evaluate_cells
 from kg_detectron.report.comparison import compare
 from kg_detectron.report.explanation_figure import draw_explanation
@@ -36,16 +37,19 @@ def report_dataset(
         output: the HTML file; an existing one is replaced.
         title: of the page; by default the name of the ground truth.
         ious: of masks, thresholds of the figures; at the first one images are ranked and cells are marked.
-        score: from which on instances count and are shown; None chooses it for each model, see `comparison.compare`.
+        score: 0..1, from which on instances count and are shown; None chooses it for each model, see
+            `comparison.compare`.
         details: number of images that come with outlines, see `page.write_page`.
         explanations: shown on the page as well.
         progress: show progress bars.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_predictions`, `compare` and `write_page` do; an image that is missing.
+        FileNotFoundError, ValueError: as `read_predictions`, `compare` and `write_page` do; an image that is missing; a
+            ``score`` out of range.
     """
     if not ious:
         raise ValueError("ious: expected at least one, got none")
+    check_score("score", score)
     truths = read_cells(ground_truth)
     found = {name: read_predictions(path, truths) for name, path in predictions.items()}
     files = find_images(images, truths)

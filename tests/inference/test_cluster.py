@@ -23,9 +23,10 @@ from kg_detectron.inference import cluster as cluster_module
 from kg_detectron.inference import many_files, save_model
 from kg_detectron.inference.local_workers import LocalWorkers
 from kg_detectron.inference.many_files import predict_files
-from kg_detectron.inference.run_settings import SettingError, Settings, Workers
+from kg_detectron.inference.run_settings import Settings, Workers
 from kg_detectron.io import ome_zarr
 from kg_detectron.io.finding import Input
+from kg_detectron.io.setting import SettingError
 
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")

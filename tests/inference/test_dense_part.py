@@ -23,8 +23,9 @@ from kg_detectron.inference.dense_part import (
     with_onnx,
 )
 from kg_detectron.inference.file_prediction import FilePredictor
-from kg_detectron.inference.run_settings import RUNTIMES, SettingError, Settings
+from kg_detectron.inference.run_settings import RUNTIMES, Settings
 from kg_detectron.io.images import write_png
+from kg_detectron.io.setting import SettingError
 
 
 @pytest.fixture(scope="module")

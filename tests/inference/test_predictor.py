@@ -74,6 +74,12 @@ def test_what_is_no_array_is_refused(image):
         predict(tiny_network().eval(), image)
 
 
+@pytest.mark.parametrize("score", [float("nan"), 2, -1])
+def test_a_lowest_score_that_is_none_is_refused(score):
+    with pytest.raises(ValueError, match=rf"min_score: expected a number of 0\.\.1, got {score}"):
+        predict(network(), IMAGE, min_score=score)
+
+
 @pytest.mark.parametrize(
     ("way", "scale", "source"),
     [

@@ -268,6 +268,14 @@ def test_bad_results_are_named(truth, tmp_path, spoil, message):
         evaluate(truth, path)
 
 
+@pytest.mark.parametrize("score", ["nan", "inf", "2", "-3"])
+def test_a_lowest_score_is_a_number_of_0_to_1(truth, capsys, score):
+    with pytest.raises(ValueError, match=rf"min_score: expected a number of 0\.\.1, got {float(score)}"):
+        evaluate(truth, truth, min_score=float(score))
+    assert main(["evaluate", str(truth), str(truth), "--min-score", score]) == 2
+    assert f"--min-score: expected a number of 0..1, got {float(score)}" in capsys.readouterr().err
+
+
 def test_bad_input_is_named(truth, tmp_path, capsys):
     unknown = write_labels(tmp_path / "unknown", {"z": TRUTH["a"]})
     with pytest.raises(ValueError, match="lacks 1 of its images, by name: z .*--only-common"):

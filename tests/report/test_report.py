@@ -345,6 +345,8 @@ def test_command(made: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--details", "-1"], "details: expected at least 0, got -1"),
         (["--names", "a", "b"], "expected 1 different names"),
         (["--iou", "2"], "got"),
+        (["--score", "nan"], "--score: expected a number of 0..1, got nan"),
+        (["--score", "2"], "--score: expected a number of 0..1, got 2.0"),
         (["-m", "x.pth"], "--model: needed with --explain only"),
     ],
 )
