@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _forget_output()
         return _BROKEN_PIPE
     except (OSError, ValueError) as error:  # what users can mend; anything else is ours, with its traceback
-        print(f"kg-detectron: error: {_message(error)}", file=sys.stderr)
+        print(f"kg-detectron: error: {_message(error, arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("kg-detectron: interrupted; give the same command again to go on", file=sys.stderr)
@@ -122,9 +122,12 @@ def program() -> NoReturn:
     os._exit(status)
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, arguments: argparse.Namespace) -> str:
     if hasattr(error, "as_options"):
         return error.as_options()
+    option = getattr(error, "option", None)  # that an ImageChoiceError advises
+    if option is not None and option.removeprefix("--") not in arguments:
+        return f"{error.plain}, and this command has no {option}"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

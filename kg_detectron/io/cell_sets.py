@@ -121,12 +121,19 @@ def read_predictions(path: str | Path, ground_truth: Sequence[ImageCells]) -> li
     return pair_predictions(path, ground_truth).predictions
 
 
+class UnknownImagesError(ValueError):
+    """Predictions of images that the ground truth does not have."""
+
+
 def pair_predictions(path: str | Path, ground_truth: Sequence[ImageCells], *, only_common: bool = False) -> Pairing:
     """`read_predictions` with its ground truth.
 
     Args:
         only_common: leave out images that are in the ground truth or in the predictions only, instead of counting the
             ones as without detections and refusing the others.
+
+    Raises:
+        UnknownImagesError: the others, refused.
     """
     path = Path(path)
     data = None if path.is_dir() else read_json(path, dict, list)
@@ -144,10 +151,7 @@ def pair_predictions(path: str | Path, ground_truth: Sequence[ImageCells], *, on
         kind = "name"
     if unknown and not only_common:
         names = ", ".join(unknown[:_NAMED]) + (", ..." if unknown[_NAMED:] else "")
-        raise ValueError(
-            f"{path}: the ground truth lacks {len(unknown)} of its images, by {kind}: {names} "
-            "(--only-common evaluates the images that both have)"
-        )
+        raise UnknownImagesError(f"{path}: the ground truth lacks {len(unknown)} of its images, by {kind}: {names}")
     for truth, image in zip(ground_truth, predictions, strict=True):
         if image is not None and image.size != truth.size:
             raise ValueError(f"{path}: {truth.name} has {image.size} pixels (height, width), its truth {truth.size}")

@@ -7,7 +7,7 @@ import numpy as np
 import tifffile
 
 from kg_detectron.io.atomic import replacing
-from kg_detectron.io.images import decode_file
+from kg_detectron.io.images import ImageChoiceError, decode_file
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")  # JPEG does not keep numbers
 
@@ -42,7 +42,10 @@ def read_label_image(path: str | Path) -> np.ndarray:
         ValueError: no image, corrupt, too large, not of whole numbers, negative, or with channels or several pages. The
             message names the file.
     """
-    decoded = decode_file(path)
+    try:
+        decoded = decode_file(path)
+    except ImageChoiceError as error:  # --axes and its like are for images
+        raise ValueError(f"{error.plain}; expected one whole number a pixel in one image") from None
     pages = sum(int(np.prod(scene.pixels.shape[:-3])) for scene in decoded.scenes)
     scene = decoded.scenes[0]
     expected = f"{path}: expected one whole number a pixel"

@@ -12,6 +12,7 @@ import browser
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -355,6 +356,25 @@ def test_command_names_what_is_wrong(made: dict, tmp_path: Path, capsys, extra: 
     arguments = [str(folder / "truth.json"), str(folder / "model.json"), "--images", str(folder / "images")]
     assert main(["report", *arguments, "-o", str(page), *extra]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_no_option_is_advised_that_the_command_has_not(made: dict, tmp_path: Path, capsys) -> None:
+    folder, stack = made["folder"], tmp_path / "stack.tif"
+    tifffile.imwrite(stack, np.zeros((2, *SIZE), np.uint8), photometric="minisblack", metadata={"axes": "CYX"})
+    foreign = json.loads((folder / "model.json").read_text())
+    foreign[0]["image_id"] = 9
+    (tmp_path / "foreign.json").write_text(json.dumps(foreign))
+    (tmp_path / "labels").mkdir()
+    tifffile.imwrite(tmp_path / "labels" / "good.tif", np.zeros((2, *SIZE), np.uint8), photometric="minisblack")
+    arguments = ["--images", str(folder / "images"), "-o", str(tmp_path / "page.html")]
+    for command, message in (
+        (["report", str(folder / "truth.json"), str(tmp_path / "foreign.json"), *arguments], "by id: 9\n"),
+        (["evaluate", str(folder / "truth.json"), str(tmp_path / "labels")], "expected one whole number a pixel"),
+        (["explain", str(stack), "-o", str(tmp_path / "e.png")], "and this command has no --channels\n"),
+    ):
+        assert main(command) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and not re.search("use --|with --|--only-common", shown)
 
 
 def test_missing_images_are_named(made: dict, tmp_path: Path) -> None:
