@@ -63,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from kg_detectron.inference.dense_part import OPSET, save_onnx, save_program
 
-        output.parent.mkdir(parents=True, exist_ok=True)
         model, what = load_model(checkpoint), "the dense part"
         if form == "bioimageio":
             from kg_detectron.inference.bioimage_package import save_bioimage_package

@@ -83,7 +83,6 @@ def _checkpoint(file: Path, force: bool) -> str:
     cache = Path(get_cache_dir(), "kg_detectron")
     checkpoint = cache / f"{file.stem}-{file_sha256(file)[:16]}.pth"
     if force or not checkpoint.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
         description, weights = read_model(file)
         state = OrderedDict((HOST_PREFIX + name, value) for name, value in weights.items())
         state._metadata = {"": {DESCRIPTION_KEY: description | {_FILE: file.name}}}  # type: ignore[attr-defined]

@@ -100,7 +100,6 @@ def _write_sound_part(json_file: str, image_root: str, bad: list[Fault], copy: P
     records = [record for record in dataset.records if record["file_name"] not in bad_files]
     if not records:
         raise ValueError(f"{json_file}: no image is sound")
-    copy.parent.mkdir(parents=True, exist_ok=True)
     sound = CocoDataset(records, dataset.category_names, dataset.category_ids)
     counts = rewrite(sound, copy, image_root, f"the sound part of {Path(json_file).name}")
     content = read_json(json_file, dict)

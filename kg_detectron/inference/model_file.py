@@ -137,7 +137,6 @@ def export_run(run: str | Path, output: str | Path, *, half: bool = False) -> Pa
         raise ValueError(f"output: expected a name that ends in .safetensors, .pt or .pth, got {output}")
     checkpoint = run_checkpoint(run)
     model = load_model(checkpoint)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, output, half=half)
     return checkpoint
 

@@ -40,7 +40,6 @@ class TileStore:
             except FileNotFoundError:  # another process took it for damaged
                 pass
         value = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
         # A worker that was given up may still be at the same value: each writes to a name of its own.
         with replacing(path, temporary=f".{path.name}.{uuid.uuid4().hex}") as unfinished:
             torch.save(value, unfinished)

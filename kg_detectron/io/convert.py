@@ -333,7 +333,6 @@ def _plain_file(file: Path, name: str, image: np.ndarray, choice: Choice, output
         pass
     copy = Path(os.path.abspath(output.parent), f"{output.stem}_images", f"{name}.tif")
     if write:
-        copy.parent.mkdir(parents=True, exist_ok=True)
         grey = is_grey(image)
         pixels = np.ascontiguousarray(image[..., 0] if grey else image[..., ::-1])
         photometric = "minisblack" if grey else "rgb"

@@ -43,8 +43,6 @@ def save_corrections(folder: str | Path, name: str, planes: Sequence[tuple[Place
         if not labels.any():
             continue
         file_name = "_".join([stem, *(f"{index:04d}" for index in place)]) + ".tif"
-        for kind in (IMAGES, MASKS):
-            (Path(folder) / kind).mkdir(parents=True, exist_ok=True)
         with replacing(Path(folder) / IMAGES / file_name) as unfinished:
             if pixels.ndim == 3:
                 tifffile.imwrite(unfinished, pixels[..., ::-1], photometric="rgb")
