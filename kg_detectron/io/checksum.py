@@ -1,8 +1,10 @@
-"""Checksums that tell whether a file is the same one."""
+"""Checksums that tell whether a file or an array is the same one."""
 
 import hashlib
 import os
 from pathlib import Path
+
+import numpy as np
 
 
 def file_sha256(path: str | Path) -> str:
@@ -24,3 +26,8 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """SHA-256 of the type, shape and values of an array, as 64 hexadecimal digits."""
+    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()

@@ -1,6 +1,5 @@
 """Finding all that is wrong with a dataset, before it is trained on. H, W: height and width in pixels."""
 
-import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from kg_detectron.cells.separation import connected_pieces, pieces_of_labels
 from kg_detectron.io import fault
 from kg_detectron.io.cell_files import read_cell_mask
 from kg_detectron.io.cell_sets import ForegroundMaskError, refuse_foreground_mask
+from kg_detectron.io.checksum import array_sha256
 from kg_detectron.io.coco import CocoDataset, read_coco
 from kg_detectron.io.fault import Fault, Severity
 from kg_detectron.io.finding import Pair
@@ -208,7 +208,7 @@ def image_faults(
     file: Path, image: np.ndarray, seen: dict[str, Path], normalisation: Normalisation | None
 ) -> Iterator[Fault]:
     """What is wrong with an image (H, W, 3) by itself; `seen` are the files of the images so far, by their digests."""
-    other = seen.setdefault(_digest(image), file)
+    other = seen.setdefault(array_sha256(image), file)
     if other != file:
         yield Fault(fault.DUPLICATE_IMAGE, str(file), f"it is the same image as {other}")
     orientation = _orientation(file)
@@ -444,7 +444,3 @@ def _orientation(file: Path) -> int:
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
         return 1
     return orientation if orientation in range(1, 9) else 1
-
-
-def _digest(image: np.ndarray) -> str:
-    return hashlib.sha256(f"{image.dtype} {image.shape}".encode() + image.tobytes()).hexdigest()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
+from kg_detectron.io.checksum import array_sha256
 from kg_detectron.io.stains import colours_of_dyes
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores, SegmentationSettings, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
@@ -246,7 +248,8 @@ def train(
         The figures of the kept model, or None where the run was stopped.
 
     Raises:
-        ValueError: there is no cell to learn from, or the folder holds the run of other settings.
+        ValueError: there is no cell to learn from, or the folder holds a run of other images, of other settings
+            or of another model.
     """
     settings, folder = settings or TrainSettings(), Path(folder)
     if not sum(len(image.diameters) for image in training):
@@ -260,7 +263,10 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     geometry, colours = geometry or GeometrySettings(), colours or ColourSettings()
     balance_classes(model, training)
-    _check_folder(folder, settings, model, geometry, colours)
+    parts: dict[str, Any] = {"settings": settings, "geometry": geometry, "colours": colours}
+    content: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
+    content["images"] = {"training": _checksum(training), "validation": _checksum(validation)}
+    _check_folder(folder, content | {"model": model.description()})
     torch.manual_seed(settings.seed)
     segmentation: Any = getattr(model, "segmentation", None)
     if segmentation is not None:
@@ -462,19 +468,30 @@ def plot_curves(folder: Path, records: Sequence[dict]) -> None:
         figure.savefig(unfinished, format="png", dpi=120)
 
 
-def _check_folder(
-    folder: Path, settings: TrainSettings, model: InstanceNet, geometry: GeometrySettings, colours: ColourSettings
-) -> None:
-    """Refuse a folder with a run of other settings; note these in it."""
+def _checksum(images: Sequence[LabelledImage]) -> str:
+    """SHA-256 of the pixels, labels and classes of images, in their order. Their names do not count."""
+    parts = (part for image in images for part in (image.image, image.labels, image.classes) if part is not None)
+    return hashlib.sha256("".join(map(array_sha256, parts)).encode()).hexdigest()
+
+
+def _check_folder(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse a folder with a run of other settings, images or another model; note these in it.
+
+    Args:
+        folder: of the run.
+        content: what the run depends on, a dict for each kind.
+    """
     file = folder / SETTINGS_FILE
-    parts: dict[str, Any] = {"settings": settings, "geometry": geometry, "colours": colours}
-    content: dict[str, Any] = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    content = json.loads(json.dumps(content | {"model": model.description()}))
+    content = json.loads(json.dumps(content))
     if file.exists() and (folder / "checkpoint.pth").exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        changed = [key for key, values in content.items() if _differ(known.get(key, {}), values)]
+        changed = [
+            f"{'another' if key == 'model' else 'other'} {key}"
+            for key, values in content.items()
+            if _differ(known.get(key, {}), values)
+        ]
         if changed:
-            raise ValueError(f"{folder} holds a run of another {' and '.join(changed)}; choose another folder")
+            raise ValueError(f"{folder} holds a run of {' and '.join(changed)}; choose another folder")
         return
     with replacing(file) as unfinished:
         unfinished.write_text(json.dumps(content | {"started": time.strftime("%F %T")}, indent=2), encoding="utf-8")

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from kg_detectron.cli import main
 from kg_detectron.inference import load_model, predict, save_model
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores
 from kg_detectron.training.confidence import fit_confidence
-from kg_detectron.training.dataset import labelled_image, read_dataset
+from kg_detectron.training.dataset import LabelledImage, labelled_image, read_dataset
 from kg_detectron.training.run import TrainSettings, split_validation, starting_model, train
 from kg_detectron.training.scalars import ScalarLog
 from kg_detectron.training.validation import Validation, validate
@@ -66,7 +67,7 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name]), name
 
-    with pytest.raises(ValueError, match="another settings"):
+    with pytest.raises(ValueError, match="holds a run of other settings; "):
         train(training_network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
 
 
@@ -96,6 +97,28 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     file.write_text(json.dumps(noted))
     with pytest.raises(ValueError, match="another model"):
         train(training_network(), images, images, tmp_path, settings, geometry=SMALL)
+
+
+def test_a_run_of_other_images_is_refused(tmp_path: Path) -> None:
+    """A finished run too, whose model would be fitted to them. Those of an earlier version did not note the images."""
+    first, second, other = labelled(training_network(), 3)
+    settings = TrainSettings(minutes=None, iterations=1, batch_size=1, validations=0, confidence="")
+
+    def run(training: LabelledImage, validation: LabelledImage) -> Validation | None:
+        return train(training_network(), [training], [validation], tmp_path, settings, geometry=SMALL)
+
+    assert run(first, second) is not None
+    kept = (tmp_path / "model.safetensors").read_bytes()
+    for images in ((first, other), (other, second), (replace(first, labels=first.labels[::-1]), second)):
+        with pytest.raises(ValueError, match="holds a run of other images; choose another folder"):
+            run(*images)
+    assert (tmp_path / "model.safetensors").read_bytes() == kept
+    assert run(replace(first, name="moved/a"), second) is not None
+    file = tmp_path / "train.json"
+    noted = json.loads(file.read_text())
+    del noted["images"]
+    file.write_text(json.dumps(noted))
+    assert run(first, other) is not None
 
 
 @pytest.mark.slow
