@@ -263,7 +263,8 @@ def find_pairs(images: str | Path, masks: str | Path, layout: str | None = None)
 
     Args:
         images: folder of the images, ``NAME.png`` (or .jpg, .tif, ...), at any depth.
-        masks: folder of the masks, with the same folders in it.
+        masks: folder of the masks, with the same folders in it. One of the two may lie in the other, which is then
+            looked through without it.
         layout: ``labels``: one label image an image, ``NAME.tif``, ``NAME_labels.tif`` or ``NAME_masks.tif`` (or .png);
             where `images` and `masks` are one folder, ``NAME_masks.tif`` beside ``NAME.tif`` or ``NAME_img.tif``.
             ``cells``: one file a cell, ``NAME/*.png``; where `images` and `masks` are one folder,
@@ -284,7 +285,7 @@ def find_pairs(images: str | Path, masks: str | Path, layout: str | None = None)
             raise FileNotFoundError(f"{folder}: no such folder")
     image_files: dict[str, list[Path]]
     if images.resolve() == masks.resolve():
-        files = _image_files(images)
+        files = files_of_images(images)
         beside = [file for file in files if _mask_name(file.stem) != file.stem]
         image_files = _grouped(images, "images")
         if layout != "cells" and beside and not image_files:
@@ -305,10 +306,12 @@ def find_pairs(images: str | Path, masks: str | Path, layout: str | None = None)
         else:
             layout, mask_files = "cells", _grouped(masks, "masks")
     else:
-        image_files = _named(images, _image_files(images), lambda stem: stem)
+        image_files = _named(images, files_of_images(images, masks), lambda stem: stem)
         layout = layout or ("cells" if any((masks / name).is_dir() for name in image_files) else "labels")
         mask_files = (
-            _grouped(masks, None) if layout == "cells" else _named(masks, _image_files(masks), _mask_name, image_files)
+            _grouped(masks, None, images)
+            if layout == "cells"
+            else _named(masks, files_of_images(masks, images), _mask_name, image_files)
         )
     if not image_files:
         raise FileNotFoundError(f"{images}: there is no image ({_SHOWN}) in it")
@@ -332,13 +335,16 @@ def find_pairs(images: str | Path, masks: str | Path, layout: str | None = None)
     return pairs, faults, layout
 
 
-def _image_files(folder: Path) -> list[Path]:
+def files_of_images(folder: Path, apart: Path | None = None) -> list[Path]:
+    """Image files in a folder, at any depth, by name; where ``apart`` is a folder below it, without those in there."""
+    inner = None if apart is None or folder.resolve() not in apart.resolve().parents else apart.resolve()
     # Archives made on a Mac hold a "._x.png" of another kind for every x.png.
-    return sorted(
+    files = (
         file
         for file in folder.rglob("*")
         if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
+    return sorted(file for file in files if inner is None or not file.parent.resolve().is_relative_to(inner))
 
 
 def _mask_name(stem: str) -> str:
@@ -358,10 +364,11 @@ def _named(
     return named
 
 
-def _grouped(folder: Path, inner: str | None) -> dict[str, list[Path]]:
-    """Files by the folder that they are in, or by the one around it where theirs is called `inner`; others are left."""
+def _grouped(folder: Path, inner: str | None, apart: Path | None = None) -> dict[str, list[Path]]:
+    """Files by the folder that they are in, or by the one around it where theirs is called `inner`; others are left,
+    and those in `apart`."""
     grouped: dict[str, list[Path]] = {}
-    for file in _image_files(folder):
+    for file in files_of_images(folder, apart):
         parts = file.relative_to(folder).parent.parts
         if inner and parts[-1:] == (inner,):
             parts = parts[:-1]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from kg_detectron.io.cell_sets import LABELS_ENDING
 from kg_detectron.io.fault import NO_PARTNER, Fault
-from kg_detectron.io.finding import Pair, find_pairs
-from kg_detectron.io.images import IMAGE_SUFFIXES
+from kg_detectron.io.finding import Pair, files_of_images, find_pairs
 
 # Of names before the suffix. Cellpose calls an image x.tif or x_img.tif and its masks x_masks.tif or x_cp_masks.tif.
 _IMAGE_ENDINGS = ("_img", "_image")
@@ -60,11 +59,11 @@ def _by_endings(images: Path, masks: Path) -> tuple[list[Pair], list[Fault]]:
     """Images and label images by names with Cellpose's endings."""
     image_files: dict[str, list[Path]] = {}
     mask_files: dict[str, list[Path]] = {}
-    for file, name in _files(images):
+    for file, name in _files(images, masks):
         base, ending = _split(name, (*_MASK_ENDINGS, *_OTHER_ENDINGS))
         if not ending:
             image_files.setdefault(_split(base, _IMAGE_ENDINGS)[0], []).append(file)
-    for file, name in _files(masks):
+    for file, name in _files(masks, images):
         base, ending = _split(name, _MASK_ENDINGS)
         if ending or images.resolve() != masks.resolve():
             mask_files.setdefault(_split(base, _IMAGE_ENDINGS)[0], []).append(file)
@@ -83,11 +82,10 @@ def _by_endings(images: Path, masks: Path) -> tuple[list[Pair], list[Fault]]:
     return pairs, faults
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Image files at any depth, each with its path in the folder, without ending."""
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file():
-            yield file, file.relative_to(folder).with_suffix("").as_posix()
+def _files(folder: Path, apart: Path) -> Iterator[tuple[Path, str]]:
+    """The files of `files_of_images`, each with its path in the folder, without ending."""
+    for file in files_of_images(folder, apart):
+        yield file, file.relative_to(folder).with_suffix("").as_posix()
 
 
 def _split(name: str, endings: tuple[str, ...]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kg_detectron.io.finding import find_images, find_inputs, find_pairs
+from kg_detectron.io.layouts import find_training_pairs
 
 
 @pytest.fixture
@@ -197,6 +198,18 @@ def test_label_images_in_a_folder_of_their_own(tmp_path: Path, ending: str):
     make(tmp_path, "images/a.png", "images/sub/b.jpg", f"masks/a{ending}", f"masks/sub/b{ending}")
     expected = {"a": ("a.png", f"a{ending}"), "sub/b": ("b.jpg", f"b{ending}")}
     assert pair_names(tmp_path / "images", tmp_path / "masks") == expected
+
+
+@pytest.mark.parametrize(("masks", "layout"), [("a.tif", "labels"), ("a_cp_masks.tif", "labels"), ("a/1.png", "cells")])
+@pytest.mark.parametrize("images_are_inside", [False, True])
+def test_images_and_masks_below_each_other(tmp_path: Path, masks: str, layout: str, images_are_inside: bool):
+    """The files of the inner folder are not those of the outer one."""
+    names = ("inner/a.png", masks) if images_are_inside else ("a.png", f"inner/{masks}")
+    make(tmp_path, *names)
+    folders = (tmp_path / "inner", tmp_path) if images_are_inside else (tmp_path, tmp_path / "inner")
+    (pair,), faults, found = find_training_pairs(*folders)
+    assert (pair.image, pair.masks) == (tmp_path / names[0], [tmp_path / names[1]])
+    assert not faults and found == layout
 
 
 def test_images_that_are_called_like_masks_keep_their_names(tmp_path: Path):
