@@ -2,6 +2,7 @@
 
 import argparse
 
+from kg_detectron.cli.layout import add_planes, planes
 from kg_detectron.cli.predict import MODEL_HELP
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.io.setting import SettingError
@@ -18,6 +19,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("image", metavar="IMAGE", help="PNG, JPEG or TIFF")
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument("-o", "--output", required=True, metavar="PNG", help="the file to write")
+    add_planes(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kg_detectron.io.atomic import replacing
     from kg_detectron.report import explain_image
 
-    explanation = explain_image(model, arguments.image)
+    explanation = explain_image(model, arguments.image, **planes(arguments))
     with replacing(arguments.output) as unfinished:
         unfinished.write_bytes(explanation.png)
     print(f"wrote {arguments.output}: {explanation.text}")

@@ -1,7 +1,7 @@
-"""Options of the commands that read labelled images, which several commands have."""
+"""Options that say what is read of images and their masks, which several commands have."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kg_detectron.cli.predict import name_or_number
 
@@ -15,8 +15,8 @@ LAYOUT_HELP = (
 )
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
-    """The options that say what of a file is read, as in predict."""
+def add_planes(parser: argparse.ArgumentParser) -> None:
+    """The options that say what of a file is the image, as in predict."""
     parser.add_argument("--axes", type=str.upper, help="axis order of TIFF stacks, such as ZCYX: C for channels")
     parser.add_argument(
         "--channels",
@@ -27,14 +27,24 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scene", type=name_or_number, metavar="NAME|N", help="scene to take of files that hold several"
     )
+
+
+def planes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What of a file is the image, as the options say and `read_image` takes it."""
+    channels = arguments.channels and tuple(map(name_or_number, arguments.channels))
+    return {"axes": arguments.axes, "channels": channels, "scene": arguments.scene}
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that say what of images and label images is read."""
+    add_planes(parser)
     parser.add_argument(
         "--background", type=int, default=0, metavar="LABEL", help="number of the background in label images"
     )
 
 
 def choice(arguments: argparse.Namespace) -> "Choice":
-    """What of a file is read, as the options say."""
+    """What of images and label images is read, as the options say."""
     from kg_detectron.io.dataset_check import Choice
 
-    channels = arguments.channels and tuple(map(name_or_number, arguments.channels))
-    return Choice(arguments.axes, channels, arguments.scene, arguments.background)
+    return Choice(**planes(arguments), background=arguments.background)

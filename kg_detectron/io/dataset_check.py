@@ -302,7 +302,8 @@ def _background_fault(file: Path, labels: np.ndarray, numbers: np.ndarray) -> Fa
         if full and corners == 4 and len(numbers) > 1:
             remedy = f"kg-detectron convert takes label {largest} as background"
             return Fault(fault.BACKGROUND, str(file), text, remedy, Severity.HARMLESS)
-        return Fault(fault.BACKGROUND, str(file), text, f"--background {largest} takes it as background")
+        remedy = f"kg-detectron convert --background {largest} takes it as background"
+        return Fault(fault.BACKGROUND, str(file), text, remedy)
     if full:
         return Fault(fault.FULL, str(file), f"no pixel is 0: its {len(numbers)} labels leave no background")
     return None

@@ -72,18 +72,27 @@ def report_dataset(
     )
 
 
-def explain_image(model: str | Path, image: str | Path, device: str = "cpu") -> ExplainedPicture:
+def explain_image(
+    model: str | Path,
+    image: str | Path,
+    device: str = "cpu",
+    *,
+    axes: str | None = None,
+    channels: Sequence[int | str] | None = None,
+    scene: int | str | None = None,
+) -> ExplainedPicture:
     """A picture of how a model found its boxes in an image, see `inference.explanation.explain`.
 
     Args:
         model: file, see `inference.load_model`.
         image: file, see `io.images.read_image`.
         device: where the model runs.
+        axes, channels, scene: what of the file is the image, see `io.images.open_image`.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or not what it should be.
     """
-    pixels = read_image(image)
+    pixels = read_image(image, axes=axes, channels=channels, scene=scene)
     explained = explain(load_model(model, device), pixels)
     name = Path(image).name
     return ExplainedPicture(name, draw_explanation(pixels, explained, name), explained.summary())

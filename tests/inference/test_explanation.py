@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from builders import drawn_image, tiny_network
 from torch import Tensor
@@ -136,6 +137,19 @@ def test_command_draws_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert main(["explain", str(tmp_path / "no.png"), "-m", str(tmp_path / "model.pth"), "-o", "x.png"]) == 2
     assert "no.png" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_channel_of_a_scene(tmp_path: Path, monkeypatch, capsys) -> None:
+    save_model(network(), tmp_path / "model.pth")
+    channels = np.moveaxis(IMAGE, 2, 0)[:2]
+    tifffile.imwrite(tmp_path / "a.tif", channels, photometric="minisblack", metadata=None)
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr("kg_detectron.report.build.draw_explanation", lambda image, *_: drawn.append(image) or b"")
+    command = ["explain", str(tmp_path / "a.tif"), "-m", str(tmp_path / "model.pth"), "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--axes", "CYX"]) == 2
+    assert "choose one with --channels 1" in capsys.readouterr().err
+    assert main([*command, "--axes", "CYX", "--channels", "2", "--scene", "1"]) == 0
+    np.testing.assert_array_equal(drawn[0], np.dstack([channels[1]] * 3))
 
 
 def test_report_shows_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

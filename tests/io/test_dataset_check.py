@@ -403,6 +403,7 @@ def test_a_background_in_doubt_is_chosen(tmp_path):
     folders = write_labels(tmp_path, pixels)
     faults, _ = check_masks(*folders)
     assert kinds(faults, Severity.FATAL) == [fault.BACKGROUND] and "3 corners" in str(faults[0])
+    assert "; kg-detectron convert --background 1 takes it" in str(faults[0])  # train has no such option
     command = ["convert", *map(str, folders), "-o", str(tmp_path / "x.json")]
     assert main(command) == 2 and main([*command, "--background", "1"]) == 0
     assert check_masks(*folders, choice=Choice(background=1)) == ([], 1)
