@@ -3,6 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from kg_detectron.inference.run_settings import check_output
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -117,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--validation: expected IMAGES MASKS, or a COCO JSON, got {len(arguments.validation)} names")
     if arguments.minutes is not None and arguments.iterations is not None:
         raise ValueError("--minutes and --iterations: expected one of them")
+    check_output(arguments.output)
     import torch
 
     from kg_detectron.training.dataset import dataset_classes, read_dataset

@@ -146,6 +146,7 @@ def test_the_command_adapts_a_model(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--minutes", "1", "--iterations", "1"], "--minutes and --iterations"),
         (["-m", "no_such_model"], "no_such_model"),
         (["--validation", "a", "b", "c"], "--validation"),
+        (["-o", __file__], "--output: expected a folder, but"),
     ],
 )
 def test_bad_options_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], options, message) -> None:
