@@ -97,7 +97,9 @@ def stretched(image: np.ndarray) -> np.ndarray:
     is_colour = channels.shape[2] == 3
     step = max(1, round((image.size / _SAMPLE) ** 0.5))
     sample = without_scale_bars(channels)[::step, ::step].astype(np.float32)
-    low, high = np.nanpercentile(sample, (0.2, 99.8), axis=None if is_colour else (0, 1))
+    axes = None if is_colour else (0, 1)
+    sample = np.where(np.isnan(sample).all(axis=axes, keepdims=True), 0, sample)  # black where there is no number
+    low, high = np.nanpercentile(sample, (0.2, 99.8), axis=axes)
     span = np.maximum(high - low, np.finfo(np.float32).tiny)
     canvas = np.empty((*image.shape[:2], 3), np.uint8)
     for _, rows in _bands(image, margin=0):

@@ -14,6 +14,7 @@ from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
 from kg_detectron.io.lazy import LazyPlane
+from kg_detectron.io.normalisation import has_finite_value
 from kg_detectron.io.setting import check_score
 from kg_detectron.io.stains import SINGLE_COLOURS
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet
@@ -29,6 +30,7 @@ VIEW_NOTES = {HAEMATOXYLIN: HAEMATOXYLIN_NOTE} | {
 }
 
 SCALE_BAR_NOTE = "A scale bar is drawn into the image; the network was shown the image without it."
+NO_VALUE_NOTE = "The image has no finite value: all are NaN or infinite."
 
 
 @torch.no_grad()
@@ -120,6 +122,7 @@ def predict(
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
         notes = (*notes, SCALE_BAR_NOTE) if seen.painted else notes
+        notes = notes if has_finite_value(image) else (*notes, NO_VALUE_NOTE)
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, view=view, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
     if area is None:

@@ -24,7 +24,7 @@ from kg_detectron.io.finding import Pair
 from kg_detectron.io.images import no_limit_of_pillow, read_image, read_pages
 from kg_detectron.io.labels import read_label_image
 from kg_detectron.io.layouts import find_training_pairs
-from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.io.normalisation import Normalisation, has_finite_value
 
 _CORNERS_JOIN = np.ones((3, 3), bool)
 _NAMED = 5  # labels or files that a message names
@@ -98,8 +98,9 @@ def check_masks(
 
     That is: a file without partner, one that cannot be read, another size than the image's, nothing in it, a label or
     cell in several pieces, a foreground mask or a picture in place of a label image, a background that is not 0, files
-    of cells that are inverted, soft-edged or pictures, images whose levels the normalisation cannot take, images that
-    are turned by their metadata, one image or one cell twice, images and masks swapped.
+    of cells that are inverted, soft-edged or pictures, images without a finite value, images whose levels the
+    normalisation cannot take, images that are turned by their metadata, one image or one cell twice, images and masks
+    swapped.
 
     Args:
         images, masks, layout: as `find_training_pairs` takes them.
@@ -133,8 +134,8 @@ def check_coco(
     """Find all that is wrong with a COCO dataset.
 
     That is: what `load_coco` refuses, crowd annotations, several categories or unused ones, annotation id 0, and an
-    image that cannot be read, has another size than the file says, has no cell or comes twice, has levels that the
-    normalisation cannot take or is turned by its metadata, a cell in several pieces, or twice.
+    image that cannot be read, has another size than the file says, has no cell or comes twice, has no finite value,
+    has levels that the normalisation cannot take or is turned by its metadata, a cell in several pieces, or twice.
 
     Args:
         json_file: the annotations.
@@ -208,6 +209,9 @@ def image_faults(
     file: Path, image: np.ndarray, seen: dict[str, Path], normalisation: Normalisation | None
 ) -> Iterator[Fault]:
     """What is wrong with an image (H, W, 3) by itself; `seen` are the files of the images so far, by their digests."""
+    if not has_finite_value(image):
+        yield Fault(fault.NO_VALUE, str(file), "it has no finite value")
+        return
     other = seen.setdefault(array_sha256(image), file)
     if other != file:
         yield Fault(fault.DUPLICATE_IMAGE, str(file), f"it is the same image as {other}")

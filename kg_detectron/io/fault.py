@@ -37,6 +37,7 @@ DUPLICATE_IMAGE = "duplicate image"
 DUPLICATE_CELL = "duplicate cell"
 CHANNELS = "channels to choose"
 LEVELS = "no fixed white level"
+NO_VALUE = "no finite value"
 ORIENTATION = "orientation"
 # Of a COCO JSON:
 ENTRY = "malformed entry"

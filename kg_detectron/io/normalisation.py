@@ -3,6 +3,7 @@
 H, W: height and width in pixels; C: channels.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -127,6 +128,11 @@ class Normalisation:
         return Levels(low, high)
 
 
+def has_finite_value(image: np.ndarray) -> bool:
+    """Whether a value of an image (H,W,C) or (H,W) is finite. It is read block by block, until there is one."""
+    return image.dtype.kind != "f" or any(np.isfinite(block).any() for block in _blocks(image))
+
+
 def _white(image: np.ndarray) -> float:
     """The level that is white in an image of its type."""
     advice = "fixed normalisation cannot know which level is white; percentile normalisation need not know it"
@@ -151,8 +157,8 @@ def _white(image: np.ndarray) -> float:
 
 
 def _blocks(image: np.ndarray) -> Iterator[np.ndarray]:
-    rows = max(1, _BLOCK // max(1, image[0].size))
-    return (image[start : start + rows] for start in range(0, len(image), rows))
+    rows = max(1, _BLOCK // max(1, math.prod(image.shape[1:])))
+    return (image[start : start + rows] for start in range(0, image.shape[0], rows))
 
 
 def _percentiles(channel: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from kg_detectron.io.dataset_check import Choice, read_pair
 from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
 from kg_detectron.io.layouts import find_training_pairs
+from kg_detectron.io.normalisation import has_finite_value
 from kg_detectron.io.resize import resize_image, resize_labels
 from kg_detectron.modeling import Preprocessing
 from kg_detectron.training.augmentation import ColourSettings, GeometrySettings, random_colours, random_window
@@ -76,7 +77,12 @@ def labelled_image(
         labels: (H, W) integers, 0 background.
         preprocessing: of the model; its levels are those of the whole image.
         classes: of the numbers 0, 1, 2, ... of `labels`; that of 0 does not matter.
+
+    Raises:
+        ValueError: as `Preprocessing.levels`, or the image has no finite value.
     """
+    if not has_finite_value(image):
+        raise ValueError("it has no finite value")
     ids, numbers = np.unique(labels, return_inverse=True)
     labels = (numbers.reshape(labels.shape) + (ids[0] != 0)).astype(np.uint16)
     image = np.round(preprocessing.levels(image)(image)).astype(np.uint8)
@@ -206,7 +212,10 @@ def read_dataset(
         crops = [crop for cells in content.cells for crop in cells.crops]
         windows = torch.cat([cells.windows for cells in content.cells])
         labels = MaskCrops(crops, windows, content.image.shape[:2]).label_image()
-        result.append(labelled_image(pair.name, content.image, labels, preprocessing))
+        try:
+            result.append(labelled_image(pair.name, content.image, labels, preprocessing))
+        except ValueError as error:
+            raise ValueError(f"{pair.image}: {error}") from None
     fatal = [fault for fault in faults if fault.severity == Severity.FATAL]
     if fatal:
         raise ValueError(f"{len(fatal)} faults, which kg-detectron check-data lists; the first: {fatal[0]}")

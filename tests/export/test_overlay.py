@@ -105,6 +105,12 @@ def test_colours_of_an_image_stay_and_other_channels_are_averaged():
     assert stretched(np.full((9, 9), 100, np.uint8)).max() == 0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(9, 8), (9, 8, 3), (9, 8, 2)])
+def test_an_image_without_a_number_is_black(shape):
+    assert stretched(np.full(shape, np.nan, np.float32)).max() == 0
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="mode.*'outline'"):
         draw_cells(np.zeros((610, 40)), two_cells(), mode="outline")

@@ -9,6 +9,7 @@ import torch
 from builders import drawn_image, tiny_network
 
 from kg_detectron.inference import kept_models, load_model, predict, save_model
+from kg_detectron.inference.predictor import NO_VALUE_NOTE
 from kg_detectron.io.images import read_image
 from kg_detectron.metrics import mask_iou
 from kg_detectron.modeling import KeypointGraphNet, Scores
@@ -31,6 +32,14 @@ def test_a_saved_model_predicts_the_same(tmp_path):
     assert len(cells) > 0
     assert torch.equal(cells.boxes, expected.boxes) and cells.masks.rle() == expected.masks.rle()
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_an_image_without_a_finite_value_gets_a_note(ensemble):
+    image = np.full((50, 70, 3), np.nan, np.float32)
+    assert predict(network(), image, ensemble=ensemble).notes == (NO_VALUE_NOTE,)
+    image[20, 30] = 0.5
+    assert predict(network(), image, ensemble=ensemble).notes == ()
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])

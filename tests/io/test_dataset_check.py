@@ -21,6 +21,8 @@ from kg_detectron.io.fault import Severity
 from kg_detectron.io.images import read_image
 from kg_detectron.io.labels import write_label_image
 from kg_detectron.io.normalisation import Normalisation
+from kg_detectron.modeling import Preprocessing
+from kg_detectron.training.dataset import read_dataset
 
 SIZE = 24, 32
 
@@ -448,6 +450,19 @@ def test_levels_that_the_normalisation_cannot_take(tmp_path, kind):
     assert main(["check-data", *map(str, folders), "--normalise", "percentile"]) == 0
     convert(*folders, tmp_path / "x.json")
     assert kinds(check_coco(tmp_path / "x.json")[0]) == [fault.LEVELS]
+
+
+def test_images_without_a_finite_value_are_refused(tmp_path):
+    folders = write_labels(tmp_path, labels())
+    convert(*folders, tmp_path / "x.json")
+    tifffile.imwrite(tmp_path / "images" / "a.png", np.full(SIZE, np.nan, np.float32))  # its content tells the format
+    for faults in (check_masks(*folders)[0], check_coco(tmp_path / "x.json")[0]):
+        assert kinds(faults) == kinds(faults, Severity.FATAL) == [fault.NO_VALUE]
+    for dataset in (folders, (tmp_path / "x.json", None)):
+        with pytest.raises(ValueError, match="a.png: it has no finite value"):
+            read_dataset(*dataset, Preprocessing())
+    with pytest.raises(ValueError, match="a.png: it has no finite value"):
+        convert(*folders, tmp_path / "y.json")
 
 
 def test_orientation_is_named(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 
 from kg_detectron.io import normalisation
 from kg_detectron.io.grey import distinct_channels
-from kg_detectron.io.normalisation import Normalisation, NormalisedImage, UnknownWhiteLevel
+from kg_detectron.io.normalisation import Normalisation, NormalisedImage, UnknownWhiteLevel, has_finite_value
 
 FIXED, PERCENTILE = Normalisation(), Normalisation("percentile", (10.0, 90.0))
 TYPES = [np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64, np.float16, np.float32, np.float64]
@@ -144,6 +144,15 @@ def test_what_is_no_number_is_black_and_does_not_count():
     assert (normalised[0, 0], normalised[9, 9], normalised[0, 1]) == (0, 255, 0)
     nothing = np.full((3, 4, 1), np.nan)
     assert (FIXED(nothing) == 0).all() and (PERCENTILE(nothing) == 0).all()
+
+
+def test_a_finite_value_is_found_in_any_block(monkeypatch):
+    monkeypatch.setattr(normalisation, "_BLOCK", 8)
+    for image in (np.full((3, 4, 2), np.nan), np.full((5, 4), -np.inf, np.float32)):
+        assert not has_finite_value(image)
+        image[-1, -1] = 0
+        assert has_finite_value(image)
+    assert has_finite_value(np.zeros((3, 4, 1), np.uint8))
 
 
 @pytest.mark.parametrize(
