@@ -67,7 +67,7 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "parts")[name]), name
 
-    with pytest.raises(ValueError, match="holds a run of other settings; "):
+    with pytest.raises(ValueError, match="holds a run of other settings and other geometry; "):
         train(training_network(), images[:3], images[3:], tmp_path / "parts", TrainSettings(iterations=7, minutes=None))
 
 
