@@ -4,6 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kg_detectron.cli.main import main
+from kg_detectron.cli.main import _message, main
 from kg_detectron.io.cell_sets import ImageCells
 from kg_detectron.io.coco import coco_annotation, encode_mask
+from kg_detectron.io.scene import ImageChoiceError
 from kg_detectron.metrics import PaperMetrics
 from kg_detectron.report import model_names, report_dataset
 from kg_detectron.report.charts import count_axis
@@ -370,11 +372,14 @@ def test_no_option_is_advised_that_the_command_has_not(made: dict, tmp_path: Pat
     for command, message in (
         (["report", str(folder / "truth.json"), str(tmp_path / "foreign.json"), *arguments], "by id: 9\n"),
         (["evaluate", str(folder / "truth.json"), str(tmp_path / "labels")], "expected one whole number a pixel"),
-        (["explain", str(stack), "-o", str(tmp_path / "e.png")], "and this command has no --channels\n"),
     ):
         assert main(command) == 2
         shown = capsys.readouterr().err
         assert message in shown and not re.search("use --|with --|--only-common", shown)
+    assert main(["explain", str(stack), "-o", str(tmp_path / "e.png")]) == 2
+    assert "choose one with --channels 1\n" in capsys.readouterr().err  # which explain has
+    error = ImageChoiceError("a.tif: it has 2 channels", "choose one with --channels 1", "--channels")
+    assert _message(error, Namespace(image="a.tif")) == "a.tif: it has 2 channels, and this command has no --channels"
 
 
 def test_missing_images_are_named(made: dict, tmp_path: Path) -> None:
