@@ -260,6 +260,10 @@ class ManifestFile:
         self.folder = folder
         self.start = self.written = time.monotonic()
         self._pause = _WRITE_EVERY
+        self._names: dict[str, set[str]] = {}  # that an image has had, by its path
+        for run in manifest.runs:
+            for record in run.files.values():
+                self._names.setdefault(record.input, set()).add(record.name)
 
     def add(self, record: FileRecord) -> None:
         """Add a record, or replace the one of its name, whose results stay where this one is of a failure."""
@@ -277,9 +281,10 @@ class ManifestFile:
             The files that were deleted. Those of runs with other settings are noted as superseded, on disk too, so that
             a run which is killed leaves no doubt about what made the files that are there.
         """
-        deleted, is_changed = [], False
-        for run, record in self._records():
-            if record.superseded or record.name != item.name and record.input != str(item.path):
+        deleted, is_changed, image = [], False, str(item.path)
+        names = {item.name} | self._names.get(image, set())
+        for run, record in [(run, run.files.get(name)) for run in self.manifest.runs for name in sorted(names)]:
+            if record is None or record.superseded or (record.name != item.name and record.input != image):
                 continue
             for output in record.outputs:
                 path = self.folder / checked_relative_path(output)
@@ -296,9 +301,6 @@ class ManifestFile:
         if is_changed:
             self.write()
         return deleted
-
-    def _records(self) -> list[tuple[Manifest, FileRecord]]:
-        return [(run, record) for run in self.manifest.runs for record in run.files.values()]
 
     def write(self) -> None:
         start = time.monotonic()
