@@ -122,9 +122,10 @@ def predict(
         cells = cells.in_frame((image.shape[0], image.shape[1]), seen.scale, seen.border)
         notes = (*cells.notes, VIEW_NOTES[view]) if view in VIEW_NOTES else cells.notes
         notes = (*notes, SCALE_BAR_NOTE) if seen.painted else notes
-        notes = notes if has_finite_value(image) else (*notes, NO_VALUE_NOTE)
         detections.append(mirror.undo(dataclasses.replace(cells, scale_source=source, view=view, notes=notes)))
     cells = (join_cells(detections) if ensemble else detections[0]).above(min_score)
+    if not has_finite_value(image):
+        cells = dataclasses.replace(cells, notes=(*cells.notes, NO_VALUE_NOTE))
     if area is None:
         return cells
     centres = ((cells.boxes[:, :2] + cells.boxes[:, 2:]) / 2).cpu().double().numpy()
@@ -193,8 +194,8 @@ def clear_channel(
     """
     preprocessing = _preprocessing(model, normalisation, single_colours=False)
     height, width = next(iter(channels.values())).shape[:2]
-    given = preprocessing.given_scale(scale, diameter, pixel_size) or preprocessing.training_scale((height, width))
-    return choose_channel(model, channels, preprocessing, given)
+    known = preprocessing.known_scale((height, width), scale, diameter, pixel_size)
+    return choose_channel(model, channels, preprocessing, known)
 
 
 def _preprocessing(model: InstanceNet, normalisation: str | None, single_colours: bool) -> Preprocessing:

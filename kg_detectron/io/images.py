@@ -27,10 +27,10 @@ __all__ = [
     "ImageChoiceError",
     "ImageFile",
     "Page",
+    "channels_of_nuclei",
     "check_size",
     "check_tiff",
     "checked_axes",
-    "channels_of_nuclei",
     "checked_channels",
     "decode_image",
     "list_channels",
@@ -378,7 +378,7 @@ def _pages(
             what = "its red, green and blue are equal" if is_equal else f"it is a grey image in {_tint(plane, shown)}"
             notes.append(f"{what}: it was read as one grey image")
             plane, names, is_colour = plane[..., shown : shown + 1], ("1",), False
-        chosen = () if _must_be_chosen(names, is_colour, channels) and not ask else _choice(names, is_colour, channels)
+        chosen = _choice(names, is_colour, channels, ask=ask)
         if len(names) == 1 and channels not in (None, (1,)):
             notes.append(f"it has one channel, which was taken: the choice of {_listed(channels)} is for other files")
         elif channels is None and is_colour and len(names) > 3:
@@ -410,22 +410,22 @@ def _channel_names(scene: Scene, count: int) -> tuple[str, ...]:
     return (*_COLOUR_NAMES, *numbers[3:]) if scene.is_colour else numbers
 
 
-def _must_be_chosen(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None) -> bool:
-    return channels is None and len(names) > 1 and not is_colour
-
-
-def _choice(names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None) -> tuple[int, ...]:
-    """The numbers of the channels to take.
+def _choice(
+    names: tuple[str, ...], is_colour: bool, channels: tuple[int | str, ...] | None, *, ask: bool
+) -> tuple[int, ...]:
+    """The numbers of the channels to take; none where one must be chosen, and not `ask`.
 
     Raises:
-        ImageChoiceError: they must be chosen, or the file has not what was chosen.
+        ImageChoiceError: one must be chosen, or the file has not what was chosen.
     """
     if len(names) == 1:
         return (1,)
-    if _must_be_chosen(names, is_colour, channels):
-        raise undecided(names)
-    if channels is None:
+    if channels is None and is_colour:
         return (1, 2, 3)
+    if channels is None:
+        if ask:
+            raise undecided(names)
+        return ()
     numbers = []
     for channel in channels:
         same = [n for n, name in enumerate(names, 1) if name.strip().casefold() == str(channel).casefold()]
@@ -456,7 +456,7 @@ def channels_of_nuclei(names: Sequence[str]) -> list[int]:
 
 
 def _channels_advice(names: tuple[str, ...]) -> str:
-    example = names[([*channels_of_nuclei(names), 1])[0] - 1]
+    example = names[next(iter(channels_of_nuclei(names)), 1) - 1]
     if names.count(example) > 1 or not re.fullmatch(r"[\w.-]+", example):
         example = str(names.index(example) + 1)
     return f"choose one with --channels {example}"

@@ -214,7 +214,7 @@ class InstanceNet(nn.Module, ABC):
         settings = preprocessing or self.preprocessing
         shown = without_scale_bars(image)
         views = settings.views(shown, view)
-        given = settings.given_scale(scale, diameter, pixel_size) or settings.training_scale(image.shape[:2])
+        given = settings.known_scale(image.shape[:2], scale, diameter, pixel_size)
         view, found = choose_view(self, shown, views, given)
         seen = NetworkImage(shown, views[view], found.value, settings.border, painted=shown is not image)
         return seen, found.source

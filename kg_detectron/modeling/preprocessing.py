@@ -156,6 +156,16 @@ class Preprocessing:
             return Scale(1.0, "own pixels, for the image is more than twice as large as the training size")
         return Scale((self.size[0], self.size[1]), "training size")
 
+    def known_scale(
+        self, size: tuple[int, int], scale: float | None, diameter: float | None, pixel_size: float | None
+    ) -> "Scale | None":
+        """The scale of an image of size (H, W) that need not be estimated: the given one, or that of the training.
+
+        Raises:
+            ValueError: as `given_scale`.
+        """
+        return self.given_scale(scale, diameter, pixel_size) or self.training_scale(size)
+
     def levels(self, image: np.ndarray) -> Levels:
         """The levels of an image (H, W, 3) of any type that become 0 and 255.
 
