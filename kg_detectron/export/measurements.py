@@ -2,11 +2,11 @@
 
 import csv
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
 from kg_detectron.io.atomic import replacing
@@ -97,24 +97,43 @@ def measure(
 
 def _outline(crop: np.ndarray) -> tuple[float, float, float]:
     """Crofton's perimeter, the largest Feret diameter, and the pixels of the convex hull, of a cell's pixels (h, w)."""
-    from skimage.measure import perimeter_crofton
-    from skimage.morphology import convex_hull_image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of hulls of single pixels
-        hull = convex_hull_image(crop)
-    # The ends of its rows and columns: the middles of the pixels' outer edges, which regionprops finds by contours.
-    ends = []
-    for lines in (hull, hull.T):
-        line = np.flatnonzero(lines.any(1))
-        first, last = lines[line].argmax(1), lines.shape[1] - lines[line, ::-1].argmax(1)
-        points = np.stack((np.tile(line, 2), np.concatenate((first - 0.5, last - 0.5))), axis=1)
-        ends.append(points if lines is hull else points[:, ::-1])
-    places = np.concatenate(ends)
+    hull = _convex_hull(crop)
+    places = _ends(hull)  # which regionprops finds by contours
     squares = (places**2).sum(1)
     distances = squares[:, None] + squares - 2 * places @ places.T
     feret = math.sqrt(max(0.0, distances.max(initial=0)))
-    return float(perimeter_crofton(crop)), feret, float(np.count_nonzero(hull))
+    return _perimeter(crop), feret, float(np.count_nonzero(hull))
+
+
+def _perimeter(crop: np.ndarray) -> float:
+    """Crofton's perimeter, from the number of runs of pixels along rows, columns and both diagonals."""
+    height, width = crop.shape
+    padded = np.pad(crop, 1)
+    rows, columns, *diagonals = (
+        np.count_nonzero(crop & ~padded[y : y + height, x : x + width]) for y, x in ((1, 0), (0, 1), (0, 0), (0, 2))
+    )
+    return math.pi / 4 * (rows + columns + sum(diagonals) / math.sqrt(2))
+
+
+def _convex_hull(crop: np.ndarray) -> np.ndarray:
+    """The pixels (h, w) whose centres lie in the convex hull of a cell's pixels, or on its edge."""
+    corners = cv2.convexHull((2 * _ends(crop)).astype(np.int32))[:, 0].astype(np.int64)  # (y, x), twice
+    y, x = 2 * np.arange(crop.shape[0])[:, None], 2 * np.arange(crop.shape[1])
+    hull = np.ones(crop.shape, bool)
+    for (y1, x1), (y2, x2) in zip(np.roll(corners, 1, axis=0), corners, strict=True):
+        hull &= (x2 - x1) * (y - y1) <= (y2 - y1) * (x - x1)
+    return hull
+
+
+def _ends(pixels: np.ndarray) -> np.ndarray:
+    """The ends (N, 2), yx, of the rows and columns of pixels (h, w): the middles of their outer edges."""
+    ends = []
+    for lines in (pixels, pixels.T):
+        line = np.flatnonzero(lines.any(1))
+        first, last = lines[line].argmax(1), lines.shape[1] - lines[line, ::-1].argmax(1)
+        points = np.stack((np.tile(line, 2), np.concatenate((first - 0.5, last - 0.5))), axis=1)
+        ends.append(points if lines is pixels else points[:, ::-1])
+    return np.concatenate(ends)
 
 
 def _ellipses(variances: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,11 +1,11 @@
 """Cells over an image, in colours that neighbours do not share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import cv2
-import networkx
 import numpy as np
 
 from kg_detectron.cells.label_plane import LabelImage
@@ -118,20 +118,39 @@ def colour_indices(labels: LabelImage) -> np.ndarray:
     takes one that no cell within three pixels has, if there is such a one, and then the one least used so far.
     """
     ids = range(1, int(labels.max(initial=0)) + 1)
-    touching, near = networkx.Graph(), networkx.Graph()
-    for graph, gap in ((touching, 1), (near, _GAP)):
-        graph.add_nodes_from(ids)
-        graph.add_edges_from(_neighbours(labels, gap).tolist())
+    touching, near = ({id: set[int]() for id in ids} for _ in range(2))
+    for neighbours, gap in ((touching, 1), (near, _GAP)):
+        for one, other in _neighbours(labels, gap).tolist():
+            neighbours[one].add(other)
+            neighbours[other].add(one)
     colours: dict[int, int] = {}
     used = [0] * len(PALETTE)
     used[-1] = len(ids)  # grey is not easily seen: the last resort
-    for id in networkx.coloring.strategy_smallest_last(touching, colours):
+    for id in _smallest_last(touching):
         taken = {colours.get(other) for other in touching[id]}
         close = {colours.get(other) for other in near[id]}
         colour = min(range(len(PALETTE)), key=lambda c: (c in taken, c in close, used[c]))  # noqa: B023
         colours[id] = colour
         used[colour] += 1
     return np.array([colours[id] for id in ids], np.int64)
+
+
+def _smallest_last(neighbours: Mapping[int, set[int]]) -> list[int]:
+    """Ids, the last of which has fewest neighbours, the one before it fewest without that one, and so on."""
+    left = {id: len(others) for id, others in neighbours.items()}
+    queue = [(count, id) for id, count in left.items()]
+    heapify(queue)
+    order = []
+    while queue:
+        count, id = heappop(queue)
+        if left.get(id) != count:
+            continue  # taken, or queued again with fewer
+        order.append(id)
+        del left[id]
+        for other in neighbours[id] & left.keys():
+            left[other] -= 1
+            heappush(queue, (left[other], other))
+    return order[::-1]
 
 
 def _neighbours(labels: LabelImage, gap: int) -> np.ndarray:

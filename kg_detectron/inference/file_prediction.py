@@ -27,7 +27,6 @@ from kg_detectron.export.ome_tiff import write_pyramid
 from kg_detectron.export.ome_zarr import write_into, write_label_group
 from kg_detectron.export.results import Result, write_results
 from kg_detectron.inference.area import Area, area_of
-from kg_detectron.inference.fast import make_fast
 from kg_detectron.inference.manifest import FileRecord, PlaneRecord, note, versions
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.opened_file import OpenedFile, open_file, open_pages
@@ -83,7 +82,11 @@ class FilePredictor:
             self.network = load_model(model, self.device)
         except (RuntimeError, AssertionError) as error:
             raise SettingError("device", f"{self.device} cannot be used: {error}") from error
-        self.speed = make_fast(self.network) if settings.fast else ""
+        self.speed = ""
+        if settings.fast:
+            from kg_detectron.inference.fast import make_fast
+
+            self.speed = make_fast(self.network)
         if settings.runtime == "onnxruntime":
             self._run_by_onnxruntime()
         self.versions = versions(settings.runtime)
