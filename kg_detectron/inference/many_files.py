@@ -357,7 +357,8 @@ class _Run:
             remove_staging(self.output)
         if not summary.failed:  # the same command goes on with the tiles of a file that failed
             shutil.rmtree(self.output / TILES, ignore_errors=True)  # of files whose settings or content changed since
-        write_tables(self.output, self.manifest, parquet=self.settings.parquet)
+        faults = write_tables(self.output, self.manifest, parquet=self.settings.parquet)
+        self.tell(*(f"note: {fault}" for fault in faults))
         return summary
 
     def _in_this_process(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from kg_detectron.inference import save_model
 from kg_detectron.inference.area import regions_of
 from kg_detectron.inference.many_files import predict_files, rerun
 from kg_detectron.inference.run_settings import Settings
+from kg_detectron.inference.run_tables import is_parquet_installed
 from kg_detectron.io.images import read_image
 from kg_detectron.io.lock import LOCK_FILE, locked
 
@@ -596,6 +598,59 @@ def tables_of(folder: Path) -> dict[str, list[str]]:
         with open(folder / name, encoding="utf-8", newline="") as file:
             found[name] = [row["image"] for row in csv.DictReader(file)]
     return found
+
+
+def with_semicolons(text: str) -> bytes:
+    return text.replace(",", ";").encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (with_semicolons, "the first are id;score;area_px;"),
+        (lambda text: with_semicolons(text.replace(".", ",")), "the first are id;score;area_px;"),
+        (lambda text: text.encode("utf-16"), "can't decode byte"),
+        (lambda text: b"", "the first are none"),
+        (lambda text: None, "No such file"),
+        (lambda text: text.replace("\n1,", "\n1,0,").encode(), "values for"),
+        (lambda text: text.replace("\n1,", "\nJan 1,").encode(), "has 'Jan 1' as its id"),
+        (lambda text: text.splitlines()[0].encode(), "it has 0 rows, where"),
+    ],
+    ids=["semicolons", "commas", "utf-16", "emptied", "deleted", "shifted", "date", "rows"],
+)
+def test_a_table_that_somebody_changed_is_named(
+    images: Path, model: Path, tmp_path: Path, change, fault: str, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    settings = Settings(save=("labels",), parquet=is_parquet_installed())
+    run = partial(predict_files, model=model, output=out, settings=settings, say=print)
+    run([images])
+    whole, table = tables_of(out)["cells.csv"], out / "good0_cells.csv"
+    text = table.read_text()
+    table.unlink()
+    if (content := change(text)) is not None:
+        table.write_bytes(content)
+    capsys.readouterr()
+    run([images / "good1.png", images / "good2.png"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert str(table) in line and fault in line and "delete it" in line
+    assert tables_of(out)["cells.csv"] == [name for name in whole if name != "good0.png"]
+    rows = {row["image"]: row for row in csv.DictReader(open(out / "images.csv", newline=""))}
+    assert fault in rows["good0.png"]["notes"] and not rows["good1.png"]["notes"]
+    header = (out / "good1_cells.csv").read_text().splitlines()[0]
+    assert (out / "cells.csv").read_text().splitlines()[0] == f"image,{header}"
+    table.unlink(missing_ok=True)
+    run([images])  # which writes it anew
+    assert table.read_text() == text and tables_of(out)["cells.csv"] == whole
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_where_no_table_is_left_there_is_none_of_all_cells(images: Path, model: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    predict_files([images / "good0.png"], model, out, Settings(save=("labels",)))
+    (out / "good0_cells.csv").write_bytes(b"")
+    predict_files([images / "good0.png"], model, out, Settings(save=("labels",)))
+    assert not (out / "cells.csv").exists() and "good0_cells.csv" in (out / "images.csv").read_text()
 
 
 def test_an_image_has_one_name_whatever_else_is_given(model: Path, tmp_path: Path):
