@@ -167,7 +167,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--keep-overlaps",
         action="store_true",
         default=None,
-        help="save the masks as predicted, in several pieces and with overlaps (COCO JSON only)",
+        help="save the masks as predicted, in several pieces and with overlaps (COCO JSON and measurements only)",
     )
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse images of more pixels; default: 1000000000")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: the GPU where there is one")

@@ -54,6 +54,7 @@ KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if not exporter.is_ot
 OTHER_KINDS = tuple(kind for kind, exporter in EXPORTERS.items() if exporter.is_other_form)
 KINDS_OF_STACKS = ("labels", "geojson", "roi", "csv", "classes", "ome-tiff", "zarr")  # those with `write_stack`
 KINDS_OF_LABELS = ("labels", "ome-tiff", "zarr")  # label images
+KINDS_OF_OVERLAPS = ("coco", "csv")  # those whose cells may overlap
 # Those of which a stack has one file, unless all are wanted by page, and those of them that have one a page besides.
 KINDS_OF_WHOLE_STACKS = (*KINDS_OF_LABELS, "classes", "roi")
 KINDS_OF_PAGES_TOO = ("roi",)

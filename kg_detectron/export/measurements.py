@@ -41,7 +41,7 @@ def measure(
     Places are continuous: pixel i reaches from i to i + 1, and its centre is at i + 0.5.
 
     Args:
-        masks: R cells, none empty.
+        masks: R cells, which may overlap. Of one without any pixel there are no values but its area, 0.
         boxes: (R, 4) xyxy, as the network gave them, pixels.
         scores: (R,).
         image: (H, W), (H, W, 3) BGR or (H, W, C); intensities are in its own units.
@@ -57,9 +57,9 @@ def measure(
     """
     image = image[..., None] if image.ndim == 2 else image
     count, channels = len(masks), image.shape[2]
-    area, centroid = np.zeros(count, np.int64), np.zeros((count, 2))
-    variances, outlines = np.zeros((count, 3)), np.zeros((count, 3))
-    intensity = {name: np.zeros((count, channels)) for name in _INTENSITIES}
+    area, centroid = np.zeros(count, np.int64), np.full((count, 2), np.nan)
+    variances, outlines = np.full((count, 3), np.nan), np.full((count, 3), np.nan)
+    intensity = {name: np.full((count, channels), np.nan) for name in _INTENSITIES}
     order = range(count)
     if isinstance(image, LazyPlane):  # neighbours one after the other, for it keeps what it read last
         rows, columns = (masks.windows[:, axis].numpy() // BLOCK for axis in (1, 0))
@@ -67,6 +67,8 @@ def measure(
     for i, (crop, (x1, y1, x2, y2)) in zip(order, masks.pixels(order), strict=True):
         y, x = np.nonzero(crop)
         area[i] = len(x)
+        if not len(x):
+            continue
         centre = x.mean(), y.mean()
         centroid[i] = x1 + centre[0] + 0.5, y1 + centre[1] + 0.5
         dx, dy = x - centre[0], y - centre[1]
@@ -144,7 +146,7 @@ def _ellipses(variances: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "axis_major_length": 4 * np.sqrt(major),
         "axis_minor_length": 4 * np.sqrt(minor),
-        "eccentricity": np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major > 0)),
+        "eccentricity": np.sqrt(1 - np.divide(minor, major, out=np.ones_like(major), where=major != 0)),
         "orientation_rad": np.where(xx == yy, np.where(xy > 0, 1, -1) * math.pi / 4, np.arctan2(2 * xy, yy - xx) / 2),
     }
 

@@ -1,6 +1,6 @@
 """What a writer gets: the cells of one image, and all that is known of the image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -12,6 +12,9 @@ from kg_detectron.cells.class_colours import class_colours
 from kg_detectron.cells.label_plane import LabelImage, LabelPlane, label_image_of
 from kg_detectron.export.measurements import measure
 from kg_detectron.export.outlines import outlines
+
+# What the writers of stacks take of a plane that is computed from its pixels, by kind.
+_OF_PIXELS = {"csv": ("measurements",), "geojson": ("measurements", "outlines"), "roi": ("outlines", "colours")}
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,11 @@ class Result:
             columns["class"] = np.array([self.category(label) for label in self.labels], object)
         return columns
 
-    def forget_pixels(self) -> None:
-        """Compute what writers of stacks need, and let the image and its labels go, which bounds the memory."""
-        _ = self.outlines, self.colours, self.measurements
+    def forget_pixels(self, kinds: Sequence[str]) -> None:
+        """Compute what writers of stacks of some kinds need, and let the image and its labels go, which bounds the
+        memory."""
+        for name in {name for kind in kinds for name in _OF_PIXELS.get(kind, ())}:
+            getattr(self, name)
         vars(self).pop("label_image", None)
         object.__setattr__(self, "image", np.zeros((0, 0), np.uint8))
         object.__setattr__(self, "channels", None)

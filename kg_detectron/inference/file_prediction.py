@@ -392,7 +392,7 @@ class _Stack:
         if self.labels is not None:
             self.labels.add(max(result.page - 1, 0), result.label_image)
         if set(self.kinds) - set(KINDS_OF_LABELS):
-            result.forget_pixels()
+            result.forget_pixels(self.kinds)
             self.results.append(result)
 
     def write(self, pixel_size: float | None) -> list[Path]:

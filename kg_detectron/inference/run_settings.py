@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kg_detectron.export.kinds import fault_in_kinds
+from kg_detectron.export.kinds import KINDS_OF_OVERLAPS, fault_in_kinds
 from kg_detectron.io.setting import SettingError, check_score
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
@@ -20,8 +20,7 @@ class Settings:
     """Everything but the model and the images that decides about the results.
 
     Attributes:
-        save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved, unless
-            `keep_overlaps` is set.
+        save: kinds of results, of `kg_detectron.export.kinds.KINDS`. The measurements ("csv") are always saved.
         stack: files of a stack. "auto": one label image with its axes, regions as one file and page by page, other
             results page by page; "one": one file for each kind that can hold a stack; "pages": all page by page.
         axes: axis order of stacks, instead of the one that the file declares, such as "ZCYX".
@@ -40,7 +39,7 @@ class Settings:
             `kg_detectron.inference.dense_part.run_by_onnxruntime`.
         min_score: cells of a lower score are left out; None takes the model's own threshold.
         keep_overlaps: masks stay as predicted, where by default every pixel belongs to one cell at most and every cell
-            is one piece. For COCO JSON alone.
+            is one piece. For COCO JSON and measurements alone.
         into_zarr: labels of OME-Zarr images are written into the images too.
         parquet: the table of all cells is written as Parquet too.
         regions: parts of the images in which cells are looked for, as `kg_detectron.inference.area.regions_of` gives
@@ -78,10 +77,10 @@ class Settings:
     def __post_init__(self) -> None:
         if fault := fault_in_kinds(self.save):
             raise SettingError("save", fault)
-        if self.keep_overlaps and set(self.save) != {"coco"}:
-            refused = ", ".join(kind for kind in self.save if kind != "coco")
+        if self.keep_overlaps and (refused := [kind for kind in self.save if kind not in KINDS_OF_OVERLAPS]):
             raise SettingError(
-                ("keep_overlaps", "save"), f"only coco can hold cells that overlap, not {refused}; use --save coco"
+                ("keep_overlaps", "save"),
+                f"only coco can hold cells that overlap, and csv their measurements, not {', '.join(refused)}",
             )
         if self.keep_overlaps and self.into_zarr:
             raise SettingError(("keep_overlaps", "into_zarr"), "a label image cannot hold cells that overlap")
@@ -142,7 +141,7 @@ class Settings:
     @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds that are written: those of `save`, and the measurements."""
-        return self.save if self.keep_overlaps else tuple(dict.fromkeys((*self.save, "csv")))
+        return tuple(dict.fromkeys((*self.save, "csv")))
 
 
 @dataclass(frozen=True)

@@ -47,3 +47,15 @@ def test_any_shape_is_measured_as_by_regionprops(crop: np.ndarray) -> None:
 def test_an_image_without_cells_has_empty_columns() -> None:
     columns = measure(MaskCrops([], torch.zeros(0, 4).long(), (8, 8)), np.zeros((0, 4)), np.zeros(0), np.zeros((8, 8)))
     assert {len(column) for column in columns.values()} == {0} and "solidity" in columns
+
+
+def test_a_cell_without_pixels_has_an_area_alone() -> None:
+    """Masks as predicted, before they are separated, may have none."""
+    crops = [torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.bool)]
+    masks = MaskCrops(crops, torch.tensor([[0, 0, 3, 2], [1, 1, 4, 3]]), (8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        columns = measure(masks, np.zeros((2, 4)), np.ones(2), np.ones((8, 8)), pixel_size=0.5)
+    assert columns["area_px"].tolist() == [6, 0] and columns["equivalent_diameter_area_px"][1] == 0
+    for name in ("centroid_x_um", "perimeter_px", "axis_major_length_px", "eccentricity", "solidity", "max_intensity"):
+        assert np.isfinite(columns[name][0]) and np.isnan(columns[name][1]), name

@@ -503,6 +503,17 @@ def test_overlaps_can_be_kept_in_coco_alone(images: Path, model: Path, tmp_path:
     assert [a["segmentation"]["counts"] for a in found] == [rle["counts"] for rle in expected.masks.rle()]
     assert [a["score"] for a in found] == expected.scores.tolist()
     assert len(found) > len(separate_cells(expected).scores)
+    rows = list(csv.DictReader(open(tmp_path / "out" / "good0_cells.csv", newline="")))
+    assert [int(row["area_px"]) for row in rows] == [int(mask.sum()) for mask in expected.masks]
+    assert tables_of(tmp_path / "out")["cells.csv"] == ["good0.png"] * len(found)
+
+
+def test_overlaps_of_a_stack_are_measured_too(model: Path, tmp_path: Path):
+    tifffile.imwrite(tmp_path / "s.tif", np.stack([picture(0), picture(1)]), imagej=True, metadata={"axes": "ZYX"})
+    settings = Settings(save=("coco",), keep_overlaps=True, stack="one")
+    (record,) = predict_files([tmp_path / "s.tif"], model, tmp_path / "out", settings).done
+    assert record.outputs == ["s_page0001_coco.json", "s_page0002_coco.json", "s_cells.csv"]
+    assert len(tables_of(tmp_path / "out")["cells.csv"]) == record.cells > 0
 
 
 def test_doubtful_cells_can_be_left_out(images: Path, model: Path, tmp_path: Path):
