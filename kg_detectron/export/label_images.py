@@ -117,11 +117,15 @@ class LabelStack:
         else:
             self._planes[page] = labels
 
-    def write(self, path: Path, pixel_size: float | None = None) -> None:
+    def write(self, path: Path, pixel_size: float | None = None, z_spacing: float | None = None) -> None:
         """Write the stack, compressed by zlib: whole or not at all.
 
         Stacks along Z, T or both are ImageJ hyperstacks as long as ImageJ can read them: ids up to 65,535, less than
         4 GB. Others are OME-TIFFs.
+
+        Args:
+            path: the file; an existing one is replaced.
+            pixel_size, z_spacing: micrometres, along y and x, and between two planes along z.
         """
         highest = max(int(page.max(initial=0)) for page in self.pages)
         dtype = np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.uint32)
@@ -133,9 +137,10 @@ class LabelStack:
             options = {"imagej": True, "metadata": metadata}
             if pixel_size is not None:
                 metadata["unit"] = "um"
+                metadata |= {"spacing": z_spacing} if z_spacing is not None else {}
                 options["resolution"] = (1 / pixel_size, 1 / pixel_size)
         else:
-            options = ome_options(path.name, self.axes, pixel_size) | {"bigtiff": size >= _CLASSIC}
+            options = ome_options(path.name, self.axes, pixel_size, z_spacing) | {"bigtiff": size >= _CLASSIC}
             if page_size >= _STRIPED:
                 options["tile"] = (TILE, TILE)
         data = label_tiles(self.pages, dtype) if "tile" in options else self._pages_as(dtype)
@@ -196,12 +201,13 @@ def stack_shape(positions: Sequence[Mapping[str, int]], size: tuple[int, int]) -
     return (*shape, *size), f"{axes}YX"
 
 
-def ome_options(name: str, axes: str, pixel_size: float | None) -> dict[str, Any]:
+def ome_options(name: str, axes: str, pixel_size: float | None, z_spacing: float | None = None) -> dict[str, Any]:
     """Options of tifffile for an OME-TIFF whose bytes depend on nothing but its name and content."""
     metadata: dict[str, Any] = {"axes": axes, "UUID": str(uuid.uuid5(_NAMESPACE, name))}
     options: dict[str, Any] = {"ome": True, "metadata": metadata}
+    for axis, size in zip("XYZ", (pixel_size, pixel_size, z_spacing), strict=True):
+        if size is not None:
+            metadata |= {f"PhysicalSize{axis}": size, f"PhysicalSize{axis}Unit": "µm"}
     if pixel_size is not None:
-        metadata |= {f"PhysicalSize{axis}": pixel_size for axis in "XY"}
-        metadata |= {f"PhysicalSize{axis}Unit": "µm" for axis in "XY"}
         options |= {"resolution": (1e4 / pixel_size, 1e4 / pixel_size), "resolutionunit": "CENTIMETER"}
     return options

@@ -28,7 +28,12 @@ def write_stack(path: Path, results: Sequence["Result"]) -> None:
 
 
 def write_pyramid(
-    path: Path, pages: Sequence[LabelImage], shape: Sequence[int], axes: str, pixel_size: float | None
+    path: Path,
+    pages: Sequence[LabelImage],
+    shape: Sequence[int],
+    axes: str,
+    pixel_size: float | None,
+    z_spacing: float | None = None,
 ) -> None:
     """Write label images as one OME-TIFF, compressed by zlib: whole or not at all, the same bytes for the same labels.
 
@@ -40,7 +45,7 @@ def write_pyramid(
         pages: (H, W) integers each, as many as the axes before Y and X have places.
         shape: of all axes.
         axes: a letter for each, Y and X last.
-        pixel_size: micrometres.
+        pixel_size, z_spacing: micrometres, along y and x, and between two planes along z.
     """
     dtype = np.dtype(label_dtype(max(int(page.max(initial=0)) for page in pages)))
     sizes = pyramid_sizes((shape[-2], shape[-1]))
@@ -53,7 +58,8 @@ def write_pyramid(
             if pixel_size is not None:
                 options["resolution"] = (1e4 / (pixel_size * 2**level),) * 2
             if level == 0:
-                options |= {"subifds": len(sizes) - 1, "metadata": ome_options(path.name, axes, pixel_size)["metadata"]}
+                of_ome = ome_options(path.name, axes, pixel_size, z_spacing)
+                options |= {"subifds": len(sizes) - 1, "metadata": of_ome["metadata"]}
             else:
                 options |= {"subfiletype": tifffile.FILETYPE.REDUCEDIMAGE}
             tiles = label_tiles(pages, dtype, 2**level)

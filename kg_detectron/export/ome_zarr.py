@@ -72,6 +72,7 @@ def write_label_group(
     shape: Sequence[int],
     axes: str,
     pixel_size: float | None,
+    z_spacing: float | None = None,
     *,
     version: str = "0.4",
     source: str | None = None,
@@ -86,7 +87,7 @@ def write_label_group(
         pages: (H, W) integers each, as many as the axes before Y and X have places.
         shape: of all axes.
         axes: a letter for each, Y and X last.
-        pixel_size: micrometres.
+        pixel_size, z_spacing: micrometres, along y and x, and between two planes along z.
         version: of NGFF, "0.4" (Zarr 2) or "0.5" (Zarr 3).
         source: path from the group to the image that it labels.
         placed: axes of that image, by their letters: their units, and where it lies along them.
@@ -123,7 +124,7 @@ def write_label_group(
                         )
                         where = (*place, slice(y, bottom), slice(x, right))
                         level[where] = page[rows, columns]
-        known = _axes(axes, pixel_size)
+        known = _axes(axes, pixel_size, z_spacing)
         for axis, of_image in (placed or {}).items():
             known[axis] = of_image._replace(about={"type": known[axis].about["type"], **of_image.about})
         group.attrs.update(_metadata(list(known.values()), len(levels), version, source))
@@ -131,11 +132,12 @@ def write_label_group(
             shutil.rmtree(path)
 
 
-def _axes(axes: str, pixel_size: float | None) -> dict[str, Axis]:
-    """Axes, Y and X with the size of a pixel in micrometres, by their letters."""
+def _axes(axes: str, pixel_size: float | None, z_spacing: float | None) -> dict[str, Axis]:
+    """Axes, Y, X and Z with the size of a pixel and the distance of planes in micrometres, by their letters."""
     known = {axis: Axis({"name": axis.lower(), "type": _TYPES.get(axis, "space")}, 1.0, 0.0) for axis in axes}
-    if pixel_size is not None:
-        known |= {axis: Axis({**known[axis].about, "unit": "micrometer"}, pixel_size, 0.0) for axis in "YX"}
+    for axis, size in zip("YXZ", (pixel_size, pixel_size, z_spacing), strict=True):
+        if axis in known and size is not None:
+            known[axis] = Axis({**known[axis].about, "unit": "micrometer"}, size, 0.0)
     return known
 
 

@@ -379,13 +379,18 @@ class _Stack:
         self.kinds_of_pages = [kind for kind in kinds if kind not in joined or kind in both]
         self.results: list[Result] = []
         self.labels: LabelStack | None = None
+        self.z_spacing: float | None = None  # of its label images, along the axis z of the file
         is_into = settings.into_zarr and is_ome_zarr(item.path)
         self.image = item.path if is_into else None
         if set(self.kinds) & set(KINDS_OF_LABELS) or is_into:
             if len(sizes) > 1:
                 raise ValueError("its planes differ in size: they make no label image of the whole")
-            shape, axes = stack_shape([_position(page) for page in pages], sizes.pop())
+            positions = [_position(page) for page in pages]
+            shape, axes = stack_shape(positions, sizes.pop())
             self.labels = LabelStack(shape, axes, output)
+            spacings = {page.z_spacing for page in pages}
+            if "Z" in positions[0] and axes == f"{''.join(positions[0])}YX" and len(spacings) == 1:
+                self.z_spacing = spacings.pop()
 
     def add(self, result: Result) -> None:
         """Take a page, without its pixels."""
@@ -401,10 +406,10 @@ class _Stack:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         for kind, path in paths.items():
             if self.labels is not None and kind == "labels":
-                self.labels.write(path, pixel_size)
+                self.labels.write(path, pixel_size, self.z_spacing)
             elif self.labels is not None and kind in _PYRAMIDS:
                 write = _PYRAMIDS[kind]
-                write(path, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size)
+                write(path, self.labels.pages, self.labels.shape, self.labels.axes, pixel_size, self.z_spacing)
             else:
                 EXPORTERS[kind].write_stack(path, self.results)
         if self.image is not None and self.labels is not None:

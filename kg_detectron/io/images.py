@@ -75,6 +75,7 @@ class Page:
             axes that the file has.
         pixel_size: micrometres, or None where it is unknown.
         orientation: of TIFF and EXIF, which has been applied; 1 where the image is stored upright.
+        z_spacing: micrometres to the next plane along z, or None where it is unknown.
     """
 
     pixels: np.ndarray
@@ -84,6 +85,7 @@ class Page:
     position: dict[str, str | int]
     pixel_size: float | None = None
     orientation: int = 1
+    z_spacing: float | None = None
 
     @property
     def planes(self) -> np.ndarray:
@@ -387,10 +389,8 @@ def _pages(
         for axis, index, length in zip(scene.lead, place, lengths, strict=True):
             if length > 1:
                 position["page" if axis in "IQ" else axis.lower()] = index
-        yield (
-            Page(_bgr(plane, chosen or (1,)), plane, names, chosen, position, scene.pixel_size, scene.orientation),
-            notes,
-        )
+        about = scene.pixel_size, scene.orientation, scene.z_spacing
+        yield Page(_bgr(plane, chosen or (1,)), plane, names, chosen, position, *about), notes
 
 
 def _bgr(plane: np.ndarray, chosen: tuple[int, ...]) -> np.ndarray:

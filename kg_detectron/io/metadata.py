@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -48,6 +48,7 @@ class SceneMetadata:
         pixel_size: micrometres, or None where it is unknown.
         source: where the pixel size comes from, or None.
         note: a sentence on what is odd, or empty.
+        z_spacing: micrometres between two planes along z, or None.
     """
 
     name: str = ""
@@ -55,6 +56,7 @@ class SceneMetadata:
     pixel_size: float | None = None
     source: str | None = None
     note: str = ""
+    z_spacing: float | None = None
 
 
 def tiff_metadata(tiff: tifffile.TiffFile) -> list[SceneMetadata]:
@@ -88,7 +90,8 @@ def _ome(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
             continue
         names = [channel.get("Name") or channel.get("Fluor") or "" for channel in pixels.iterfind("{*}Channel")]
         sides = [
-            micrometres(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")) for axis in "XY"
+            micrometres(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+            for axis in "XYZ"
         ]
         scenes.append(scene_metadata(image.get("Name") or "", names, sides, "OME"))
     return scenes
@@ -100,7 +103,8 @@ def _imagej(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
         return None
     page = tiff.pages.first
     unit = str(about.get("unit", "")).replace("\\u00B5", "µ")
-    sides = [micrometres(_inverse(page.tags.valueof(tag)), unit) for tag in (282, 283)]
+    lengths = [*(_inverse(page.tags.valueof(tag)) for tag in (282, 283)), about.get("spacing")]
+    sides = [micrometres(length, unit) for length in lengths]
     count = about.get("channels", 1)
     labels = about.get("Labels") or []
     names = [str(label).strip() for label in labels[:count]] if 1 < count <= len(labels) else []
@@ -112,7 +116,7 @@ def _lsm(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
     if about is None:
         return None
     names = (about.get("ChannelColors") or {}).get("ColorNames") or []
-    sides = [micrometres(about.get(f"VoxelSize{axis}"), "m") for axis in "XY"]
+    sides = [micrometres(about.get(f"VoxelSize{axis}"), "m") for axis in "XYZ"]
     scene = scene_metadata(about.get("Name", ""), list(names), sides, "LSM")
     return [scene, *[SceneMetadata(series.name) for series in tiff.series[1:]]]
 
@@ -127,18 +131,18 @@ def _metamorph(tiff: tifffile.TiffFile) -> list[SceneMetadata] | None:
 
 
 def scene_metadata(name: str, channels: Sequence[str], sides: Sequence[float | None], source: str) -> SceneMetadata:
-    """What is known of a scene: its channels' names, micrometres of a pixel along x and y, and their source."""
+    """What is known of a scene: its channels' names, micrometres of a pixel along x, y and, where it is known, z, and
+    their source."""
     names = tuple(channel or str(number) for number, channel in enumerate(channels, 1)) or None
     if names is not None and not any(channels):
         names = None
-    x, y = sides
+    x, y, z = (*sides, None)[:3]
     if x is None or y is None:
-        return SceneMetadata(name, names, x or y, source if x or y else None)
+        return SceneMetadata(name, names, x or y, source if x or y else None, z_spacing=z)
     if abs(x - y) > _SQUARE * max(x, y):
-        return SceneMetadata(
-            name, names, note=f"its pixels are {x:g} x {y:g} micrometres, not square: no pixel size is taken from it"
-        )
-    return SceneMetadata(name, names, x, source)
+        note = f"its pixels are {x:g} x {y:g} micrometres, not square: no pixel size is taken from it"
+        return SceneMetadata(name, names, note=note, z_spacing=z)
+    return SceneMetadata(name, names, x, source, z_spacing=z)
 
 
 def _with_resolution(scene: SceneMetadata, page: tifffile.TiffPage) -> SceneMetadata:
@@ -150,7 +154,7 @@ def _with_resolution(scene: SceneMetadata, page: tifffile.TiffPage) -> SceneMeta
         x, y = (_resolution_size(page, tag) for tag in (282, 283))
         if x is not None and y is not None and abs(x - y) <= _SQUARE * max(x, y):
             size, source = x, "TIFF resolution"
-    return SceneMetadata(scene.name, scene.channel_names, size, source, scene.note) if size else scene
+    return replace(scene, pixel_size=size, source=source) if size else scene
 
 
 def _resolution_size(page: tifffile.TiffPage, tag: int) -> float | None:

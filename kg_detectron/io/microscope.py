@@ -96,4 +96,5 @@ def _scene(image: Any, name: str, max_pixels: int) -> Scene:
         names if not is_colour and len(names) == pixels.shape[-1] else None,
         size,
         "bioio" if size else None,
+        z_spacing=float(sizes.Z) if sizes.Z else None,
     )

@@ -147,6 +147,7 @@ def decode_ome_zarr(path: Path, max_pixels: int) -> Decoded:
         about.pixel_size,
         about.source,
         notes=(about.note,) if about.note else (),
+        z_spacing=about.z_spacing,
     )
     return Decoded([scene])
 
@@ -235,7 +236,7 @@ def _metadata(attributes: dict[str, Any], image: dict[str, Any], axes: str, chan
     names = [str(channel.get("label") or "") for channel in named]
     scale, _ = _placed(image)
     sides = []
-    for letter in "xy":
+    for letter in "xyz" if "z" in axes else "xy":
         unit = _axis(image["axes"][axes.index(letter)]).get("unit", "")
         sides.append(micrometres(float(scale[axes.index(letter)]), unit))
     return scene_metadata(str(image.get("name") or ""), names if len(names) == channels else [], sides, "OME-Zarr")

@@ -40,6 +40,7 @@ class Scene:
         orientation: of TIFF and EXIF, 1..8, which has been applied.
         is_lossy: levels are not exact, as in JPEG.
         notes: sentences on what was assumed or left out.
+        z_spacing: micrometres between two planes along Z, or None.
     """
 
     pixels: np.ndarray
@@ -54,6 +55,7 @@ class Scene:
     orientation: int = 1
     is_lossy: bool = False
     notes: tuple[str, ...] = ()
+    z_spacing: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

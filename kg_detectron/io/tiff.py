@@ -166,6 +166,7 @@ def _read_scene(
         orientation,
         page.compression in _LOSSY,
         tuple(notes),
+        about.z_spacing,
     )
 
 

@@ -28,8 +28,10 @@ from kg_detectron.inference.area import regions_of
 from kg_detectron.inference.many_files import predict_files, rerun
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.run_tables import is_parquet_installed
-from kg_detectron.io.images import read_image
+from kg_detectron.io.images import open_image, read_image
 from kg_detectron.io.lock import LOCK_FILE, locked
+from kg_detectron.io.metadata import tiff_metadata
+from kg_detectron.io.ome_zarr import is_zarr_installed
 
 ROOT = Path(__file__).parents[2]
 
@@ -740,3 +742,28 @@ def test_a_file_that_fails_keeps_its_earlier_results_in_the_tables(model: Path, 
     (tmp_path / "in" / "b.png").write_bytes(whole)
     (done,) = predict_files([tmp_path / "in"], model, tmp_path / "out", settings).done
     assert tables_of(tmp_path / "out")["cells.csv"].count("b.png") == done.cells
+
+
+@pytest.mark.parametrize("form", ["imagej", "ome", "time"])
+def test_the_labels_of_a_z_stack_have_its_spacing(model: Path, tmp_path: Path, form: str):
+    stack = np.stack([picture(0), picture(1)])
+    if form == "ome":
+        sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2000.0, "PhysicalSizeZUnit": "nm"}
+        tifffile.imwrite(tmp_path / "s.ome.tif", stack, ome=True, metadata={"axes": "ZYX", **sizes})
+    else:  # of ImageJ, along z and along time
+        metadata = {"axes": "ZYX" if form == "imagej" else "TYX", "unit": "um", "spacing": 2.0}
+        tifffile.imwrite(tmp_path / "s.tif", stack, imagej=True, resolution=(2, 2), metadata=metadata)
+    kinds = ("labels", "ome-tiff", *(("zarr",) if is_zarr_installed() else ()))
+    (record,) = predict_files([tmp_path / "s*.tif"], model, tmp_path / "out", Settings(save=kinds)).done
+    spacing = None if form == "time" else 2.0
+    for output in record.outputs:
+        if output.endswith("labels.tif"):
+            with tifffile.TiffFile(tmp_path / "out" / output) as file:
+                assert file.imagej_metadata.get("spacing") == spacing and file.imagej_metadata["unit"] == "um"
+                assert tiff_metadata(file)[0].z_spacing == spacing
+        elif output.endswith("ome.tif"):
+            with tifffile.TiffFile(tmp_path / "out" / output) as file:
+                assert (tiff_metadata(file)[0].pixel_size, tiff_metadata(file)[0].z_spacing) == (0.5, spacing)
+        elif output.endswith("zarr"):
+            (page, _) = open_image(tmp_path / "out" / output).pages
+            assert (page.pixel_size, page.z_spacing) == (0.5, spacing)
