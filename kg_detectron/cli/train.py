@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from kg_detectron.inference.run_settings import check_output
+from kg_detectron.inference.run_settings import check_device, check_output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--validation: expected IMAGES MASKS, or a COCO JSON, got {len(arguments.validation)} names")
     if arguments.minutes is not None and arguments.iterations is not None:
         raise ValueError("--minutes and --iterations: expected one of them")
+    check_device(arguments.device)
     check_output(arguments.output)
     import torch
 

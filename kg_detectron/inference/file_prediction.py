@@ -78,10 +78,7 @@ class FilePredictor:
     def __init__(self, model: Path, settings: Settings, device: str | None = None, sha256: str | None = None) -> None:
         self.settings, self.model_sha256 = settings, sha256 or file_sha256(model)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.network = load_model(model, self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise SettingError("device", f"{self.device} cannot be used: {error}") from error
+        self.network = load_model(model, self.device)
         self.speed = ""
         if settings.fast:
             from kg_detectron.inference.fast import make_fast

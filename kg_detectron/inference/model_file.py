@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kg_detectron.inference.model_names import DEFAULT_MODEL, SAFETENSORS, model_path
+from kg_detectron.inference.run_settings import unknown_device
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import MAX_PIXELS
 from kg_detectron.io.safe_load import read_checkpoint
+from kg_detectron.io.setting import SettingError
 from kg_detectron.modeling import InstanceNet, Scores, method_class
 from kg_detectron.modeling.settings import from_plain
 
@@ -81,8 +83,13 @@ def load_model(
         FileNotFoundError: there is no such file.
         ValueError: a file that is no checkpoint, that describes no network of a registered method, or whose weights do
             not fit its description; another precision.
+        SettingError: a device that PyTorch does not know, or cannot use here.
     """
     path = model_path(path)
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise unknown_device(device) from None
     description, weights = read_model(path)
     try:
         model = _described(description, weights)
@@ -90,8 +97,12 @@ def load_model(
     except Exception as error:
         raise ValueError(f"{path}: the weights do not fit the description: {error}") from error
     if channels_last is None:
-        channels_last = torch.device(device).type == "cpu"
-    return model.eval().to(device).accelerate(precision, channels_last, compiled)
+        channels_last = place.type == "cpu"
+    try:
+        model = model.eval().to(place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingError("device", f"{device} cannot be used: {error}") from error
+    return model.accelerate(precision, channels_last, compiled)
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

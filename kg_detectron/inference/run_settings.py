@@ -179,7 +179,12 @@ def check_device(device: str | None) -> None:
         SettingError: another name.
     """
     if device is not None and not _DEVICE.fullmatch(device):
-        raise SettingError("device", f"expected cpu, cuda, cuda:1 or mps, got {device!r}")
+        raise unknown_device(device)
+
+
+def unknown_device(device: object) -> SettingError:
+    """The error for a device that PyTorch does not know."""
+    return SettingError("device", f"expected cpu, cuda, cuda:1 or mps, got {device!r}")
 
 
 def check_output(output: str | Path) -> None:

@@ -181,3 +181,26 @@ def test_the_kept_models_are_read():
     image, masks = nuclei_image(np.random.default_rng(0), 256, 256, 20)
     overlap = mask_iou(predict(model, image).masks.rle(), [encode_mask(mask) for mask in masks])
     assert (overlap.max(axis=0) > 0.7).mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device: expected cpu, cuda, cuda:1 or mps, got 'gpu'"),
+        ("CPU", "device: expected cpu, cuda, cuda:1 or mps, got 'CPU'"),
+        (None, "device: expected cpu, cuda, cuda:1 or mps, got None"),
+        ("mps", "device: mps cannot be used: "),
+        ("cuda:99", "device: cuda:99 cannot be used: "),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(device: str | None, message: str):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load_model("nuclei", device)
+
+
+def test_commands_name_a_wrong_device_as_it_was_typed(tmp_path, capsys):
+    for command in (["train", "images", "masks"], ["rerun", str(tmp_path)]):
+        assert main([*command, "-o", str(tmp_path / "out"), "--device", "gpu"]) == 2
+        assert capsys.readouterr().err.endswith("--device: expected cpu, cuda, cuda:1 or mps, got 'gpu'\n")
