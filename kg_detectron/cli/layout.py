@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from kg_detectron.cli.predict import name_or_number
+from kg_detectron.io.setting import checked_channels
 
 if TYPE_CHECKING:
     from kg_detectron.io.dataset_check import Choice
@@ -31,7 +32,7 @@ def add_planes(parser: argparse.ArgumentParser) -> None:
 
 def planes(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of a file is the image, as the options say and `read_image` takes it."""
-    channels = arguments.channels and tuple(map(name_or_number, arguments.channels))
+    channels = None if arguments.channels is None else checked_channels(arguments.channels)
     return {"axes": arguments.axes, "channels": channels, "scene": arguments.scene}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kg_detectron.export.kinds import KINDS_OF_OVERLAPS, fault_in_kinds
-from kg_detectron.io.setting import SettingError, check_score
+from kg_detectron.io.setting import SettingError, check_score, checked_channels
 
 TILE_STEP = 32  # pixels; sides of tiles are multiples of it
 RUNTIMES = ("pytorch", "onnxruntime")
@@ -90,13 +90,10 @@ class Settings:
             self.axes.isalpha() and len(set(self.axes)) == len(self.axes) and {"Y", "X"} <= set(self.axes)
         ):
             raise SettingError("axes", f"expected different letters with Y and X, such as ZCYX, got {self.axes!r}")
-        if self.channels is not None and (
-            len(self.channels) not in (1, 3) or any(isinstance(c, int) and c < 1 for c in self.channels)
-        ):
-            given = " ".join(map(str, self.channels)) or "none"
-            raise SettingError("channels", f"expected one or three, as names or numbers from 1, got {given}")
-        if self.scene is not None and isinstance(self.scene, int) and self.scene < 1:
-            raise SettingError("scene", f"expected a name or a number from 1, got {self.scene}")
+        if self.channels is not None:
+            checked_channels(self.channels)
+        if self.scene is not None and (self.scene < 1 if isinstance(self.scene, int) else not self.scene.strip()):
+            raise SettingError("scene", f"expected a name or a number from 1, got {self.scene!r}")
         if self.scale is not None and self.diameter is not None:
             raise SettingError(("scale", "diameter"), "each sets the scale; expected one of them")
         for name, unit in (("scale", "a number"), ("diameter", "pixels"), ("pixel_size", "micrometres")):

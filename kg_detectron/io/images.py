@@ -18,6 +18,7 @@ from kg_detectron.io.microscope import READERS, advice, decode_microscope
 from kg_detectron.io.ome_zarr import decode_ome_zarr, is_ome_zarr
 from kg_detectron.io.pictures import decode_picture
 from kg_detectron.io.scene import Decoded, ImageChoiceError, Scene
+from kg_detectron.io.setting import checked_channels
 from kg_detectron.io.slides import ONLY_SLIDES, decode_slide
 from kg_detectron.io.tiff import TIFF_SIGNATURES, decode_tiff
 
@@ -251,23 +252,6 @@ def checked_axes(axes: str) -> str:
     if not letters.isalpha() or len(set(letters)) != len(letters) or not {"Y", "X"} <= set(letters):
         raise ValueError(f"axes: expected letters with Y and X once each, such as TZYX or YXC, got {axes}")
     return letters
-
-
-def checked_channels(channels: str | Sequence[int | str]) -> tuple[int | str, ...]:
-    """A choice of channels as numbers and names; a text is split at its commas.
-
-    Raises:
-        ValueError: there are neither one nor three, or a number is below 1.
-    """
-    parts = channels.split(",") if isinstance(channels, str) else list(channels)
-    chosen: list[int | str] = []
-    for part in parts:
-        text = str(part).strip()
-        chosen.append(int(text) if re.fullmatch(r"-?[0-9]+", text) else text)
-    if len(chosen) not in (1, 3) or any(part == "" or (isinstance(part, int) and part < 1) for part in chosen):
-        given = ", ".join(map(str, chosen)) or "none"
-        raise ValueError(f"channels: expected one or three numbers from 1, or names, got {given}")
-    return tuple(chosen)
 
 
 class _naming:

@@ -1,5 +1,6 @@
 """Settings that Python and the command line share: errors with the names of either, and rules for their values."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -37,3 +38,20 @@ def check_score(name: str, score: float | None) -> None:
     """
     if score is not None and not 0 <= score <= 1:
         raise SettingError(name, f"expected a number of 0..1, got {score}")
+
+
+def checked_channels(channels: str | Sequence[int | str]) -> tuple[int | str, ...]:
+    """A choice of channels as numbers and names; a text is split at its commas.
+
+    Raises:
+        SettingError: there are neither one nor three, a number is below 1, or a name is empty.
+    """
+    parts = channels.split(",") if isinstance(channels, str) else list(channels)
+    chosen: list[int | str] = []
+    for part in parts:
+        text = str(part).strip()
+        chosen.append(int(text) if re.fullmatch(r"-?[0-9]+", text) else text)
+    if len(chosen) not in (1, 3) or any(part == "" or (isinstance(part, int) and part < 1) for part in chosen):
+        given = " ".join(str(part) or "''" for part in chosen) or "none"
+        raise SettingError("channels", f"expected one or three, as names or numbers from 1, got {given}")
+    return tuple(chosen)

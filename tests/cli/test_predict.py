@@ -1,5 +1,6 @@
 """What `kg-detectron predict` and its neighbours say before anything is computed: each bad option in a sentence."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("image.png --save video", "got 'video'"),
         ("image.png --channels 1 2", "--channels: expected one or three, as names or numbers from 1, got 1 2"),
         ("image.png --channels 0", "--channels: expected one or three"),
+        ("image.png --channels ''", "--channels: expected one or three, as names or numbers from 1, got ''"),
+        ("image.png --channels ,", "--channels: expected one or three, as names or numbers from 1, got '' ''"),
+        ("image.png --channels 'DAPI, ,2'", "--channels: expected one or three, as names or numbers from 1, got DAPI"),
         ("image.png --scene 0", "--scene: expected a name or a number from 1, got 0"),
+        ("image.png --scene ''", "--scene: expected a name or a number from 1, got ''"),
         ("image.png --scale 1 --diameter 20", "--scale, --diameter: each sets the scale; expected one of them"),
         ("image.png --pixel-size -1", "--pixel-size: expected micrometres above 0, got -1.0"),
         ("image.png --diameter 0", "--diameter: expected pixels above 0, got 0.0"),
@@ -65,10 +70,22 @@ def test_bad_options_are_named_as_typed_before_anything_is_done(
     folder: Path, options: str, message: str, capsys: pytest.CaptureFixture
 ):
     before = sorted(folder.iterdir())
-    assert main(["predict", "-o", "out", "-m", "model.pth", *options.split()]) == 2
+    assert main(["predict", "-o", "out", "-m", "model.pth", *shlex.split(options)]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["check-data images masks", "convert images masks -o c.json", "explain i.png -o o.png"]
+)
+def test_a_choice_of_no_channel_is_the_options_fault_in_all_commands(
+    folder: Path, command: str, capsys: pytest.CaptureFixture
+):
+    assert main([*command.split(), "--channels", ""]) == 2
+    assert capsys.readouterr().err == (
+        "kg-detectron: error: --channels: expected one or three, as names or numbers from 1, got ''\n"
+    )
 
 
 def test_images_behind_save_and_channels_are_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
