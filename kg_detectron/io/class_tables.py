@@ -18,6 +18,8 @@ class ClassTables:
     all images has ``image`` as well, the image's file name. A JSON is ``{"1": "tumour", ...}``, of all images
     ``{"a.png": {"1": "tumour", ...}, ...}``. An empty class, or none, is a cell whose class is not known.
 
+    An image in a subfolder is ``plate/a.png``, or ``a.png`` where no other image is called so.
+
     Args:
         path: the file of all images; or the folder, where that of the image ``a.png`` is the first there is of
             ``a_classes.csv``, ``a_classes.json``, ``a.csv`` and ``a.json``.
@@ -32,27 +34,38 @@ class ClassTables:
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: there is no such file or folder of classes")
         self._all = None if self.path.is_dir() else _read_all(self.path)
+        self._images: dict[str, str] = {}  # the image that was taken to be meant by each name in the tables
 
     def of_image(self, name: str) -> dict[int, str]:
         """The class of each number of an image's label image; ``name`` is the image's, without ending.
 
         Raises:
-            FileNotFoundError, ValueError: there is no table of the image, or it is none.
+            FileNotFoundError, ValueError: there is no table of the image, or it is none, or that of another image too.
         """
+        for named in dict.fromkeys((name, PurePath(name).name)):
+            classes = self._of_name(named)
+            if classes is None:
+                continue
+            other = self._images.setdefault(named, name)
+            if other != name:
+                raise ValueError(
+                    f"{self.path}: {named} may be the image {other} or {name}; expected names with their folders"
+                )
+            return classes
         if self._all is None:
-            files = (self.path / (name + ending) for ending in ENDINGS)
-            file = next((file for file in files if file.is_file()), None)
-            if file is None:
-                raise FileNotFoundError(f"{self.path}: there is no table of {name}: {', '.join(ENDINGS)}")
-            return read_class_table(file)
-        known = self._all.get(name) or self._all.get(PurePath(name).name)
-        if known is None:
-            raise ValueError(f"{self.path}: it has no cell of the image {name}")
-        return known
+            raise FileNotFoundError(f"{self.path}: there is no table of {name}: {', '.join(ENDINGS)}")
+        raise ValueError(f"{self.path}: it has no cell of the image {name}")
+
+    def _of_name(self, name: str) -> dict[int, str] | None:
+        if self._all is not None:
+            return self._all.get(name)
+        files = (self.path / (name + ending) for ending in ENDINGS)
+        file = next((file for file in files if file.is_file()), None)
+        return None if file is None else read_class_table(file)
 
 
 def _without_ending(name: str) -> str:
-    return PurePath(name).with_suffix("").as_posix()
+    return PurePath(name.replace("\\", "/")).with_suffix("").as_posix()  # of tables that Windows wrote too
 
 
 def _read_all(file: Path) -> dict[str, dict[int, str]]:

@@ -91,6 +91,43 @@ def test_tables_that_do_not_fit_are_refused(tmp_path, text, message):
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.parametrize("kind", ["slashes", "backslashes", "files", "names"])
+def test_tables_of_images_in_subfolders(tmp_path, kind):
+    images, masks = folders(tmp_path)
+    for folder in (images, masks):
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+            (folder / f"{name}.png").rename(folder / name / ("c.png" if kind != "names" else f"{name}.png"))
+    table = tmp_path / "classes"
+    if kind == "files":
+        for name, classes in zip("ab", EXPECTED, strict=True):
+            (table / name).mkdir(parents=True)
+            (table / name / "c.json").write_text(json.dumps(classes))
+    elif kind == "names":  # no folder is needed
+        table.write_text(CSV)
+    else:
+        named = CSV.replace("a.png", "a/c.png").replace("b.png", "b/c.png").replace("\nb,", "\nb/c,")
+        table.write_text(named.replace("/", "\\") if kind == "backslashes" else named)
+    convert(images, masks, tmp_path / "x.json", classes=table)
+    assert classes_of(tmp_path / "x.json") == EXPECTED
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_name_that_may_be_several_images_is_refused(tmp_path, is_folder):
+    images, masks = folders(tmp_path)
+    for folder in (images, masks):
+        (folder / "b").mkdir()
+        (folder / "b.png").rename(folder / "b" / "a.png")
+    table = tmp_path / "classes"
+    if is_folder:
+        table.mkdir()
+        (table / "a.json").write_text(json.dumps(EXPECTED[0]))
+    else:
+        table.write_text("image,id,class\na.png,2,tumour\n")
+    with pytest.raises(ValueError, match="a may be the image a or b/a; expected names with their folders"):
+        convert(images, masks, tmp_path / "x.json", classes=table)
+
+
 def test_folders_are_classes(tmp_path):
     images, masks = folders(tmp_path)
     by_class = tmp_path / "by_class"
