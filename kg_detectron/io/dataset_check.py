@@ -21,7 +21,7 @@ from kg_detectron.io.checksum import array_sha256
 from kg_detectron.io.coco import CocoDataset, read_coco
 from kg_detectron.io.fault import Fault, Severity
 from kg_detectron.io.finding import Pair
-from kg_detectron.io.images import no_limit_of_pillow, read_image, read_pages
+from kg_detectron.io.images import ImageChoiceError, no_limit_of_pillow, read_image, read_pages
 from kg_detectron.io.labels import read_label_image
 from kg_detectron.io.layouts import find_training_pairs
 from kg_detectron.io.normalisation import Normalisation, has_finite_value
@@ -436,7 +436,7 @@ def _size_fault(file: Path, size: tuple[int, ...], expected: tuple[int, ...]) ->
 
 def _unreadable(file: Path, error: Exception) -> Fault:
     text = str(error).removeprefix(f"{file}: ")  # the name stands before the text already
-    if "--channels" in text or "--axes" in text or "--scene" in text:
+    if isinstance(error, ImageChoiceError):
         return Fault(fault.CHANNELS, str(file), text, "kg-detectron convert with that option writes plain images")
     return Fault(fault.UNREADABLE, str(file), text)
 

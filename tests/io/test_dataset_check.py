@@ -154,6 +154,27 @@ def test_every_fault_of_cell_files_is_named_at_once(cell_set):
     ]
 
 
+def test_a_choice_of_channels_is_told_by_its_error_not_by_the_name_of_the_file(label_set, monkeypatch):
+    tifffile.imwrite(label_set / "images" / "d.tif", np.stack([image(6), image(7)]), metadata={"axes": "CYX"})
+    write_label_image(label_set / "masks" / "d.tif", labels())
+    for folder, ending in (("images", ".png"), ("masks", ".tif")):
+        (label_set / folder / f"b{'_labels' * (folder == 'masks')}{ending}").rename(
+            label_set / folder / f"b--channels{ending}"
+        )
+    read = Choice.read_image
+
+    def failing(self: Choice, path: Path) -> np.ndarray:
+        if path.name == "b--channels.png":
+            raise OSError(5, "Input/output error", str(path))
+        return read(self, path)
+
+    monkeypatch.setattr(Choice, "read_image", failing)
+    assert sorted(found(check_masks(label_set / "images", label_set / "masks")[0])) == [
+        (fault.CHANNELS, "d.tif"),
+        (fault.UNREADABLE, "b--channels.png"),
+    ]
+
+
 def test_two_masks_for_an_image_are_a_fault(label_set):
     write_label_image(label_set / "masks" / "a.tif", labels())
     faults, pairs = check_masks(label_set / "images", label_set / "masks")
