@@ -76,8 +76,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)
-        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
-            use_cpu_layers(model)
+        use_cpu_layers(model)
         return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
     @classmethod

@@ -56,8 +56,12 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 
 def use_cpu_layers(model: nn.Module) -> None:
-    """Turn the convolutions of a model into the ones of this module where they fit, in place. Weights and their names
-    stay; on other devices they do what they did."""
+    """Turn the convolutions of a model on a CPU into the ones of this module where they fit, in place.
+
+    Weights and their names stay. A model on another device stays as it is.
+    """
+    if any(weight.device.type != "cpu" for weight in model.parameters()):
+        return
     for layer in model.modules():
         if type(layer) is not nn.Conv2d:
             continue

@@ -271,8 +271,7 @@ def train(
     segmentation: Any = getattr(model, "segmentation", None)
     if segmentation is not None:
         segmentation.settings = dataclasses.replace(segmentation.settings, cells_per_image=CELLS_PER_IMAGE)
-    if model.place.device.type == "cpu":
-        use_cpu_layers(model)
+    use_cpu_layers(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's overloads lack it
     freeze(model, settings.freeze)
     kinds = [image.kind for image in training]

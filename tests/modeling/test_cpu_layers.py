@@ -47,6 +47,12 @@ def test_values_and_gradients_are_the_same(layer: nn.Conv2d, kind: type, channel
         torch.testing.assert_close(found, expected)
 
 
+def test_a_model_on_another_device_stays_as_it_is() -> None:
+    net = nn.Sequential(depthwise(16, 5)).to("meta")
+    use_cpu_layers(net)
+    assert type(net[0]) is nn.Conv2d
+
+
 def test_layers_that_are_frozen_and_maps_without_gradient() -> None:
     net = nn.Sequential(depthwise(16, 5), depthwise(16, 5))
     use_cpu_layers(net)

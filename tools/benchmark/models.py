@@ -195,8 +195,7 @@ def training_costs(
 ) -> dict[int, Cost]:
     """The cost of a training step, with an optimiser that keeps no state, for each number of cells."""
     model = stages.model.train()
-    if device == "cpu":
-        use_cpu_layers(model)  # as train_net.py does
+    use_cpu_layers(model)  # as train_net.py does
     optimizer = torch.optim.SGD(model.parameters(), 1e-6)
     side = stages.size
     costs = {}
