@@ -61,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = arguments.names or model_names(arguments.predictions)
     if len(set(names)) < len(arguments.predictions) or len(names) > len(arguments.predictions):
-        raise ValueError(f"expected {len(arguments.predictions)} different names of models, got {', '.join(names)}")
+        expected = f"expected {len(arguments.predictions)} different names of models"
+        raise SettingError("names", f"{expected}, got {', '.join(names)}")
     if arguments.model is not None and not arguments.explain:
         raise SettingError("model", "needed with --explain only, which names the images; expected both or none")
     model = model_path(arguments.model or DEFAULT_MODEL) if arguments.explain else None

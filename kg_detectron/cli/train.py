@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kg_detectron.inference.run_settings import check_device, check_output
+from kg_detectron.io.setting import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +85,8 @@ def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSet
     """The settings of the training: those of the command line, else those of the recipe.
 
     Raises:
-        ValueError: a name that does not exist, or a value out of its range.
+        ValueError: a name that does not exist, or a value of the recipe out of its range.
+        SettingError: an option out of its range.
     """
     from kg_detectron.modeling.settings import from_plain
     from kg_detectron.training.run import TrainSettings
@@ -100,6 +102,10 @@ def train_settings(arguments: argparse.Namespace, recipe: "Recipe") -> "TrainSet
         return from_plain(TrainSettings, values)
     except TypeError as error:  # of a recipe: text in the place of a number
         raise ValueError(f"training: {error}") from None
+    except SettingError as error:
+        if given.keys().isdisjoint(error.settings):
+            raise ValueError(f"training: {error}") from None
+        raise
 
 
 def _cells_of_classes(names: "Sequence[str]", images: "Sequence[LabelledImage]") -> str:
@@ -116,9 +122,11 @@ def _cells_of_classes(names: "Sequence[str]", images: "Sequence[LabelledImage]")
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; the result is the exit status."""
     if arguments.validation is not None and len(arguments.validation) > 2:
-        raise ValueError(f"--validation: expected IMAGES MASKS, or a COCO JSON, got {len(arguments.validation)} names")
+        raise SettingError(
+            "validation", f"expected IMAGES MASKS, or a COCO JSON, got {len(arguments.validation)} names"
+        )
     if arguments.minutes is not None and arguments.iterations is not None:
-        raise ValueError("--minutes and --iterations: expected one of them")
+        raise SettingError(("minutes", "iterations"), "expected one of them")
     check_device(arguments.device)
     check_output(arguments.output)
     import torch

@@ -7,6 +7,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import ArrayLike
 
 from kg_detectron.io.coco import rle_annotation
+from kg_detectron.io.setting import SettingError
 from kg_detectron.metrics.iou import RLE, checked_image
 
 
@@ -33,7 +34,7 @@ class CocoMetrics:
 
     def __init__(self, max_detections: int = 10000) -> None:
         if max_detections < 1:
-            raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+            raise SettingError("max_detections", f"expected at least 1, got {max_detections}")
         self.max_detections = max_detections
         self._images: list[dict] = []
         self._ground_truths: list[dict] = []

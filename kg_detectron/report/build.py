@@ -7,7 +7,7 @@ from kg_detectron.inference import load_model
 from kg_detectron.inference.explanation import explain
 from kg_detectron.io.cell_sets import ImageCells, image_name, read_cells, read_predictions
 from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
-from kg_detectron.io.setting import check_score
+from kg_detectron.io.setting import SettingError, check_score
 from kg_detectron.metrics.scoring import evaluate_cells
 from kg_detectron.report.comparison import compare
 from kg_detectron.report.explanation_figure import draw_explanation
@@ -48,7 +48,7 @@ def report_dataset(
             ``score`` out of range.
     """
     if not ious:
-        raise ValueError("ious: expected at least one, got none")
+        raise SettingError("ious", "expected at least one, got none")
     check_score("score", score)
     truths = read_cells(ground_truth)
     found = {name: read_predictions(path, truths) for name, path in predictions.items()}

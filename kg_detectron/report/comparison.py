@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from kg_detectron.io.cell_sets import ImageCells
+from kg_detectron.io.setting import SettingError
 from kg_detectron.metrics import DSB_IOUS
 from kg_detectron.report.outcomes import ClassVerdict, Matches, Verdict, judge, judge_class, match
 
@@ -131,7 +132,7 @@ def compare(
     if not predictions:
         raise ValueError("predictions: expected at least one model, got none")
     if not 0 < iou <= 1:
-        raise ValueError(f"iou: expected a number above 0 and at most 1, got {iou}")
+        raise SettingError("iou", f"expected a number above 0 and at most 1, got {iou}")
     models = [
         [_by_score(truth, found) for truth, found in zip(truths, own, strict=True)] for own in predictions.values()
     ]

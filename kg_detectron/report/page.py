@@ -18,6 +18,7 @@ from kg_detectron.export.overlay import stretched
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.images import read_image
 from kg_detectron.io.resize import resize_image
+from kg_detectron.io.setting import SettingError
 from kg_detectron.report import charts
 from kg_detectron.report.comparison import Comparison, JudgedImage
 from kg_detectron.report.curves import ap_chart, precision_recall_chart, score_chart, stratum_chart
@@ -88,7 +89,7 @@ def write_page(
         OSError: where a file cannot be read or written.
     """
     if details < 0:
-        raise ValueError(f"details: expected at least 0, got {details}")
+        raise SettingError("details", f"expected at least 0, got {details}")
     models, iou = comparison.models, comparison.iou
     worst_first = sorted(comparison.images, key=lambda judged: (judged.f1, judged.truth.name))
     environment = jinja2.Environment(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kg_detectron.io.setting import SettingError
 from kg_detectron.modeling import InstanceNet
 
 _PROBE = 64  # pixels of the side of an image on which the layers of a map are found
@@ -27,12 +28,12 @@ def freeze(model: InstanceNet, maps: int) -> int:
         ValueError: another number, or a model without a backbone.
     """
     if not 0 <= maps <= 4:
-        raise ValueError(f"freeze: expected a number of 0..4, got {maps}")
+        raise SettingError("freeze", f"expected a number of 0..4, got {maps}")
     if not maps:
         return 0
     backbone: Any = getattr(model, "backbone", None)
     if backbone is None:
-        raise ValueError(f"freeze: the method {model.method} has no backbone")
+        raise SettingError("freeze", f"the method {model.method} has no backbone")
     training = model.training
     model.eval()  # the statistics of norm layers stay
     with torch.enable_grad():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.checksum import array_sha256
+from kg_detectron.io.setting import AvoidableError, SettingError
 from kg_detectron.io.stains import colours_of_dyes
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores, SegmentationSettings, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
@@ -67,7 +68,7 @@ class TrainSettings:
             better with it on the validation images; "" leaves it without. See `SegmentationSettings`.
 
     Raises:
-        ValueError: a value out of its range, or not just one budget.
+        SettingError: a value out of its range, or not just one budget.
     """
 
     minutes: float | None = 20.0
@@ -84,18 +85,18 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.iterations is None):
-            raise ValueError("minutes, iterations: expected one of the two budgets")
+            raise SettingError(("minutes", "iterations"), "expected one of the two budgets")
         for name in ("minutes", "iterations", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
+                raise SettingError(name, f"expected a number above 0, got {value}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
+            raise SettingError("batch_size", f"expected 1 or more, got {self.batch_size}")
         for name in ("seed", "validations", "patience"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+                raise SettingError(name, f"expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.freeze <= 4:
-            raise ValueError(f"freeze: expected a number of 0..4, got {self.freeze}")
+            raise SettingError("freeze", f"expected a number of 0..4, got {self.freeze}")
         SegmentationSettings(confidence=self.confidence)  # which checks it
 
 
@@ -159,9 +160,11 @@ def _with_classes(settings: Any, method: str, classes: Sequence[str]) -> Any:
     """Settings of a network of these classes, where it does not know them all."""
     known = getattr(settings, "classes", None)
     if known is None:
-        raise ValueError(
-            f"method {method} tells no classes apart, and the data have {len(classes)}: {', '.join(classes)}; "
-            "--merge-categories takes them as one"
+        named = f"{len(classes)}: {', '.join(classes)}"
+        raise AvoidableError(
+            f"method {method} tells no classes apart, and the data have {named}",
+            "merge_categories",
+            "takes them as one",
         )
     if set(classes) <= set(known.names):
         return settings

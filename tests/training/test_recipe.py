@@ -110,6 +110,24 @@ def test_the_command_line_counts_more_than_the_recipe():
         options("--patience", "-1")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--learning-rate -1", "--learning-rate: expected a number above 0, got -1.0"),
+        ("--batch-size 0", "--batch-size: expected 1 or more, got 0"),
+        ("--iterations 1 --minutes 1", "--minutes, --iterations: expected one of them"),
+        ("--freeze 9", "--freeze: expected a number of 0..4, got 9"),
+        ("--config recipe.yaml", "training: batch_size: expected 1 or more, got 0"),
+        ("--validation a b c", "--validation: expected IMAGES MASKS, or a COCO JSON, got 3 names"),
+    ],
+)
+def test_a_wrong_setting_is_called_as_it_was_given(tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("training: {batch_size: 0}")
+    assert main(["train", "images", "masks", "-o", "run", *given.split()]) == 2
+    assert capsys.readouterr().err == f"kg-detectron: error: {message}\n"
+
+
 @pytest.mark.parametrize("page", ["train", "add_a_backbone"])
 def test_recipes_of_the_docs_are_good(tmp_path, page):
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
