@@ -49,7 +49,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         nargs="+",
         default=[],
         metavar="IMAGE",
-        help="show how the boxes of these images came about, in the model of --model",
+        help="show how the boxes of these images came about, in the model of --model; of several channels, in the one "
+        "that predict takes",
     )
     parser.add_argument("-m", "--model", help=f"for --explain: {MODEL_HELP}")
     parser.set_defaults(run=run)
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         ious=arguments.iou,
         score=arguments.score,
         details=arguments.details,
-        explanations=[] if model is None else [explain_image(model, image) for image in arguments.explain],
+        explanations=[] if model is None else [explain_image(model, image, ask=False) for image in arguments.explain],
         progress=sys.stderr.isatty(),
     )
     print(f"wrote {arguments.output}")

@@ -30,14 +30,14 @@ from kg_detectron.inference.area import Area, area_of
 from kg_detectron.inference.manifest import FileRecord, PlaneRecord, note, versions
 from kg_detectron.inference.model_file import load_model
 from kg_detectron.inference.opened_file import OpenedFile, open_file, open_pages
-from kg_detectron.inference.predictor import clear_channel, predict, tiled_steps
+from kg_detectron.inference.predictor import channel_of_page, predict, tiled_steps
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tasks import Task
 from kg_detectron.inference.tile_store import TILES, TileStore
 from kg_detectron.inference.tiling import TiledDetection
 from kg_detectron.io.checksum import file_sha256
 from kg_detectron.io.finding import Input
-from kg_detectron.io.images import Page, channels_of_nuclei, list_channels, undecided
+from kg_detectron.io.images import Page, list_channels
 from kg_detectron.io.ome_zarr import is_ome_zarr
 from kg_detectron.io.setting import SettingError
 
@@ -274,18 +274,11 @@ class FilePredictor:
         return [page if page.chosen else page.of_channels((chosen[page.channel_names],)) for page in pages]
 
     def _channel(self, page: Page, record: FileRecord) -> int:
-        """The number of the channel with a stain of nuclei, by name, or else of the one that the model is surest of."""
+        """The number of the channel that `channel_of_page` takes; the record gets a note of it."""
+        options = self._options(record)
+        given = {name: options[name] for name in ("scale", "diameter", "pixel_size", "normalisation")}
+        number, why = channel_of_page(self.network, page, **given)
         names = page.channel_names
-        number: int | None
-        if len(stained := channels_of_nuclei(names)) == 1:
-            number, why = stained[0], "by its name"
-        else:
-            channels = {number: page.of_channels((number,)).pixels for number in range(1, len(names) + 1)}
-            options = self._options(record)
-            given = {name: options[name] for name in ("scale", "diameter", "pixel_size", "normalisation")}
-            number, why = clear_channel(self.network, channels, **given), "the model's choice"
-        if number is None:
-            raise undecided(names)
         name = names[number - 1]
         note(
             record,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from kg_detectron.inference.ensemble import MIRRORS, Mirror, join_cells
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.inference.tile_store import TileStore
 from kg_detectron.inference.tiling import TiledDetection, Window, check_tile
+from kg_detectron.io.images import Page, channels_of_nuclei, undecided
 from kg_detectron.io.lazy import LazyPlane
 from kg_detectron.io.normalisation import has_finite_value
 from kg_detectron.io.setting import check_score
@@ -196,6 +197,31 @@ def clear_channel(
     height, width = next(iter(channels.values())).shape[:2]
     known = preprocessing.known_scale((height, width), scale, diameter, pixel_size)
     return choose_channel(model, channels, preprocessing, known)
+
+
+def channel_of_page(model: InstanceNet, page: Page, **given: Any) -> tuple[int, str]:
+    """The channel of a page to look for cells in: the one with a stain of nuclei, by name, or else the one that the
+    model is surest of.
+
+    Args:
+        model: in evaluation mode.
+        page: with several channels, of which none is chosen.
+        given: see `clear_channel`.
+
+    Returns:
+        Its number, from 1, and what chose it.
+
+    Raises:
+        ImageChoiceError: somebody has to choose it.
+    """
+    names = page.channel_names
+    if len(stained := channels_of_nuclei(names)) == 1:
+        return stained[0], "by its name"
+    channels = {number: page.of_channels((number,)).pixels for number in range(1, len(names) + 1)}
+    number = clear_channel(model, channels, **given)
+    if number is None:
+        raise undecided(names)
+    return number, "the model's choice"
 
 
 def _preprocessing(model: InstanceNet, normalisation: str | None, single_colours: bool) -> Preprocessing:

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from kg_detectron.inference import load_model
 from kg_detectron.inference.explanation import explain
+from kg_detectron.inference.predictor import channel_of_page
 from kg_detectron.io.cell_sets import ImageCells, image_name, read_cells, read_predictions
-from kg_detectron.io.images import IMAGE_SUFFIXES, read_image
+from kg_detectron.io.images import IMAGE_SUFFIXES, ImageChoiceError, open_image
 from kg_detectron.io.setting import SettingError, check_score
 from kg_detectron.metrics.scoring import evaluate_cells
 from kg_detectron.report.comparison import compare
@@ -80,6 +83,7 @@ def explain_image(
     axes: str | None = None,
     channels: Sequence[int | str] | None = None,
     scene: int | str | None = None,
+    ask: bool = True,
 ) -> ExplainedPicture:
     """A picture of how a model found its boxes in an image, see `inference.explanation.explain`.
 
@@ -88,14 +92,25 @@ def explain_image(
         image: file, see `io.images.read_image`.
         device: where the model runs.
         axes, channels, scene: what of the file is the image, see `io.images.open_image`.
+        ask: whether a channel that has to be chosen is an error; without it, the one is taken that a prediction takes.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or not what it should be.
     """
-    pixels = read_image(image, axes=axes, channels=channels, scene=scene)
-    explained = explain(load_model(model, device), pixels)
-    name = Path(image).name
-    return ExplainedPicture(name, draw_explanation(pixels, explained, name), explained.summary())
+    pages = open_image(image, axes=axes, channels=channels, scene=scene, ask=ask).pages
+    if len(pages) != 1:
+        raise ValueError(f"{image}: it has {len(pages)} pages, expected one image")
+    (page,), network, name = pages, load_model(model, device), Path(image).name
+    taken = ""
+    if not page.chosen:
+        try:
+            number, why = channel_of_page(network, page)
+        except ImageChoiceError as error:
+            raise error.of_file(str(image)) from None
+        page, taken = page.of_channels((number,)), f" Of channel {page.channel_names[number - 1]}, {why}."
+    pixels = np.ascontiguousarray(page.pixels)
+    explained = explain(network, pixels)
+    return ExplainedPicture(name, draw_explanation(pixels, explained, name), explained.summary() + taken)
 
 
 def find_images(folder: str | Path, truths: Sequence[ImageCells]) -> dict[str, Path]:

@@ -10,12 +10,14 @@ from builders import tiny_network
 
 from kg_detectron.cells import Cells, MaskCrops
 from kg_detectron.cli import main
+from kg_detectron.inference import save_model
 from kg_detectron.inference.many_files import predict_files
 from kg_detectron.inference.model_names import model_path
 from kg_detectron.inference.predictor import clear_channel
 from kg_detectron.inference.run_settings import Settings
 from kg_detectron.io.images import ImageChoiceError, open_image, read_image
 from kg_detectron.modeling import KeypointGraphNet
+from kg_detectron.report import explain_image
 from kg_detectron.synthetic import nuclei_image
 
 SIZE = (96, 128)
@@ -123,3 +125,13 @@ def test_two_stains_of_nuclei_are_asked_for(tmp_path: Path):
     ]
     (done,) = summary.done
     assert done.cells >= 10
+
+
+def test_an_explanation_may_take_the_channel_that_a_prediction_takes(tmp_path: Path):
+    file = write(tmp_path / "a.ome.tif", [FIBRES[:40, :60], NUCLEI[:40, :60]], ["actin", "DAPI"])
+    save_model(tiny_network(size=(32, 48)), tmp_path / "model.pth")
+    with pytest.raises(ImageChoiceError, match="choose one with --channels DAPI"):
+        explain_image(tmp_path / "model.pth", file)
+    asked = explain_image(tmp_path / "model.pth", file, channels=["DAPI"])
+    taken = explain_image(tmp_path / "model.pth", file, ask=False)
+    assert taken.png == asked.png and taken.text == f"{asked.text} Of channel DAPI, by its name."
