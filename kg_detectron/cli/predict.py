@@ -51,8 +51,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "inputs",
         nargs="*",
         metavar="FILE|DIR|GLOB",
-        help="images (PNG, JPEG, TIFF, OME-Zarr); of a folder, those directly in it; of a pattern in quotes such as "
-        "'plates/**/*.tif' all that match, with the folders below its fixed part kept in OUT",
+        help="images (PNG, JPEG, JPEG 2000, WebP, TIFF, OME-Zarr); of a folder, those directly in it; of a pattern in "
+        "quotes such as 'plates/**/*.tif' all that match, with the folders below its fixed part kept in OUT",
     )
     parser.add_argument("-m", "--model", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder of the results, made where absent")

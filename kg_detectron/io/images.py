@@ -45,7 +45,7 @@ __all__ = [
 
 # Endings of image files. A file that is named itself may have any: its content decides.
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".btf", ".tf8"),
+    *(".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".jp2", ".tif", ".tiff", ".btf", ".tf8"),
     *(".svs", ".ndpi", ".scn", ".bif", ".qptiff", ".lsm", ".stk"),  # TIFFs of slide scanners and microscopes
     *ONLY_SLIDES,
 )
@@ -138,11 +138,12 @@ def open_image(
 ) -> ImageFile:
     """Read all images of a file, one of each plane of a stack, and what the file says of them.
 
-    PNG, JPEG, BMP, GIF, PPM and TIFF of any kind and codec are read, with the extra ``formats`` also CZI, ND2 and LIF,
-    with ``zarr`` images of OME-Zarr. The content decides the format, not the file name's ending. Alpha is dropped.
-    Orientation (TIFF, EXIF) is applied. Every plane along T, Z and other axes is a page of its own, in the order of the
-    file; of a pyramid the largest level is read; labels, macro images and thumbnails of slides are left out. An RGB
-    image that is a grey one in one colour is read as grey. Large uncompressed TIFFs are mapped into memory.
+    PNG, JPEG, JPEG 2000, WebP, BMP, GIF, PPM and TIFF of any kind and codec are read, with the extra ``formats`` also
+    CZI, ND2 and LIF, with ``zarr`` images of OME-Zarr. The content decides the format, not the file name's ending.
+    Alpha is dropped. Orientation (TIFF, EXIF) is applied. Every plane along T, Z and other axes is a page of its own,
+    in the order of the file; of a pyramid the largest level is read; labels, macro images and thumbnails of slides are
+    left out. An RGB image that is a grey one in one colour is read as grey. Large uncompressed TIFFs are mapped into
+    memory.
 
     Args:
         path: the file.

@@ -6,10 +6,11 @@ import imagecodecs
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kg_detectron.io.limits import check_size, no_limit_of_pillow
+from kg_detectron.io.limits import check_size, encoded_size, no_limit_of_pillow
 from kg_detectron.io.scene import Decoded, Scene, upright
 
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")  # of all that Pillow reads: one of them runs a program
+# Of all that Pillow reads: one of them runs a program.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "JPEG2000")
 _ORIENTATION = 274  # the EXIF tag
 _PNG_16_BITS, _PNG_HAS_CHANNELS = 16, (2, 4, 6)  # of the header of a PNG: bit depth, colour types
 
@@ -32,7 +33,9 @@ def decode_picture(data: bytes, max_pixels: int, *, as_stored: bool = False) -> 
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except UnidentifiedImageError:
-            raise ValueError("it is corrupt, or no TIFF, PNG, JPEG, BMP, GIF or PPM image") from None
+            raise ValueError(
+                "it is corrupt, or no TIFF, PNG, JPEG, BMP, GIF or PPM image, nor WebP or JPEG 2000"
+            ) from None
         with image:
             frames = getattr(image, "n_frames", 1)
             if image.format == "MPO":
@@ -42,10 +45,14 @@ def decode_picture(data: bytes, max_pixels: int, *, as_stored: bool = False) -> 
             check_size(image.height, image.width, max_pixels=max_pixels)
             if image.format == "PNG" and data[24] == _PNG_16_BITS and data[25] in _PNG_HAS_CHANNELS:
                 pixels = imagecodecs.png_decode(data)  # Pillow cuts these to 8 bits
+            elif image.format == "JPEG2000" and image.mode in ("LA", "RGB", "RGBA"):  # these too
+                if encoded_size(data) != (image.height, image.width):
+                    raise ValueError("it is corrupt: its headers claim different sizes")
+                pixels = imagecodecs.jpeg2k_decode(data)
             else:
                 pixels = _pillow_pixels(image, as_stored)
             orientation = image.getexif().get(_ORIENTATION, 1)
-            is_lossy = image.format in ("JPEG", "MPO")
+            is_lossy = image.format in ("JPEG", "MPO", "WEBP", "JPEG2000")
     axes = "YXS" if pixels.shape[2] > 1 else "YX"
     shape = pixels.shape[: len(axes)]
     if pixels.shape[2] in (2, 4):

@@ -1,9 +1,11 @@
 """What `open_image` tells of a file beside its pixels, and how scenes, channels and orientation are chosen."""
 
 import shlex
+import struct
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -553,3 +555,40 @@ def test_a_microscopes_file_is_read_by_bioio(tmp_path: Path, monkeypatch: pytest
     assert len(open_image(tmp_path / "a.czi", channels=[1], scene="well b").pages) == 8
     with pytest.raises(ValueError, match=r"a\.czi: .*60 x 40 pixels on 8 pages, more than the limit"):
         open_image(tmp_path / "a.czi", max_pixels=100)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_jpeg_2000_keeps_its_levels(tmp_path, dtype, channels):
+    pixels = np.random.default_rng(channels).integers(0, np.iinfo(dtype).max, (40, 50, channels), dtype)
+    (tmp_path / "a.jp2").write_bytes(imagecodecs.jpeg2k_encode(pixels.squeeze(), level=0, reversible=True))
+    expected = grey_bgr(pixels[..., 0]) if channels == 1 else pixels[..., 2::-1]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jp2"), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_webp_is_read_as_other_pictures(tmp_path, channels):
+    pixels = np.random.default_rng(channels).integers(0, 256, (40, 50, channels), np.uint8)
+    Image.fromarray(pixels.squeeze()).save(tmp_path / "a.webp", lossless=True, exact=True)
+    expected = grey_bgr(pixels[..., 0]) if channels == 1 else pixels[..., 2::-1]
+    np.testing.assert_array_equal(read_image(tmp_path / "a.webp"), expected)
+
+
+def test_pictures_of_webp_and_jpeg_2000_have_the_limits_of_others(tmp_path):
+    frames = [Image.fromarray(np.full((40, 50, 3), level, np.uint8)) for level in (0, 99)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="it holds 2 frames, expected one image"):
+        open_image(tmp_path / "moving.webp")
+    frames[1].save(tmp_path / "a.webp")
+    frames[1].save(tmp_path / "a.jp2")
+    for name in ("a.webp", "a.jp2"):
+        with pytest.raises(ValueError, match="more than the limit of 1999"):
+            open_image(tmp_path / name, max_pixels=1999)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=name):
+            open_image(tmp_path / name)
+    at = content.index(b"\xff\x4f\xff\x51") + 8  # the size in the codestream, behind the one in the boxes
+    (tmp_path / "a.jp2").write_bytes(content[:at] + struct.pack(">II", 50_000, 40_000) + content[at + 8 :])
+    with pytest.raises(ValueError, match="its headers claim different sizes"):
+        open_image(tmp_path / "a.jp2")
