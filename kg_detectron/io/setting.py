@@ -22,24 +22,6 @@ class SettingError(ValueError):
         return f"{', '.join(option(name) for name in self.settings)}: {self.text}"
 
 
-class AvoidableError(ValueError):
-    """An error that a setting avoids.
-
-    Args:
-        text: what is wrong.
-        setting: its name in Python.
-        effect: what it does, such as "takes them as one".
-    """
-
-    def __init__(self, text: str, setting: str, effect: str) -> None:
-        self.text, self.setting, self.effect = text, setting, effect
-        super().__init__(f"{text} ({setting} {effect})")
-
-    def as_options(self) -> str:
-        """The message with the name of the option."""
-        return f"{self.text} ({option(self.setting)} {self.effect})"
-
-
 def option(name: str) -> str:
     """What the command line calls a setting."""
     return "--" + {"ious": "iou"}.get(name, name).replace("_", "-")

@@ -11,7 +11,7 @@ import numpy as np
 from kg_detectron._version import __version__
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.cell_sets import ImageCells, Pairing, UnknownImagesError, pair_predictions, read_cells
-from kg_detectron.io.setting import AvoidableError, SettingError, check_score
+from kg_detectron.io.setting import SettingError, check_score
 from kg_detectron.metrics import (
     DSB_IOUS,
     AreaMetrics,
@@ -122,7 +122,7 @@ def evaluate(
         try:
             pairing = pair_predictions(predictions, read_cells(ground_truth), only_common=only_common)
         except UnknownImagesError as error:
-            raise AvoidableError(str(error), "only_common", "evaluates the images that both have") from None
+            raise ValueError(f"{error} (--only-common evaluates the images that both have)") from None
         name = str(predictions)
     figures = evaluate_cells(
         pairing.truths,

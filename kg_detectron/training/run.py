@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kg_detectron.inference.model_file import load_model, save_model
 from kg_detectron.io.atomic import replacing
 from kg_detectron.io.checksum import array_sha256
-from kg_detectron.io.setting import AvoidableError, SettingError
+from kg_detectron.io.setting import SettingError
 from kg_detectron.io.stains import colours_of_dyes
 from kg_detectron.modeling import InstanceNet, KeypointGraphNet, Scores, SegmentationSettings, method_class
 from kg_detectron.modeling.backbone import may_be_pretrained
@@ -160,11 +160,9 @@ def _with_classes(settings: Any, method: str, classes: Sequence[str]) -> Any:
     """Settings of a network of these classes, where it does not know them all."""
     known = getattr(settings, "classes", None)
     if known is None:
-        named = f"{len(classes)}: {', '.join(classes)}"
-        raise AvoidableError(
-            f"method {method} tells no classes apart, and the data have {named}",
-            "merge_categories",
-            "takes them as one",
+        raise ValueError(
+            f"method {method} tells no classes apart, and the data have {len(classes)}: {', '.join(classes)}; "
+            "--merge-categories takes them as one"
         )
     if set(classes) <= set(known.names):
         return settings

@@ -248,7 +248,7 @@ def test_images_without_prediction_count_and_are_said(truth, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda found: found[0].update(image_id=9), "the ground truth lacks 1 of its images, by id: 9 .*only_common"),
+        (lambda found: found[0].update(image_id=9), "the ground truth lacks 1 of its images, by id: 9 .*--only-common"),
         (lambda found: found[1].update(bbox=[1, 2, 3]), r"results\[1\]: bbox must be .* 4 finite numbers"),
         (lambda found: found[1].update(bbox=[1, 2, -3, 4]), r"results\[1\]: bbox"),
         (lambda found: found[1].update(segmentation={"size": [40, 51], "counts": "0"}), r"results\[1\]: its mask has"),
@@ -278,7 +278,7 @@ def test_a_lowest_score_is_a_number_of_0_to_1(truth, capsys, score):
 
 def test_bad_input_is_named(truth, tmp_path, capsys):
     unknown = write_labels(tmp_path / "unknown", {"z": TRUTH["a"]})
-    with pytest.raises(ValueError, match="lacks 1 of its images, by name: z .*only_common"):
+    with pytest.raises(ValueError, match="lacks 1 of its images, by name: z .*--only-common"):
         evaluate(truth, unknown)
     small = tmp_path / "small"
     small.mkdir()
@@ -365,10 +365,8 @@ def test_a_foreground_mask_is_refused(truth, tmp_path):
 
 def test_evaluating_the_images_that_both_have(truth, tmp_path, capsys):
     folder = write_labels(tmp_path / "found", {"a": FOUND["a"], "z": TRUTH["a"], "y": TRUTH["b"]})
-    with pytest.raises(ValueError, match=r"lacks 2 of its images, by name: y, z \(only_common evaluates"):
+    with pytest.raises(ValueError, match=r"lacks 2 of its images, by name: y, z \(--only-common"):
         evaluate(truth, folder)
-    assert main(["evaluate", str(truth), str(folder)]) == 2
-    assert "lacks 2 of its images, by name: y, z (--only-common evaluates" in capsys.readouterr().err
     for options, message in (
         (["--iou", "2"], "--iou: expected distinct numbers above 0 and at most 1, at least one, got [2.0]"),
         (["--max-detections", "0"], "--max-detections: expected at least 1, got 0"),
