@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
             "validation", f"expected IMAGES MASKS, or a COCO JSON, got {len(arguments.validation)} names"
         )
     if arguments.minutes is not None and arguments.iterations is not None:
-        raise SettingError(("minutes", "iterations"), "expected one of them")
+        raise ValueError("--minutes and --iterations: expected one of them")
     check_device(arguments.device)
     check_output(arguments.output)
     import torch

@@ -407,6 +407,8 @@ def _choice(
         return (1,)
     if channels is None and is_colour:
         return (1, 2, 3)
+    if channels is None and sorted(name.strip().casefold() for name in names) == sorted(_COLOUR_NAMES):
+        channels = _COLOUR_NAMES  # a composite of ImageJ
     if channels is None:
         if ask:
             raise undecided(names)

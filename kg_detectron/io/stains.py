@@ -121,9 +121,11 @@ def single_colour(name: str, levels: Levels) -> SingleColour:
 
 
 def colours_of_dyes(image: np.ndarray) -> list[str]:
-    """Those of `SINGLE_COLOURS` that show something in a picture of several dyes in fluorescence; none of other images.
+    """Those of `SINGLE_COLOURS` that show something in a picture of one dye or several in fluorescence; none of other
+    images.
 
-    Such a picture is dark, and its channels do not all show the same.
+    Such a picture is dark, and its channels do not all show the same. Those that show nothing have noise, which levels
+    of their own would make as bright as the dye.
 
     Args:
         image: (H, W, 3) BGR of any real type, may be a `numpy.memmap`.
@@ -135,10 +137,10 @@ def colours_of_dyes(image: np.ndarray) -> list[str]:
     low, high = np.percentile(values, _PERCENTILES, axis=0)
     spans = high - low
     shown = [c for c in range(3) if spans[c] > 0 and spans[c] >= _SHOWN * spans.max()]
-    if len(shown) < 2:
-        return []
+    if not shown or (len(shown) == 1 and np.count_nonzero(spans) == 1):
+        return []  # no noise that could become bright
     share = ((values[:, shown] - low[shown]) / spans[shown]).clip(0, 1)
-    is_alike = np.corrcoef(share, rowvar=False).min() >= _ALIKE
+    is_alike = len(shown) > 1 and np.corrcoef(share, rowvar=False).min() >= _ALIKE
     return [] if is_alike or np.median(share.mean(axis=1)) > _BRIGHT else [SINGLE_COLOURS[c] for c in shown]
 
 

@@ -177,6 +177,8 @@ def _levels(page: tifffile.TiffPage, array: np.ndarray, order: str, is_imagej: b
         table = page.colormap >> 8
         if is_imagej and (np.diff(table.astype(int).sum(axis=0)) >= 0).all():
             return array, order, "its colours are a lookup table of ImageJ: its levels were read as grey"
+        if "C" in order:
+            return array, order, "its channels have lookup tables of colours: their levels were read as grey"
         return np.moveaxis(table[:, array], 0, -1).astype(np.uint8), order + "S", ""
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind in "bu":
         if array.dtype == bool:

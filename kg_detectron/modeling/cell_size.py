@@ -2,7 +2,7 @@
 channel of one with several."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import cv2
@@ -11,7 +11,16 @@ import torch
 
 from kg_detectron.cells import Cells
 from kg_detectron.io.stains import BLUE, SingleColour
-from kg_detectron.modeling.preprocessing import BLOCK, COLOURS, NetworkImage, Preprocessing, Scale, View, block_side
+from kg_detectron.modeling.preprocessing import (
+    BLOCK,
+    COLOURS,
+    HAEMATOXYLIN,
+    NetworkImage,
+    Preprocessing,
+    Scale,
+    View,
+    block_side,
+)
 
 if TYPE_CHECKING:
     from kg_detectron.modeling.instance_net import InstanceNet
@@ -49,6 +58,13 @@ SURE = 0.73
 # A scale FAR times as fine is taken without another look where a pixel of the image has so many times the trust: 3.4 to
 # 4.7 times in smears whose cells were taken for nuclei, 2.1 times at most in other images.
 FAR, FAR_MORE_CELLS = 4, 2.7
+# A scale coarser than this share of the estimate is taken where the cells that it shows cover so many times the area,
+# and this share of it at least, of an estimate that the model is not sure of: of few large cells the spots in them may
+# be seen alone. In two such images it was 18 and 54 times as much; where the estimate was right, 2.7 times at most.
+COARSE, COARSE_MORE_AREA, COARSE_LEAST = 0.6, 4.0, 0.013
+# Where fewer cells of a stained image are expected, its scale is estimated from the haematoxylin alone too, and taken
+# if so many times as many cells are expected in a pixel of the image: 32 times in the one image where it was so.
+FEW, MANY_MORE = 10, 10
 # Where most of the cells' area belongs to larger ones, as to a nucleus among pieces of others that the edge cuts, these
 # are not enlarged beyond so many pixels of the network's input, for it sees few larger ones.
 LARGE = 64.0
@@ -95,9 +111,33 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
         levels: see `Preprocessing.views`.
     """
     trained, typical = model.preprocessing.diameter, model.preprocessing.image_diameter
-    start = trained / (typical or trained)
+    most = max(FIRST_SCALES[-1], trained / (typical or trained))
+    smallest = trained / min(most, max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
     contrast = _contrast(image, levels)
+    look = _settled(model, image, levels, contrast, smallest)
+    if look is None:
+        return no_cell(model.preprocessing)
+    if typical is None and look.mean < SURE:
+        look = _coarser(model, image, levels, contrast, look)
+    diameter = look.corrected if look.found >= ENOUGH else look.diameter
+    diameter = max(diameter, look.large * model.preprocessing.predicted_diameter / LARGE)
+    seen_as = trained / max(diameter / model.preprocessing.enlargement, smallest)
+    return Scale(BLOCK / block_side(seen_as), f"estimated from cells of about {diameter:.0f} pixels")
+
+
+def _settled(
+    model: "InstanceNet", image: np.ndarray, levels: View, contrast: np.ndarray, smallest: float
+) -> "_Look | None":
+    """The look at the scale that `estimate_scale` comes to by scales near 1; None where it shows no cell.
+
+    Args:
+        contrast: see `_contrast`.
+        smallest: diameter, pixels of the image, down to which cells are enlarged.
+    """
+    trained, typical = model.preprocessing.diameter, model.preprocessing.image_diameter
+    start = trained / (typical or trained)
     density: dict[float, float] = {}
+    single: set[float] = set()
     first_part = round(min(max(SMALLEST_PART, SHARE * max(image.shape[:2])), PART))
     values, weights = [np.zeros(0)], [np.zeros(0)]
     diameter, best = None, None
@@ -111,6 +151,8 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
             part = _part(seen, contrast, first_part)
             found, trust = _votes(_cells(model, seen, part), trained)
             density[seen.scale[0]] = _density(trust, part, seen)
+            if trust.sum() <= 1:
+                single.add(seen.scale[0])
             values.append(found / seen.scale[0])
             # All parts have about the same size for the network, so each scale has as many votes as it fills its part
             # with cells. The diameter lets a cell outvote the fragments that a finer scale finds in it.
@@ -120,28 +162,36 @@ def estimate_scale(model: "InstanceNet", image: np.ndarray, levels: View) -> Sca
         if best is not None and best > 1 and sum(map(len, values)) < ENOUGH:
             best = None  # a few small ones may be fragments of cells that too fine a scale does not show
     if diameter is None:
-        return no_cell(model.preprocessing)
-    diameter /= _finer(model, image, levels, contrast, first_part, trained / diameter, density)
-    most = max(FIRST_SCALES[-1], start)
-    smallest = trained / min(most, max(1.0, math.sqrt(LARGEST / math.prod(image.shape[:2]))))
+        return None
+    diameter /= _finer(model, image, levels, contrast, first_part, trained / diameter, density, single)
     diameter = max(diameter, smallest)
     look = _look(model, image, levels, contrast, diameter)
     if not look.found:
-        return no_cell(model.preprocessing)
+        return None
     corrected = max(look.corrected, smallest)
     if look.found >= ENOUGH and abs(math.log2(corrected / look.diameter)) >= SETTLED:
         first, look = look, _look(model, image, levels, contrast, corrected)
+        is_seen_again = look.found >= ENOUGH
         if look.coverage < LOST * first.coverage:
             coarser = [_look(model, image, levels, contrast, factor * diameter) for factor in COARSER]
             look = max(first, look, *coarser, key=lambda one: one.coverage)
-        elif look.found < ENOUGH:
+        elif not is_seen_again:
+            look = first
+        if look is first and not is_seen_again:
             look = first._replace(corrected=first.diameter)
-    if typical is None and look.corrected < SMALLEST_CELL:
-        return no_cell(model.preprocessing)
-    diameter = look.corrected if look.found >= ENOUGH else look.diameter
-    diameter = max(diameter, look.large * model.preprocessing.predicted_diameter / LARGE)
-    seen_as = trained / max(diameter / model.preprocessing.enlargement, smallest)
-    return Scale(BLOCK / block_side(seen_as), f"estimated from cells of about {diameter:.0f} pixels")
+    return None if typical is None and look.corrected < SMALLEST_CELL else look
+
+
+def _coarser(model: "InstanceNet", image: np.ndarray, levels: View, contrast: np.ndarray, look: "_Look") -> "_Look":
+    """A look at a coarser scale that shows far more of the image covered by cells; ``look`` where there is none."""
+    trained, least = model.preprocessing.diameter, COARSE_MORE_AREA * look.coverage
+    coarse = [one for one in FIRST_SCALES if one <= COARSE * trained / look.diameter]
+    looks = [_look(model, image, levels, contrast, trained / one) for one in coarse if one * max(image.shape) >= BLOCK]
+    best = max(looks, key=lambda one: one.coverage, default=look)
+    if best.mean < SURE or best.coverage <= max(least, COARSE_LEAST):
+        return look
+    settled = _look(model, image, levels, contrast, best.large)
+    return settled if settled.coverage > least else look
 
 
 class _Look(NamedTuple):
@@ -152,6 +202,7 @@ class _Look(NamedTuple):
     corrected: float  # median diameter of these, by their scores
     large: float  # the diameter at which half of the cells' area is reached, by their scores
     coverage: float  # area of the cells, by the trust in them, for a pixel of the part
+    mean: float = 1.0  # score of the cells, 0 where there are none
 
 
 def _look(model: "InstanceNet", image: np.ndarray, levels: View, contrast: np.ndarray, diameter: float) -> _Look:
@@ -163,7 +214,8 @@ def _look(model: "InstanceNet", image: np.ndarray, levels: View, contrast: np.nd
     scores, sizes = cells.scores.cpu().numpy(), found / seen.scale[0]
     corrected = weighted_median(sizes, scores) or diameter
     large = weighted_median(sizes, scores * found**2) or diameter
-    return _Look(diameter, len(cells), corrected, large, float((trust * found**2).sum()) / _pixels(part))
+    coverage, mean = float((trust * found**2).sum()) / _pixels(part), float(scores.mean()) if len(cells) else 0.0
+    return _Look(diameter, len(cells), corrected, large, coverage, mean)
 
 
 def no_cell(preprocessing: Preprocessing) -> Scale:
@@ -190,7 +242,8 @@ def choose_view(
     """The view of an image in which the model expects most cells, or is surest of them, and the scale.
 
     Of a stained image: the sum of the probabilities of cells is the number of true ones to be expected. It is compared
-    in one part of the image of bounded size, the one with most contrast; of equal views the first is taken.
+    in one part of the image of bounded size, the one with most contrast; of equal views the first is taken. Where few
+    are expected, the scale is estimated in the second view too.
 
     Of a picture of several dyes the colours show different things, which may be many more, and smaller, than the cells.
     Of those views that show cells on not much less of their area than another, the one with the highest mean of the
@@ -207,6 +260,7 @@ def choose_view(
         sure = {name: one.mean + (BLUE_IS_USUAL if name == BLUE and one.mean else 0) for name, one in shown.items()}
         surest = max(sure, key=sure.__getitem__)
         return surest, shown[surest].scale
+    is_estimate = scale is None
     if scale is None:
         nothing = no_cell(model.preprocessing)
         estimates = (estimate_scale(model, image, levels) for levels in views.values())
@@ -217,7 +271,15 @@ def choose_view(
     first = next(iter(views))
     part = _part(seen[first], _contrast(image, views[first]), PART)
     expected = {name: float(_cells(model, shown, part).scores.sum()) for name, shown in seen.items()}
-    return max(expected, key=expected.__getitem__), scale
+    most = max(expected, key=expected.__getitem__)
+    if is_estimate and expected[most] < FEW:  # as of glands, which have a colour, among nuclei
+        own = estimate_scale(model, image, views[HAEMATOXYLIN])
+        other = NetworkImage(image, views[HAEMATOXYLIN], _as_trained(model, own))
+        finer = _part(other, _contrast(image, views[HAEMATOXYLIN]), PART)
+        others = float(_cells(model, other, finer).scores.sum()) / _pixels(finer) * math.prod(other.scale)
+        if others > MANY_MORE * expected[most] / _pixels(part) * math.prod(seen[most].scale):
+            return HAEMATOXYLIN, own
+    return most, scale
 
 
 @torch.no_grad()
@@ -304,6 +366,7 @@ def _finer(
     side: int,
     scale: float,
     density: Mapping[float, float],
+    single: Collection[float] = (),
 ) -> int:
     """How many times the scale shows more cells in the same part of the image: a power of two, 1 where none does.
 
@@ -315,9 +378,12 @@ def _finer(
         side: of the part, pixels of the network's input.
         scale: the estimate.
         density: trust in cells for a pixel of the image, by the scales that were tried.
+        single: those of them with the trust of one cell at most: in the small part of the image that a fine scale
+            shows, that is no sign of more.
     """
     near = min(density, key=lambda tried: abs(math.log(tried / scale)))
-    densest = max((tried for tried in density if tried >= near), key=density.__getitem__)
+    finer = [tried for tried in density if tried > near and tried not in single]
+    densest = max([near, *finer], key=density.__getitem__)
     if density[densest] <= MORE_CELLS * density[near]:
         return 1
     factor = 2 ** round(math.log2(densest / near))

@@ -202,7 +202,10 @@ class Preprocessing:
         if self.haematoxylin and (density := haematoxylin_levels(image, levels.high)) is not None:
             views[HAEMATOXYLIN] = density
         elif self.single_colours:
-            views |= {name: single_colour(name, levels) for name in colours_of_dyes(image)}
+            shown = colours_of_dyes(image)
+            views |= {name: single_colour(name, levels) for name in shown}
+            if len(shown) == 1:  # the others would show the noise of nothing
+                del views[COLOURS]
         return views
 
     def levels_rule(self) -> Normalisation:

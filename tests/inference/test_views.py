@@ -70,6 +70,23 @@ def test_scale_comes_from_the_view_that_shows_cells():
     assert seen.view == HAEMATOXYLIN and source == "estimated from cells of about 23 pixels"
 
 
+@pytest.mark.parametrize(("nuclei", "view", "diameter"), [(40, HAEMATOXYLIN, 23), (0, COLOURS, 181)])
+def test_few_large_things_in_colours_may_be_glands_among_nuclei(nuclei, view, diameter):
+    model = tiny_network(resize="isotropic", diameter=20.0, haematoxylin=True).eval()
+
+    def detect_seen(seen, window=(slice(None), slice(None)), min_score=0.0, function=None):
+        size, count = (160, 2) if seen.view == COLOURS else (20, nuclei)
+        side = round(size * seen.scale[0])
+        count = count if 12 <= side <= 50 else 0
+        windows = torch.tensor([[4 * i, 0, 4 * i + side, side] for i in range(count)]).reshape(-1, 4)
+        masks = MaskCrops([torch.ones(side, side)] * count, windows, seen.shape[:2])
+        return Cells(windows.float(), torch.full((count,), 0.9), torch.ones(count, dtype=torch.long), masks)
+
+    model.detect_seen = detect_seen
+    seen, source = model.network_image(section(height=500, width=600))
+    assert seen.view == view and source == f"estimated from cells of about {diameter} pixels"
+
+
 @pytest.mark.parametrize("ways", [{"tile": 64, "overlap": 64}, {"ensemble": True}])
 def test_tiles_and_mirror_images_get_the_same_view(ways, monkeypatch, tmp_path):
     model, views = expecting(HAEMATOXYLIN), []
@@ -203,3 +220,16 @@ def test_the_kept_model_sees_nuclei_among_other_dyes(channel, tmp_path, capsys):
         notes.append(capsys.readouterr().out)
     assert right[0] == right[1] and right[0] > right[2] and right[0] >= 14
     assert VIEW_NOTES[colour] in notes[0] and "alone, for there" not in notes[1] + notes[2]
+
+
+@pytest.mark.parametrize("channel", [0, 2])
+def test_of_a_picture_of_one_dye_its_colour_alone_is_shown(channel):
+    """The others hold noise of two grey levels, which as levels of their own would be as bright."""
+    model, generator = load_model("nuclei"), np.random.default_rng(5)
+    grey = nuclei_image(generator, 160, 200, 12)[0][..., 0].astype(np.uint8)
+    image = generator.integers(0, 3, (160, 200, 3), np.uint8)
+    image[..., channel] = grey
+    cells, of_grey = (predict(model, one, min_score=model.threshold) for one in (image, grey))
+    assert cells.notes == (VIEW_NOTES["blue" if channel == 0 else "red"],)
+    assert len(cells) == len(of_grey) > 5 and torch.equal(cells.boxes, of_grey.boxes)
+    assert list(Preprocessing(single_colours=True).views(255 - image)) == [COLOURS]  # bright

@@ -420,6 +420,29 @@ def test_a_lookup_table_of_imagej_is_no_colour(tmp_path: Path):
 # Label images
 
 
+def test_lookup_tables_of_channels_are_no_colours(tmp_path: Path):
+    """An OME-TIFF shows each channel by a table of its own; they are channels all the same."""
+    tables = np.zeros((3, 256), np.uint16)
+    tables[1] = np.arange(256)[::-1] * 257
+    planes = np.stack([GREY, GREY[::-1]])
+    options = {"photometric": "palette", "colormap": tables, "metadata": {"axes": "CYX"}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", planes, ome=True, **options)
+    file = open_image(tmp_path / "a.ome.tif", ask=False)
+    assert len(file.pages) == 1 and not file.pages[0].chosen
+    np.testing.assert_array_equal(file.pages[0].planes, planes)
+    assert any("lookup tables" in note for note in file.notes)
+
+
+@pytest.mark.parametrize("names", [["Red", "Green", "Blue"], ["Blue", "Red", "Green"]])
+def test_channels_called_red_green_and_blue_are_a_colour_image(tmp_path: Path, names: list[str]):
+    """A composite of ImageJ; others must be chosen from, see above."""
+    three_channels(tmp_path / "a.ome.tif", names)
+    planes = dict(zip(names, STACK[0, 0], strict=True))
+    (page,) = open_image(tmp_path / "a.ome.tif").pages
+    assert page.chosen == tuple(1 + names.index(name) for name in ("Red", "Green", "Blue"))
+    np.testing.assert_array_equal(page.pixels, np.dstack([planes["Blue"], planes["Green"], planes["Red"]]))
+
+
 @pytest.mark.parametrize("ending", ["png", "tif", "bmp"])
 def test_palette_labels_are_indices(tmp_path: Path, ending: str):
     labels = (np.arange(40 * 60).reshape(40, 60) // 100).astype(np.uint8)

@@ -381,6 +381,42 @@ def test_far_more_cells_at_a_far_finer_scale_are_nuclei(density, expected, looks
     assert len(seen) == looks
 
 
+def test_one_cell_at_a_far_finer_scale_is_a_speck(monkeypatch):
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image = drawn_image(600, 600)
+    monkeypatch.setattr(model, "detect_seen", None)
+    levels = model.preprocessing.levels(image)
+    density = {1.0: 3.0, 0.5: 1.2, 0.25: 1.0}
+    assert _finer(model, image, levels, _contrast(image, levels), 288, 0.25, density, single={1.0}) == 1
+    assert _finer(model, image, levels, _contrast(image, levels), 288, 0.25, density, single={0.25}) == 4
+
+
+@pytest.mark.parametrize(("score", "diameter"), [(0.6, 120.0), (0.9, 15.0)])
+def test_spots_that_the_model_is_not_sure_of_may_lie_in_large_cells(score, diameter, monkeypatch):
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image, objects = drawn_image(800, 800), [(0.0, 120.0, 0.95)]
+    objects += [(x, 15.0, score) for x in (-40.0, -20.0, 0.0, 20.0)]
+
+    def detect(seen, window, min_score, scores):
+        return grid_of_cells(seen, window, objects, visible=(12.0, 64.0))
+
+    monkeypatch.setattr(model, "detect_seen", detect)
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / diameter, rel=0.15)
+
+
+@pytest.mark.parametrize(("found_again", "expected"), [(0, 44.0), (3, 25.0)])
+def test_a_correction_that_shows_nothing_is_none_where_coarser_scales_show_less(found_again, expected, monkeypatch):
+    model = tiny_network(resize="isotropic", diameter=28.0).eval()
+    image = drawn_image(600, 600)
+    looks = [_Look(44.0, 7, 25.0, 25.0, 0.05), _Look(25.0, found_again, 25.0, 25.0, 0.01)]
+    looks += [_Look(62.0, 1, 62.0, 62.0, 0.001)] * 2
+    monkeypatch.setattr(model, "detect_seen", lambda seen, window, *_: grid_of_cells(seen, window, [(0.0, 44.0, 0.9)]))
+    monkeypatch.setattr("kg_detectron.modeling.cell_size._look", lambda *_: looks.pop(0))
+    scale = estimate_scale(model, image, model.preprocessing.levels(image))
+    assert scale.value == pytest.approx(28 / expected, rel=0.05) and not looks
+
+
 @pytest.mark.parametrize(("seen_again", "expected"), [(2, 44.0), (3, 27.0)])
 def test_a_correction_that_shows_hardly_any_cell_is_none(seen_again, expected, monkeypatch):
     """A few large cells among debris: most of what the first look sees is debris, but the next sees hardly any."""

@@ -115,7 +115,7 @@ def test_the_command_line_counts_more_than_the_recipe():
     [
         ("--learning-rate -1", "--learning-rate: expected a number above 0, got -1.0"),
         ("--batch-size 0", "--batch-size: expected 1 or more, got 0"),
-        ("--iterations 1 --minutes 1", "--minutes, --iterations: expected one of them"),
+        ("--iterations 1 --minutes 1", "--minutes and --iterations: expected one of them"),
         ("--freeze 9", "--freeze: expected a number of 0..4, got 9"),
         ("--config recipe.yaml", "training: batch_size: expected 1 or more, got 0"),
         ("--validation a b c", "--validation: expected IMAGES MASKS, or a COCO JSON, got 3 names"),
