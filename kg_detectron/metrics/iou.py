@@ -8,7 +8,6 @@ from numpy.typing import ArrayLike, NDArray
 from pycocotools import mask as coco_mask
 
 from kg_detectron.cells.run_lengths import RLE
-from kg_detectron.io.setting import SettingError
 
 
 class ImageResult(NamedTuple):
@@ -71,9 +70,9 @@ def mask_iou(masks: Sequence[RLE], others: Sequence[RLE]) -> NDArray[np.float64]
 
 
 def checked_ious(ious: Sequence[float]) -> tuple[float, ...]:
-    """Thresholds of intersection over union; a SettingError where they are none, not distinct, or not in (0, 1]."""
+    """Thresholds of intersection over union; a ValueError where they are none, not distinct, or not in (0, 1]."""
     if not len(ious) or len(set(ious)) < len(ious) or not all(0 < iou <= 1 for iou in ious):
-        raise SettingError("ious", f"expected distinct numbers above 0 and at most 1, at least one, got {ious!r}")
+        raise ValueError(f"ious must be distinct numbers above 0 and at most 1, at least one, got {ious!r}")
     return tuple(float(iou) for iou in ious)
 
 

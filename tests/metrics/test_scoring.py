@@ -368,7 +368,7 @@ def test_evaluating_the_images_that_both_have(truth, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"lacks 2 of its images, by name: y, z \(--only-common"):
         evaluate(truth, folder)
     for options, message in (
-        (["--iou", "2"], "--iou: expected distinct numbers above 0 and at most 1, at least one, got [2.0]"),
+        (["--iou", "2"], "ious must be distinct numbers above 0 and at most 1, at least one, got [2.0]"),
         (["--max-detections", "0"], "--max-detections: expected at least 1, got 0"),
     ):
         assert main(["evaluate", str(truth), str(truth), *options]) == 2
