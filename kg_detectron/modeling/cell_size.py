@@ -186,7 +186,9 @@ def _coarser(model: "InstanceNet", image: np.ndarray, levels: View, contrast: np
     """A look at a coarser scale that shows far more of the image covered by cells; ``look`` where there is none."""
     trained, least = model.preprocessing.diameter, COARSE_MORE_AREA * look.coverage
     coarse = [one for one in FIRST_SCALES if one <= COARSE * trained / look.diameter]
-    looks = [_look(model, image, levels, contrast, trained / one) for one in coarse if one * max(image.shape) >= BLOCK]
+    looks = [
+        _look(model, image, levels, contrast, trained / one) for one in coarse if one * max(image.shape[:2]) >= BLOCK
+    ]
     best = max(looks, key=lambda one: one.coverage, default=look)
     if best.mean < SURE or best.coverage <= max(least, COARSE_LEAST):
         return look
