@@ -7,7 +7,9 @@ of StarDist only the network is measured, for random maps have a star in every o
 
 import argparse
 import json
+import math
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -37,6 +39,9 @@ MB: largest memory of the process. Medians."""
 # As the installed command does; at the end of an earlier commit's, `main` was that.
 _PREDICT = "from kg_detectron import cli; raise SystemExit(getattr(cli, 'program', cli.main)())"
 _OTHER = "from benchmark.images import measure_network; measure_network()"
+# Linux counts the peak of the process that started it as its own too, but not here.
+_STATUS, _PEAK = Path("/proc/self/status"), re.compile(r"VmHWM:\s*(\d+) kB")
+_KEEP_STATUS = "import atexit, shutil, sys; atexit.register(shutil.copyfile, '/proc/self/status', sys.argv.pop())\n"
 
 
 class Run(NamedTuple):
@@ -81,10 +86,14 @@ class Candidate:
                 "PYTHONPATH": os.pathsep.join(map(str, self.paths)),
                 "OMP_NUM_THREADS": str(threads),
             }
+            code = self.code
+            if _STATUS.is_file():
+                code = _KEEP_STATUS + code
+                arguments.append(str(output / "status"))
             start = time.perf_counter()
             with (output / "log").open("w+") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", self.code, *arguments],
+                    [sys.executable, "-c", code, *arguments],
                     env=environment,
                     cwd=self.paths[0],
                     stdout=log,
@@ -97,8 +106,12 @@ class Candidate:
                     log.seek(0)
                     raise RuntimeError(f"{self.name}: exit status {process.returncode}: {log.read()[-2000:]}")
             (record,) = json.loads((output / "run.json").read_text(encoding="utf-8"))["files"]
-            unit = 2**20 if sys.platform == "darwin" else 2**10
-            return Run(seconds, usage.ru_utime + usage.ru_stime, record["seconds"], usage.ru_maxrss / unit)
+            if _STATUS.is_file():
+                found = _PEAK.search((output / "status").read_text(encoding="utf-8"))
+                megabytes = int(found[1]) / 2**10 if found else math.nan
+            else:
+                megabytes = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            return Run(seconds, usage.ru_utime + usage.ru_stime, record["seconds"], megabytes)
 
 
 @torch.no_grad()
