@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kg_detectron.export.kinds import EXPORTERS, KINDS, OTHER_KINDS
 from kg_detectron.inference.model_names import DEFAULT_MODEL, model_path
 from kg_detectron.inference.run_settings import RUNTIMES, Settings, Workers, check_device, check_output
+from kg_detectron.io.setting import checked_channels
 
 if TYPE_CHECKING:
     from kg_detectron.inference.many_files import Summary
@@ -213,7 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
         given["save"] = tuple(dict.fromkeys((*KINDS, *named) if "all" in kinds else named))
     if arguments.channels is not None:
         values = [part for value in _list(arguments.channels, inputs, set()) for part in value.split(",")]
-        given["channels"] = tuple(map(name_or_number, values))
+        given["channels"] = checked_channels(values)
     if arguments.size is not None:
         print("note: --size is no longer needed, for cells decide about the scale; --scale 1 keeps the pixels")
         if arguments.size == "native" and given["scale"] is None and given["diameter"] is None:
@@ -269,7 +270,7 @@ def _is_input(value: str) -> bool:
 
 
 def name_or_number(value: str) -> str | int:
-    """A channel or scene as it was typed: a number where it is one."""
+    """A scene as it was typed: a number where it is one."""
     return int(value) if value.lstrip("-").isdigit() else value
 
 

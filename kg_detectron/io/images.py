@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -36,12 +37,15 @@ __all__ = [
     "decode_image",
     "list_channels",
     "no_limit_of_pillow",
+    "only_page",
     "open_image",
     "read_image",
     "read_pages",
     "undecided",
     "write_png",
 ]
+
+AnyPage = TypeVar("AnyPage", "Page", np.ndarray)
 
 # Endings of image files. A file that is named itself may have any: its content decides.
 IMAGE_SUFFIXES = (
@@ -203,7 +207,8 @@ def read_image(
     Raises:
         ValueError: also where the file has several pages.
     """
-    return _only_page(read_pages(path, axes=axes, channels=channels, scene=scene), str(path))
+    pages = read_pages(path, axes=axes, channels=channels, scene=scene)
+    return np.ascontiguousarray(only_page(pages, str(path)))
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -215,7 +220,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     """
     with _naming(name):
         file = _image_file(_decode(data, None, None, MAX_PIXELS, as_stored=False), None, None)
-    return _only_page([page.pixels for page in file.pages], name)
+    return np.ascontiguousarray(only_page(file.pages, name).pixels)
 
 
 def decode_file(path: str | Path) -> Decoded:
@@ -273,10 +278,15 @@ class _naming:
             raise ValueError(f"{self.name}: cannot be read as {self.what}: {text}") from error
 
 
-def _only_page(pages: list[np.ndarray], name: str) -> np.ndarray:
+def only_page(pages: Sequence[AnyPage], name: str) -> AnyPage:
+    """The page of a file that holds one image; ``name`` is what the error calls it.
+
+    Raises:
+        ValueError: there are several.
+    """
     if len(pages) != 1:
         raise ValueError(f"{name}: it has {len(pages)} pages, expected one image")
-    return np.ascontiguousarray(pages[0])
+    return pages[0]
 
 
 def _decode_file(path: Path, axes: str | None, scene: int | str | None, max_pixels: int, *, as_stored: bool) -> Decoded:

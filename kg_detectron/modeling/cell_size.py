@@ -262,25 +262,26 @@ def choose_view(
         sure = {name: one.mean + (BLUE_IS_USUAL if name == BLUE and one.mean else 0) for name, one in shown.items()}
         surest = max(sure, key=sure.__getitem__)
         return surest, shown[surest].scale
-    is_estimate = scale is None
+    estimates: dict[str, Scale] = {}
     if scale is None:
         nothing = no_cell(model.preprocessing)
-        estimates = (estimate_scale(model, image, levels) for levels in views.values())
-        scale = next((estimate for estimate in estimates if estimate != nothing), nothing)
+        for name, levels in views.items():
+            estimates[name] = estimate_scale(model, image, levels)
+            if estimates[name] != nothing:
+                break
+        scale = estimates[name]
     if len(views) == 1:
         return next(iter(views)), scale
     seen = {name: NetworkImage(image, levels, _as_trained(model, scale)) for name, levels in views.items()}
     first = next(iter(views))
     part = _part(seen[first], _contrast(image, views[first]), PART)
-    expected = {name: float(_cells(model, shown, part).scores.sum()) for name, shown in seen.items()}
-    most = max(expected, key=expected.__getitem__)
-    if is_estimate and expected[most] < FEW:  # as of glands, which have a colour, among nuclei
-        own = estimate_scale(model, image, views[HAEMATOXYLIN])
-        other = NetworkImage(image, views[HAEMATOXYLIN], _as_trained(model, own))
-        finer = _part(other, _contrast(image, views[HAEMATOXYLIN]), PART)
-        others = float(_cells(model, other, finer).scores.sum()) / _pixels(finer) * math.prod(other.scale)
-        if others > MANY_MORE * expected[most] / _pixels(part) * math.prod(seen[most].scale):
-            return HAEMATOXYLIN, own
+    scores = {name: _cells(model, shown, part).scores.cpu().numpy() for name, shown in seen.items()}
+    most = max(scores, key=lambda name: scores[name].sum())
+    if estimates and scores[most].sum() < FEW:  # as of glands, which have a colour, among nuclei
+        stain = {HAEMATOXYLIN: (image, views[HAEMATOXYLIN])}
+        alone = _enough(model, stain, estimates.get(HAEMATOXYLIN))[HAEMATOXYLIN]
+        if alone.density > MANY_MORE * _density(scores[most], part, seen[most]):
+            return HAEMATOXYLIN, alone.scale
     return most, scale
 
 
@@ -313,6 +314,7 @@ class _Shown(NamedTuple):
 
     mean: float  # probability of its cells, 0 where there are none
     share: float  # sum of their probabilities and squared diameters, for a pixel
+    density: float  # sum of their probabilities, for a pixel of the image
     scale: Scale
 
 
@@ -328,7 +330,8 @@ def _enough(
         cells = _cells(model, seen, part)
         scores = cells.scores.cpu().numpy()
         share = float((scores * diameters(cells) ** 2).sum()) / _pixels(part)
-        shown[name] = _Shown(float(scores.mean()) if len(cells) else 0.0, share, own)
+        mean, density = float(scores.mean()) if len(cells) else 0.0, _density(scores, part, seen)
+        shown[name] = _Shown(mean, share, density, own)
     enough = FAIR_SHARE * max(one.share for one in shown.values())
     return {name: one for name, one in shown.items() if one.share >= enough}
 

@@ -204,7 +204,7 @@ class Preprocessing:
         elif self.single_colours:
             shown = colours_of_dyes(image)
             views |= {name: single_colour(name, levels) for name in shown}
-            if len(shown) == 1:  # the others would show the noise of nothing
+            if len(shown) == 1:  # beside it, all colours show the noise of the others
                 del views[COLOURS]
         return views
 

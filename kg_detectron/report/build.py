@@ -9,7 +9,7 @@ from kg_detectron.inference import load_model
 from kg_detectron.inference.explanation import explain
 from kg_detectron.inference.predictor import channel_of_page
 from kg_detectron.io.cell_sets import ImageCells, image_name, read_cells, read_predictions
-from kg_detectron.io.images import IMAGE_SUFFIXES, ImageChoiceError, open_image
+from kg_detectron.io.images import IMAGE_SUFFIXES, ImageChoiceError, only_page, open_image
 from kg_detectron.io.setting import SettingError, check_score
 from kg_detectron.metrics.scoring import evaluate_cells
 from kg_detectron.report.comparison import compare
@@ -98,9 +98,7 @@ def explain_image(
         FileNotFoundError, ValueError: a file is missing or not what it should be.
     """
     pages = open_image(image, axes=axes, channels=channels, scene=scene, ask=ask).pages
-    if len(pages) != 1:
-        raise ValueError(f"{image}: it has {len(pages)} pages, expected one image")
-    (page,), network, name = pages, load_model(model, device), Path(image).name
+    page, network, name = only_page(pages, str(image)), load_model(model, device), Path(image).name
     taken = ""
     if not page.chosen:
         try:
